@@ -1,0 +1,51 @@
+"""The operators our network is made of, behind one interface: fused C++ kernels, or plain MindSpore.
+
+An operator set is a module with one `nn.Cell` class per operator. Activations between operators are float32; T is the
+number of tokens in the flat batch (all sequences' new tokens one after another, without padding), B the number of sequences.
+
+| class | construct | result |
+|---|---|---|
+| `Embed()` | ids (T,) int32, table (V, E) | (T, E) |
+| `Qkv(eps, num_heads, num_kv_heads, head_dim)` | x (T, E), norm (E,), wq, bq, wk, bk, wv, bv, cos (P, D), sin (P, D), positions (T,), slots (T,), key_cache, value_cache | q (T, H*D); keys and values are written to the caches |
+| `Attention(num_heads, num_kv_heads, head_dim)` | q (T, H*D), key_cache, value_cache, query_lens (B,), context_lens (B,), block_tables (B, M) | (T, H*D) |
+| `Project()` | x (T, I), w (O, I) | (T, O) |
+| `ProjectAdd()` | x (T, I), w (O, I), residual (T, O) | (T, O) |
+| `GateUp(eps)` | x (T, E), norm (E,), w1 (F, E), w3 (F, E) | (T, F) |
+| `Head(eps)` | x (T, E), query_lens (B,), norm (E,), w (V, E) | logits (B, V) of each sequence's last token |
+
+and two functions, `weight_dtype(param_init_type)` and `cache_dtype(compute_dtype)`: the dtype in which this set keeps weights
+and the KV cache. A set may also offer `Decoder`, the whole stack as one operator; its plain twin is the composition in model.py.
+
+The KV cache of a layer is two Parameters [num_blocks, block_size, K, D]; slot = block * block_size + offset. All int inputs are
+int32; block tables are padded with -1.
+"""
+
+import importlib
+import os
+from types import ModuleType
+from typing import Tuple
+
+from ..errors import UserError
+
+CHOICES = ("avx512_bf16", "avx512", "avx2", "portable", "reference")
+"""Values of the environment variable QWEN15_KERNELS; unset chooses the best this machine runs."""
+
+
+def select() -> Tuple[ModuleType, str]:
+    """The operator set for this process and one line on which it is and why.
+
+    Raises:
+        UserError: QWEN15_KERNELS names a path that does not exist or that this machine cannot run.
+    """
+    forced = os.environ.get("QWEN15_KERNELS", "")
+    if forced and forced not in CHOICES:
+        raise UserError(f"{forced!r} is not a kernel path", where="QWEN15_KERNELS", fix=f"Choose one of {', '.join(CHOICES)}.")
+    if forced == "reference":
+        return importlib.import_module(".reference", __name__), "reference operators (QWEN15_KERNELS=reference)"
+    cpu = importlib.import_module(".cpu", __name__)
+    available, why = cpu.available()
+    if available:
+        return cpu, f"fused kernels, {why}"
+    if forced:
+        raise UserError(f"{forced} kernels cannot be used: {why}", where="QWEN15_KERNELS")
+    return importlib.import_module(".reference", __name__), f"reference operators, slow ({why})"

@@ -1,0 +1,175 @@
+"""The operators in plain MindSpore, all arithmetic in float32: the definition of right for the fused kernels.
+
+Weights and KV cache are held in float32 because MindSpore's CPU backend has no bfloat16 operators but Cast (and reads
+float16 weights seven times slower than float32). Holding a bfloat16 or float16 weight in float32 is exact; a cache kept in
+less than float32 is imitated by rounding what is written to it.
+"""
+
+import mindspore as ms
+from mindspore import nn, ops
+
+
+def weight_dtype(param_init_type: str) -> str:
+    """dtype in which weights of `param_init_type` are held."""
+    return "float32"
+
+
+def cache_dtype(compute_dtype: str) -> str:
+    """dtype in which the KV cache is held."""
+    return "float32"
+
+
+class Embed(nn.Cell):
+    """Rows of the embedding: (T,) -> (T, E)."""
+
+    def construct(self, ids, table):
+        return ops.gather(table, ids, 0)
+
+
+class _Linear(nn.Cell):
+    """x (T, I) times w (O, I) transposed -> (T, O)."""
+
+    def __init__(self):
+        super().__init__()
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x, w):
+        return self.matmul(x, w)
+
+
+class _RMSNorm(nn.Cell):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def construct(self, x, weight):
+        return x * ops.rsqrt(ops.mean(x * x, -1, True) + self.eps) * weight
+
+
+class Qkv(nn.Cell):
+    """RMSNorm, q/k/v projections with bias, rotary embedding (half-split), and the write into the KV cache."""
+
+    def __init__(self, eps: float, num_heads: int, num_kv_heads: int, head_dim: int, compute_dtype: str = "float32"):
+        super().__init__()
+        self.norm = _RMSNorm(eps)
+        self.linear = _Linear()
+        self.heads, self.kv_heads, self.dim = num_heads, num_kv_heads, head_dim
+        self.rounded = getattr(ms, compute_dtype)
+        self.scatter = ops.ScatterNdUpdate()
+
+    def rotate(self, x, cos, sin):
+        """x (T, heads, D): the pair (x[i], x[i + D/2]) turns by its angle (Su et al., 2021, arXiv:2104.09864)."""
+        half = self.dim // 2
+        turned = ops.concat((-x[:, :, half:], x[:, :, :half]), -1)
+        return x * cos + turned * sin
+
+    def construct(self, x, norm, wq, bq, wk, bk, wv, bv, cos, sin, positions, slots, key_cache, value_cache):
+        x = self.norm(x, norm)
+        q = (self.linear(x, wq) + bq).reshape(-1, self.heads, self.dim)
+        k = (self.linear(x, wk) + bk).reshape(-1, self.kv_heads, self.dim)
+        v = (self.linear(x, wv) + bv).reshape(-1, self.kv_heads, self.dim)
+        cos = ops.gather(cos, positions, 0).expand_dims(1)  # (T, 1, D)
+        sin = ops.gather(sin, positions, 0).expand_dims(1)
+        q = self.rotate(q, cos, sin)
+        k = self.rotate(k, cos, sin)
+        block_size = key_cache.shape[1]
+        index = ops.stack((slots // block_size, slots % block_size), 1)
+        k = ops.cast(ops.cast(k, self.rounded), ms.float32)
+        v = ops.cast(ops.cast(v, self.rounded), ms.float32)
+        # The write must come before attention reads the cache: tie the result to it.
+        q = ops.depend(q, self.scatter(key_cache, index, k))
+        q = ops.depend(q, self.scatter(value_cache, index, v))
+        return q.reshape(-1, self.heads * self.dim)
+
+
+class Attention(nn.Cell):
+    """softmax(q k^T / sqrt(D)) v over each token's own sequence, read from the paged cache.
+
+    Every token is scored against every cached token of the batch, and a mask leaves those of its own sequence up to its own
+    position: wasteful, and impossible to get subtly wrong.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = num_heads, num_kv_heads, head_dim
+        self.group = num_heads // num_kv_heads
+        self.scale = head_dim ** -0.5
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.weigh = ops.BatchMatMul()
+
+    def construct(self, q, key_cache, value_cache, query_lens, context_lens, block_tables):
+        tokens = q.shape[0]
+        block_size = key_cache.shape[1]
+        capacity = block_tables.shape[1] * block_size  # cached tokens a block table has room for
+        blocks = ops.maximum(block_tables.reshape(-1), 0)
+        k = ops.gather(key_cache, blocks, 0).reshape(-1, self.kv_heads, self.dim)  # (B * capacity, K, D)
+        v = ops.gather(value_cache, blocks, 0).reshape(-1, self.kv_heads, self.dim)
+
+        ends = ops.cumsum(query_lens, 0)
+        token = ops.arange(0, tokens, 1).astype(ms.int32)
+        sequence = (token.expand_dims(1) >= ends.expand_dims(0)).astype(ms.int32).sum(1)  # (T,)
+        position = token - ops.gather(ends - context_lens, sequence, 0)
+        cached = ops.arange(0, k.shape[0], 1).astype(ms.int32)  # (B * capacity,)
+        own = sequence.expand_dims(1) == (cached // capacity).expand_dims(0)
+        past = position.expand_dims(1) >= (cached % capacity).expand_dims(0)
+        visible = ops.logical_and(own, past)  # (T, B * capacity)
+
+        q = q.reshape(-1, self.kv_heads, self.group, self.dim).transpose(1, 0, 2, 3).reshape(self.kv_heads, -1, self.dim)
+        s = self.scores(q, k.transpose(1, 0, 2)) * self.scale  # (K, T * group, B * capacity)
+        s = s.reshape(self.kv_heads, -1, self.group, k.shape[0])
+        s = ops.where(visible.expand_dims(0).expand_dims(2), s, ms.Tensor(-1e30, ms.float32))
+        p = ops.softmax(s, -1).reshape(self.kv_heads, -1, k.shape[0])
+        out = self.weigh(p, v.transpose(1, 0, 2))  # (K, T * group, D)
+        out = out.reshape(self.kv_heads, -1, self.group, self.dim).transpose(1, 0, 2, 3)
+        return out.reshape(-1, self.heads * self.dim)
+
+
+class Project(nn.Cell):
+    """x (T, I) times w (O, I) transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = _Linear()
+
+    def construct(self, x, w):
+        return self.linear(x, w)
+
+
+class ProjectAdd(nn.Cell):
+    """residual + x times w transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = _Linear()
+
+    def construct(self, x, w, residual):
+        return residual + self.linear(x, w)
+
+
+class GateUp(nn.Cell):
+    """RMSNorm, then silu(x w1^T) * (x w3^T) (SwiGLU; Shazeer, 2020, arXiv:2002.05202)."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.norm = _RMSNorm(eps)
+        self.linear = _Linear()
+
+    def construct(self, x, norm, w1, w3):
+        x = self.norm(x, norm)
+        gate = self.linear(x, w1)
+        return gate * ops.sigmoid(gate) * self.linear(x, w3)
+
+
+class Head(nn.Cell):
+    """Logits (B, V) of each sequence's last token: final RMSNorm, then the output projection."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.norm = _RMSNorm(eps)
+        self.linear = _Linear()
+
+    def construct(self, x, query_lens, norm, w):
+        last = ops.gather(x, ops.cumsum(query_lens, 0) - 1, 0)
+        return self.linear(self.norm(last, norm), w)
