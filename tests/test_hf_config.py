@@ -1,0 +1,85 @@
+"""A model's config.json is read as it stands, and what the network cannot do is refused by name."""
+
+import json
+
+import pytest
+
+from qwen15.errors import UserError
+from qwen15.hf_config import dims_from_hf_config
+
+QWEN_05B = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1024, "intermediate_size": 2816,
+            "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 151936,
+            "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+            "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 32768,
+            "max_window_layers": 21, "hidden_act": "silu", "bos_token_id": 151643, "eos_token_id": [151645, 151643]}
+
+
+def test_the_half_billion_model_is_read():
+    config = dims_from_hf_config(QWEN_05B)
+    assert (config.dims.hidden_size, config.dims.head_dim, config.dims.tie_word_embeddings) == (1024, 64, True)
+    assert (config.rms_norm_eps, config.rope_theta, config.torch_dtype) == (1e-6, 1e6, "bfloat16")
+    assert config.eos_token_ids == (151645, 151643) and config.pad_token_id is None
+
+
+def test_an_absent_tie_means_untied():
+    config = {key: value for key, value in QWEN_05B.items() if key != "tie_word_embeddings"}
+    assert dims_from_hf_config(config).dims.tie_word_embeddings is False
+
+
+def test_folder_and_file_name_the_same_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_05B), encoding="utf-8")
+    assert dims_from_hf_config(tmp_path).dims == dims_from_hf_config(str(tmp_path / "config.json")).dims
+
+
+def test_theta_is_found_where_transformers_5_puts_it():
+    config = dict(QWEN_05B, rope_parameters={"rope_type": "default", "rope_theta": 5e6})
+    del config["rope_theta"]
+    assert dims_from_hf_config(config).rope_theta == 5e6
+
+
+def test_what_transformers_writes_is_accepted():
+    transformers = pytest.importorskip("transformers")
+    ours = dims_from_hf_config(transformers.Qwen2Config(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, num_hidden_layers=2,
+        vocab_size=128, architectures=["Qwen2ForCausalLM"], rope_theta=12345.0).to_dict())
+    assert (ours.dims.head_dim, ours.dims.num_kv_heads, ours.rope_theta) == (16, 2, 12345.0)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"model_type": "qwen2_moe"}, "qwen2_moe"),
+    ({"model_type": "llama"}, "no q/k/v biases"),
+    ({"model_type": None}, "model_type None"),
+    ({"num_experts": 60}, "num_experts 60"),
+    ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"hidden_size": None}, "hidden_size is missing"),
+    ({"hidden_size": -1}, "hidden_size -1"),
+    ({"vocab_size": True}, "vocab_size True"),
+    ({"num_hidden_layers": 2 ** 80}, "num_hidden_layers"),
+    ({"num_key_value_heads": 5}, "not a multiple"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+    ({"rope_theta": float("nan")}, "rope_theta"),
+    ({"torch_dtype": "float8_e4m3fn"}, "float8"),
+    ({"eos_token_id": "x"}, "eos_token_id"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+])
+def test_what_is_not_supported_is_refused_by_name(change, said):
+    with pytest.raises(UserError) as error:
+        dims_from_hf_config(dict(QWEN_05B, **change))
+    assert said in str(error.value) and "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("text, said", [("{", "config.json:1"), ("[1]", "list"), ("[" * 100000, "nested"), ("", "JSON")])
+def test_a_damaged_file_is_named(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        dims_from_hf_config(tmp_path)
+
+
+def test_a_window_that_no_layer_uses_is_no_window():
+    assert dims_from_hf_config(dict(QWEN_05B, use_sliding_window=True, max_window_layers=24)).dims.num_layers == 24
