@@ -1,0 +1,136 @@
+"""The seam between machines: one interface, our network on a CPU and MindFormers' LlamaForCausalLM on Ascend."""
+
+from typing import Callable, Optional, Tuple
+
+import numpy as np
+
+from .config import Config
+from .errors import UserError
+
+
+class Network:
+    """What the engine drives.
+
+    Attributes:
+        vocab_size: V, columns of the logits.
+        rank, ranks: this process among the tensor-parallel ones.
+        supports_cached_prefill: `prefill` may continue sequences that are partly in the KV cache (context_lens > query_lens).
+        note: one line on what runs where.
+    """
+
+    vocab_size: int
+    rank: int = 0
+    ranks: int = 1
+    supports_cached_prefill: bool = True
+    note: str = ""
+
+    def prefill(self, input_ids: np.ndarray, query_lens: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray,
+                slot_mapping: np.ndarray) -> np.ndarray:
+        """Run the new tokens of B sequences and return logits (B, V) float32 of each one's last token.
+
+        Args:
+            input_ids: (T,) int32, the sequences' new tokens one after another, without padding.
+            query_lens: (B,) int32, new tokens of each sequence; they sum to T.
+            context_lens: (B,) int32, length of each sequence, the new tokens included.
+            block_tables: (B, M) int32, blocks of each sequence in order, padded with -1.
+            slot_mapping: (T,) int32, cache slot of each new token.
+        """
+        raise NotImplementedError
+
+    def decode(self, input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray,
+               slot_mapping: np.ndarray) -> np.ndarray:
+        """`prefill` with one new token for each sequence: input_ids, context_lens and slot_mapping are (B,)."""
+        raise NotImplementedError
+
+    def agree(self, ids: np.ndarray) -> np.ndarray:
+        """Rank 0's `ids` (N,) int32 on every rank; the other ranks pass an array of the same size."""
+        return ids
+
+    def find_non_finite(self) -> Optional[str]:
+        """Name of the first weight with NaN or infinity, None when all are finite. Reads every weight."""
+        return None
+
+
+def rope_tables(length: int, head_dim: int, theta: float) -> Tuple[np.ndarray, np.ndarray]:
+    """cos and sin (length, head_dim) float32 of the angles position * theta^(-2i/head_dim), i repeated over both halves.
+
+    The angles are computed in float32, as Hugging Face's Qwen2 does, so that long positions round alike.
+    """
+    inverse = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))).astype(np.float32)
+    angles = np.arange(length, dtype=np.float32)[:, None] * inverse[None, :]
+    angles = np.concatenate((angles, angles), axis=1)
+    return np.cos(angles), np.sin(angles)
+
+
+class CpuNetwork(Network):
+    """Our network (model.py) in MindSpore's graph mode on the CPU."""
+
+    def __init__(self, config: Config, checkpoint: str, tell: Callable[[str], None]):
+        import mindspore as ms
+
+        from . import ops, weights
+        from .model import LlamaForCausalLM
+
+        self._ms = ms
+        ms.set_device("CPU")
+        ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": "O0"})
+        operators, note = ops.select()
+        model = config.model
+        self.ranks = config.parallel.model_parallel if config.parallel.use_parallel else 1
+        if self.ranks > 1:
+            ms.communication.init()
+            self.rank = ms.communication.get_rank()
+        self.vocab_size = model.dims.vocab_size
+        split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
+        self._source = weights.Source(checkpoint, model, operators, self.rank, self.ranks, config.parallel.vocab_emb_dp,
+                                      whole=config.auto_trans_ckpt or self.ranks == 1)
+        cos, sin = rope_tables(model.seq_length, model.dims.head_dim, model.theta)
+        self._cell = LlamaForCausalLM(
+            self._source, operators, model.dims, model.rms_norm_eps, (ms.Tensor(cos), ms.Tensor(sin)),
+            (model.num_blocks, model.block_size), model.compute_dtype, self.ranks, self.rank, split_vocab)
+        tell(self._source.account())
+        dynamic = {1: ms.Tensor(shape=[None], dtype=ms.int32), 2: ms.Tensor(shape=[None, None], dtype=ms.int32)}
+        self._cell.set_inputs(*(dynamic[rank] for rank in (1, 1, 1, 1, 1, 2)))
+        self._cell.set_train(False)
+        self.note = f"CPU, {note}, weights {operators.weight_dtype(model.param_init_type)}, KV cache {model.compute_dtype}"
+        if self.ranks > 1:
+            self._broadcast = ms.ops.Broadcast(0)
+
+    def prefill(self, input_ids, query_lens, context_lens, block_tables, slot_mapping):
+        starts = np.repeat(context_lens - np.cumsum(query_lens, dtype=np.int32), query_lens)
+        positions = np.arange(len(input_ids), dtype=np.int32) + starts
+        return self._run(input_ids, positions, slot_mapping, query_lens, context_lens, block_tables)
+
+    def decode(self, input_ids, context_lens, block_tables, slot_mapping):
+        ones = np.ones_like(context_lens)
+        return self._run(input_ids, context_lens - 1, slot_mapping, ones, context_lens, block_tables)
+
+    def _run(self, *arrays: np.ndarray) -> np.ndarray:
+        tensors = [self._ms.Tensor.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for array in arrays]
+        return self._cell(*tensors).asnumpy()
+
+    def agree(self, ids):
+        if self.ranks == 1:
+            return ids
+        return self._broadcast((self._ms.Tensor(ids),))[0].asnumpy()
+
+    def find_non_finite(self):
+        return self._source.find_non_finite()
+
+
+def build_network(config: Config, checkpoint: str, tell: Callable[[str], None]) -> Network:
+    """The network for `config.device_target`, its weights loaded from `checkpoint`.
+
+    Args:
+        config: the whole configuration.
+        checkpoint: file or folder, as `weights.resolve` found it.
+        tell: receives one line for each thing worth knowing (the account of the weights, casts).
+
+    Raises:
+        UserError: the checkpoint does not fit, or the device cannot be used.
+    """
+    if config.device_target == "Ascend":
+        from .mindformers_network import MindFormersNetwork
+
+        return MindFormersNetwork(config, checkpoint, tell)
+    return CpuNetwork(config, checkpoint, tell)
