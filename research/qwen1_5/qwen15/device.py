@@ -1,0 +1,99 @@
+"""Find out whether this machine has an Ascend card to compute on, without importing MindSpore."""
+
+import glob
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Mapping, Optional, Tuple
+
+from .errors import UserError
+
+ASCEND, CPU, AUTO = "Ascend", "CPU", "auto"
+TARGETS = (AUTO, ASCEND, CPU)
+_CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_AICPU_PATH", "ASCEND_OPP_PATH")
+_CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
+
+
+@dataclass(frozen=True)
+class Ascend:
+    """What was found of an Ascend 910B set-up.
+
+    Attributes:
+        cards: device nodes, `/dev/davinci0`, ...; one per card.
+        cann: CANN's folder, None when there is none.
+        mindspore_plugin: MindSpore's Ascend plugin, None when MindSpore or the plugin is not installed.
+        missing: what keeps Ascend from being used, None when nothing does.
+    """
+
+    cards: Tuple[str, ...]
+    cann: Optional[str]
+    mindspore_plugin: Optional[str]
+    missing: Optional[str]
+
+
+def find_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/") -> Ascend:
+    """Look for cards, CANN and MindSpore's Ascend plugin.
+
+    Args:
+        environ: environment variables; the process's own by default.
+        root: where /dev and /usr/local are looked for.
+    """
+    environ = os.environ if environ is None else environ
+    under = os.path.join(root, "")
+    cards = tuple(sorted(glob.glob(f"{under}dev/davinci[0-9]*"), key=lambda path: (len(path), path)))
+    cann = next((environ[name] for name in _CANN_VARIABLES if environ.get(name) and os.path.isdir(environ[name])), None)
+    if cann is None:
+        cann = next((path for path in (f"{under}{folder.lstrip('/')}" for folder in _CANN_FOLDERS)
+                     if os.path.isdir(path)), None)
+    plugin = _plugin()
+    missing = []
+    if not cards:
+        missing.append("no card (/dev/davinci*)")
+    if cann is None:
+        missing.append("no CANN (ASCEND_HOME_PATH is unset; source its set_env.sh)")
+    if cards and cann and plugin is None:
+        missing.append("no Ascend plugin in the installed MindSpore")
+    return Ascend(cards, cann, plugin, " and ".join(missing) or None)
+
+
+def _plugin() -> Optional[str]:
+    spec = importlib.util.find_spec("mindspore")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    for folder in spec.submodule_search_locations:
+        found = glob.glob(os.path.join(folder, "lib", "plugin", "libmindspore_ascend.so*"))
+        if found:
+            return found[0]
+    return None
+
+
+def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/") -> Tuple[str, str]:
+    """Turn `auto`, `Ascend` or `CPU` into the device to compute on and one line on why.
+
+    `Ascend` that was asked for by name stays Ascend even where there is none, so that graphs can be examined on any machine;
+    `require` refuses to compute on it.
+    """
+    if target == CPU:
+        return CPU, "CPU (asked for)"
+    ascend = find_ascend(environ, root)
+    if target == ASCEND:
+        found = f"{len(ascend.cards)} card(s), CANN {ascend.cann}" if ascend.missing is None else f"but {ascend.missing}"
+        return ASCEND, f"Ascend (asked for; {found})"
+    if ascend.missing is None:
+        return ASCEND, f"Ascend (auto: {len(ascend.cards)} card(s), CANN {ascend.cann})"
+    return CPU, f"CPU (auto: {ascend.missing})"
+
+
+def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
+            root: str = "/") -> None:
+    """Refuse to compute on an Ascend that is not there.
+
+    Raises:
+        UserError: `target` is Ascend and this machine lacks a card, CANN or MindSpore's plugin.
+    """
+    if target != ASCEND:
+        return
+    missing = find_ascend(environ, root).missing
+    if missing:
+        raise UserError(f"device_target Ascend, but this machine has {missing}", where,
+                        "Use --device_target CPU (or auto) here.")
