@@ -1,18 +1,18 @@
 """One checked configuration from defaults, the checkpoint's own config.json, a YAML file and the command line."""
 
-import argparse
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import device, yaml_lines
-from .config_keys import DEVICE, INERT, KEYS, MODEL, USED, convert, find, size_bytes, suggestion, unknown_part
+from .config_flags import Flag, add_flags, flags_from  # noqa: F401  (part of this module's interface)
+from .config_keys import (DEVICE, INERT, KEYS, MODEL, TOKENIZER, USED, convert, find, size_bytes, suggestion,
+                          unknown_part)
 from .errors import UserError
 from .family import looks_like, yaml_name
 from .hf_config import CONFIG_FILE, HfConfig, dims_from_hf_config, read_json
 from .naming import Dims, indivisible
 
-TOKENIZER = "processor.tokenizer."
 _GENERATION_FILE = "generation_config.json"
 _LONGEST_DEFAULT = 8192
 _QWEN_END = 151643
@@ -27,8 +27,8 @@ class ModelConfig:
         dims: the sizes that fix every weight's shape.
         rms_norm_eps, theta: epsilon of RMSNorm, base of the rotary angles.
         seq_length: rows of the rotary table = longest sequence in tokens, prompt included.
-        param_init_type, compute_dtype, layernorm_compute_type, softmax_compute_type, rotary_dtype: 'float32', 'float16' or
-            'bfloat16'. Weights are kept in param_init_type, the KV cache in compute_dtype.
+        param_init_type, compute_dtype, layernorm_compute_type, softmax_compute_type, rotary_dtype: 'float32',
+            'float16' or 'bfloat16'. Weights are kept in param_init_type, the KV cache in compute_dtype.
         block_size, num_blocks: the KV cache holds num_blocks blocks of block_size tokens, shared by all sequences.
         batch_size: sequences that run together.
         eos_token_id: every id that ends a sequence; empty when none is known.
@@ -110,7 +110,7 @@ class Config:
         context: the YAML's `context` section.
         max_device_memory_bytes: what a card may use, None when the YAML does not say.
         effective: every key with its final value, nested as MindFormers wants it.
-        sources: where each dotted key's value came from: `default`, `config.json:/path`, `file.yaml:31` or `--flag`.
+        sources: where each dotted key's value came from: `default`, `/path/config.json`, `file.yaml:31` or `--flag`.
         notes: lines a command should show on stderr: keys without effect, values that override the checkpoint's.
     """
 
@@ -132,87 +132,6 @@ class Config:
     notes: Tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Flag:
-    """A command-line flag that was given: the key it sets, its own name and its value."""
-
-    key: str
-    name: str
-    value: Any
-
-
-def boolean(text: str) -> bool:
-    """argparse type of a flag that takes true or false, in any case."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    raise argparse.ArgumentTypeError(f"wants True or False, not {text!r}")
-
-
-def _device_id(text: str) -> Optional[int]:
-    # The original's default -1 means "the launcher decides", which is what an absent flag means here.
-    return None if text.strip() == "-1" else int(text)
-
-
-_device_id.__name__ = "int"  # argparse names the type in its message
-
-
-@dataclass(frozen=True)
-class FlagField:
-    """One command-line flag that sets one key."""
-
-    name: str
-    key: str
-    type: Callable[[str], Any]
-    help: str
-
-
-FLAG_FIELDS = (
-    FlagField("--run_mode", "run_mode", str, "predict, the only mode of this module"),
-    FlagField("--load_checkpoint", "load_checkpoint", str, "checkpoint: a file, a folder, or a folder with rank_0, rank_1, ..."),
-    FlagField("--auto_trans_ckpt", "auto_trans_ckpt", boolean, "let every rank cut its own slice of a whole checkpoint"),
-    FlagField("--use_parallel", "use_parallel", boolean, "spread the model over model_parallel workers"),
-    FlagField("--vocab_file", TOKENIZER + "vocab_file", str, "the tokenizer's vocab.json"),
-    FlagField("--merges_file", TOKENIZER + "merges_file", str, "the tokenizer's merges.txt"),
-    FlagField("--seq_length", MODEL + "seq_length", int, "longest sequence, prompt included (tokens)"),
-    FlagField("--predict_length", MODEL + "max_decode_length", int, "stop at this TOTAL length, prompt included (tokens)"),
-    FlagField("--max_new_tokens", MODEL + "max_new_tokens", int, "stop after this many new tokens"),
-    FlagField("--use_past", MODEL + "use_past", boolean, "keep keys and values of past tokens (KV cache)"),
-    FlagField("--do_sample", MODEL + "do_sample", boolean, "draw tokens at random; False takes the likeliest"),
-    FlagField("--temperature", MODEL + "temperature", float, "divides the logits before sampling"),
-    FlagField("--top_k", MODEL + "top_k", int, "sample among the k likeliest tokens, 0 for all"),
-    FlagField("--top_p", MODEL + "top_p", float, "sample among the likeliest tokens of this total probability, 1.0 for all"),
-    FlagField("--repetition_penalty", MODEL + "repetition_penalty", float, "1.0 is none"),
-    FlagField("--seed", "seed", int, "makes sampling repeatable"),
-    FlagField("--batch_size", MODEL + "batch_size", int, "sequences that run together"),
-    FlagField("--device_target", "context.device_target", str, "auto, Ascend or CPU"),
-    FlagField("--device_id", "context.device_id", _device_id, "Ascend card; -1 lets the launcher choose"),
-    FlagField("--threads", "context.runtime_num_threads", int, "CPU threads"),
-    FlagField("--train_dataset", "train_dataset.data_loader.dataset_dir", str, "accepted, no effect in prediction"),
-    FlagField("--eval_dataset", "eval_dataset.data_loader.dataset_dir", str, "accepted, no effect in prediction"),
-    FlagField("--optimizer_parallel", "parallel.enable_parallel_optimizer", boolean, "accepted, no effect in prediction"),
-    FlagField("--remote_save_url", "remote_save_url", str, "accepted, no effect in prediction"),
-)
-"""The flags of the original run_qwen1_5.py that set a key, and ours. A flag that is not given sets nothing."""
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --config, every flag of `FLAG_FIELDS`, --options and --print_config to `parser`."""
-    group = parser.add_argument_group("configuration", "each of these overrides the YAML; one that is not given leaves it alone")
-    group.add_argument("--config", metavar="YAML", help="predict_qwen1_5_*.yaml")
-    for field in FLAG_FIELDS:
-        group.add_argument(field.name, type=field.type, default=argparse.SUPPRESS, help=field.help,
-                           metavar="True|False" if field.type is boolean else field.name[2:].upper())
-    group.add_argument("--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE",
-                       help="any key of the YAML by its dotted name: model.model_config.num_blocks=256")
-    group.add_argument("--print_config", action="store_true", help="show every value and where it came from, and stop")
-
-
-def flags_from(namespace: argparse.Namespace) -> List[Flag]:
-    """The flags of `FLAG_FIELDS` that were given."""
-    given = ((field, getattr(namespace, field.name[2:], None)) for field in FLAG_FIELDS)
-    return [Flag(field.key, field.name, value) for field, value in given if value is not None]
-
-
 def checkpoint_folders(path: str) -> List[str]:
     """Folders in which a checkpoint's own config.json, vocab.json and merges.txt may lie, nearest first.
 
@@ -231,14 +150,14 @@ def load_config(yaml_path: str, flags: Sequence[Flag] = (), options: Sequence[st
                 environ: Optional[Mapping[str, str]] = None) -> Config:
     """Read and check a configuration.
 
-    Values come from, each overriding the one before: defaults, the checkpoint's config.json and generation_config.json, the YAML,
-    the command line.
+    Values come from, each overriding the one before: defaults, the checkpoint's config.json and generation_config.json,
+    the YAML, the command line.
 
     Args:
         yaml_path: the YAML file.
         flags: flags that were given.
         options: `dotted.key=value` settings; the value is YAML.
-        environ: environment variables of the launcher (MS_WORKER_NUM, RANK_SIZE, DEVICE_ID); the process's own by default.
+        environ: the launcher's variables (MS_WORKER_NUM, RANK_SIZE, DEVICE_ID); by default this process's environment.
 
     Raises:
         UserError: an unknown key, a wrong type, a contradiction; with file and line or the flag, and what to do.
@@ -270,7 +189,8 @@ class _Values:
             key, equals, text = option.partition("=")
             key = key.strip()
             if not equals or not key:
-                raise UserError(f"{option!r} is not KEY=VALUE", "--options", "Example: model.model_config.num_blocks=256")
+                raise UserError(f"{option!r} is not KEY=VALUE", "--options",
+                                "Example: model.model_config.num_blocks=256")
             try:
                 value, plain = yaml_lines.scalar(text)
             except ValueError as error:
@@ -279,8 +199,8 @@ class _Values:
 
     def _take_once(self, given: Dict[str, Tuple[str, Any]], key: str, value: Any, where: str, plain: bool) -> None:
         if key in given and given[key][1] != value:
-            raise UserError(f"{key} is given twice on the command line: {given[key][1]} by {given[key][0]} and {value} by {where}",
-                            fix="Keep one of them.")
+            raise UserError(f"{key} is given twice: {given[key][1]} by {given[key][0]} and {value} by {where}",
+                            "command line", "Keep one of them.")
         given[key] = (where, value)
         self._take(key, value, where, plain, {})
 
@@ -336,17 +256,17 @@ class _Builder:
         return self.pick(MODEL + name, *fallbacks)
 
     def place(self, name: str) -> str:
-        """`seq_length 8192 (file.yaml:31)`, for messages about two values."""
-        return f"{name.rpartition('.')[2]} {_plainly(self.final[name])} ({self.sources[name]})"
+        """`seq_length 8192 (file.yaml:31)` of a model_config key, for messages about two values."""
+        return f"{name} {_plainly(self.final[MODEL + name])} ({self.sources[MODEL + name]})"
 
     def from_hf(self, value: Any) -> Tuple[Any, str]:
-        return (value, f"{CONFIG_FILE}:{self.hf.where}") if self.hf is not None else (None, "")
+        return (value, self.hf.where) if self.hf is not None else (None, "")
 
     def from_hf_generation(self, name: str) -> Tuple[Any, str]:
         """A setting of generation_config.json, checked like one of the YAML."""
         value = self.hf_generation.get(name)
         try:
-            return convert(KEYS[MODEL + name], value), f"{_GENERATION_FILE}:{self.hf_generation_path}"
+            return convert(KEYS[MODEL + name], value), self.hf_generation_path
         except ValueError as error:
             raise UserError(f"{name} {error}", self.hf_generation_path) from None
 
@@ -403,9 +323,10 @@ class _Builder:
         self.sources["load_checkpoint"] = self.values.places.get("load_checkpoint", "default")
         self._note_inert(device_target)
         effective = self._effective()
-        return Config(model=model, generation=generation, parallel=parallel, tokenizer=tokenizer, device_target=device_target,
-                      device_note=device_note, device_id=device_id, threads=threads, load_checkpoint=self.checkpoint,
-                      auto_trans_ckpt=auto_trans, run_mode=run_mode, context=effective.get("context", {}),
+        return Config(model=model, generation=generation, parallel=parallel, tokenizer=tokenizer,
+                      device_target=device_target, device_note=device_note, device_id=device_id, threads=threads,
+                      load_checkpoint=self.checkpoint, auto_trans_ckpt=auto_trans, run_mode=run_mode,
+                      context=effective.get("context", {}),
                       max_device_memory_bytes=None if memory is None else size_bytes(memory), effective=effective,
                       sources=dict(self.sources), notes=tuple(self.notes))
 
@@ -417,16 +338,17 @@ class _Builder:
         workers, variable = self._workers()
         if use and (data > 1 or stages > 1):
             name = "data_parallel" if data > 1 else "pipeline_stage"
-            raise UserError(f"data_parallel {data} x model_parallel {model} x pipeline_stage {stages} = {data * model * stages} "
-                            "workers, but prediction runs over model_parallel only",
+            raise UserError(f"data_parallel {data} x model_parallel {model} x pipeline_stage {stages} = "
+                            f"{data * model * stages} workers, but prediction runs over model_parallel only",
                             self.sources[f"parallel_config.{name}"], f"Set {name} to 1.")
         if use and workers is not None and workers != model:
-            raise UserError(f"model_parallel {model} needs {model} worker(s), but {workers} were started ({variable}={workers})",
-                            self.sources["parallel_config.model_parallel"],
+            raise UserError(f"model_parallel {model} needs {model} worker(s), but {workers} were started "
+                            f"({variable}={workers})", self.sources["parallel_config.model_parallel"],
                             f"Start {model}, or set --options parallel_config.model_parallel={workers}")
         if not use and workers is not None and workers > 1:
-            raise UserError(f"use_parallel is False, but {workers} workers were started ({variable}={workers}); each would run the "
-                            "whole model", self.sources["use_parallel"], "Set --use_parallel True, or start one worker.")
+            raise UserError(f"use_parallel is False, but {workers} workers were started ({variable}={workers}); each "
+                            "would run the whole model", self.sources["use_parallel"],
+                            "Set --use_parallel True, or start one worker.")
         return ParallelConfig(use, data, model if use else 1, stages, whole)
 
     def _workers(self) -> Tuple[Optional[int], str]:
@@ -439,8 +361,8 @@ class _Builder:
     def _dims(self) -> Dims:
         hf = self.hf.dims if self.hf is not None else None
         named = (("hidden_size", "hidden_size"), ("num_layers", "num_layers"), ("num_heads", "num_heads"),
-                 ("n_kv_heads", "num_kv_heads"), ("intermediate_size", "intermediate_size"), ("vocab_size", "vocab_size"),
-                 ("tie_word_embeddings", "tie_word_embeddings"))
+                 ("n_kv_heads", "num_kv_heads"), ("intermediate_size", "intermediate_size"),
+                 ("vocab_size", "vocab_size"), ("tie_word_embeddings", "tie_word_embeddings"))
         sizes = {}
         for key, field in named:
             sizes[field] = self.model(key, self.from_hf(getattr(hf, field, None)))
@@ -456,18 +378,20 @@ class _Builder:
         if hf is not None:
             self._compare(named, sizes, hf)
         if sizes["num_heads"] % sizes["num_kv_heads"]:
-            raise UserError(f"{self.place(MODEL + 'num_heads')} is not a multiple of {self.place(MODEL + 'n_kv_heads')}",
+            raise UserError(f"{self.place('num_heads')} is not a multiple of {self.place('n_kv_heads')}",
                             fix=_size_hint(sizes))
         if hf is None and sizes["hidden_size"] % sizes["num_heads"]:
-            raise UserError(f"{self.place(MODEL + 'hidden_size')} is not divisible by {self.place(MODEL + 'num_heads')}",
+            raise UserError(f"{self.place('hidden_size')} is not divisible by {self.place('num_heads')}",
                             fix=_size_hint(sizes))
         head_dim = hf.head_dim if hf is not None else sizes["hidden_size"] // sizes["num_heads"]
         if head_dim % 2:
-            raise UserError(f"head size {head_dim} = {self.place(MODEL + 'hidden_size')} / {self.place(MODEL + 'num_heads')} is odd; "
+            raise UserError(f"head size {head_dim} = {self.place('hidden_size')} / {self.place('num_heads')} is odd; "
                             "rotary embedding turns pairs", fix=_size_hint(sizes))
-        if self.final["context.device_target"] == device.ASCEND and head_dim * sizes["num_heads"] != sizes["hidden_size"]:
-            raise UserError(f"head_dim {head_dim} x num_heads {sizes['num_heads']} is not hidden_size {sizes['hidden_size']}; "
-                            "MindFormers' LlamaForCausalLM wants it to be", self.hf.where, "Use --device_target CPU.")
+        width = head_dim * sizes["num_heads"]
+        if self.final["context.device_target"] == device.ASCEND and width != sizes["hidden_size"]:
+            raise UserError(f"head_dim {head_dim} x num_heads {sizes['num_heads']} = {width} is not hidden_size "
+                            f"{sizes['hidden_size']}, as MindFormers' LlamaForCausalLM takes for granted",
+                            self.hf.where, "Use --device_target CPU.")
         return Dims(head_dim=head_dim, **sizes)
 
     def _compare(self, named: Sequence[Tuple[str, str]], sizes: Mapping[str, Any], hf: Dims) -> None:
@@ -500,7 +424,8 @@ class _Builder:
         eps = self.model("rms_norm_eps", self.from_hf(getattr(hf, "rms_norm_eps", None)), (1e-6, "default"))
         theta = self.model("theta", self.from_hf(getattr(hf, "rope_theta", None)), (1e6, "default"))
         longest = getattr(hf, "max_position_embeddings", None)
-        seq_length = self.model("seq_length", self.from_hf(longest and min(longest, _LONGEST_DEFAULT)), (_LONGEST_DEFAULT, "default"))
+        seq_length = self.model("seq_length", self.from_hf(longest and min(longest, _LONGEST_DEFAULT)),
+                                (_LONGEST_DEFAULT, "default"))
         stored = getattr(hf, "torch_dtype", None)
         param = self.model("param_init_type", self.from_hf(stored), ("bfloat16", "default"))
         compute = self.model("compute_dtype", (param, f"default (= param_init_type {param})"))
@@ -510,23 +435,23 @@ class _Builder:
         needed = -(-seq_length // block_size)
         num_blocks = self.model("num_blocks", (needed * batch_size, "default (batch_size sequences of seq_length)"))
         if seq_length > block_size * num_blocks:
-            raise UserError(f"{self.place(MODEL + 'seq_length')} is longer than the KV cache: {self.place(MODEL + 'block_size')} x "
-                            f"{self.place(MODEL + 'num_blocks')} = {block_size * num_blocks} tokens",
+            raise UserError(f"{self.place('seq_length')} is longer than the KV cache: {self.place('block_size')} x "
+                            f"{self.place('num_blocks')} = {block_size * num_blocks} tokens",
                             fix=f"Set --options {MODEL}num_blocks={needed}, or --seq_length {block_size * num_blocks}")
         if device_target == device.ASCEND and seq_length % block_size:
-            raise UserError(f"{self.place(MODEL + 'seq_length')} is not a multiple of {self.place(MODEL + 'block_size')}, which "
-                            "the block tables on Ascend want", fix=f"Set --seq_length {needed * block_size}")
+            raise UserError(f"{self.place('seq_length')} is not a multiple of {self.place('block_size')}, which the "
+                            "block tables on Ascend want", fix=f"Set --seq_length {needed * block_size}")
         table = self.model("max_position_embedding", (seq_length, "default"))
         if table < seq_length:
-            raise UserError(f"{self.place(MODEL + 'max_position_embedding')} is less than {self.place(MODEL + 'seq_length')}",
+            raise UserError(f"{self.place('max_position_embedding')} is less than {self.place('seq_length')}",
                             fix=f"Remove max_position_embedding, or set --seq_length {table}")
         self._note_overrides(eps, theta, seq_length, param)
         eos, pad, bos = self._token_ids(dims.vocab_size)
         names = ("layernorm_compute_type", "softmax_compute_type", "is_dynamic", "use_flash_attention", "qkv_concat")
         return ModelConfig(dims=dims, rms_norm_eps=eps, theta=theta, seq_length=seq_length, param_init_type=param,
-                           compute_dtype=compute, rotary_dtype=rotary, use_past=self._use_past(), block_size=block_size,
-                           num_blocks=num_blocks, batch_size=batch_size, pad_token_id=pad, bos_token_id=bos, eos_token_id=eos,
-                           **{name: self.model(name) for name in names})
+                           compute_dtype=compute, rotary_dtype=rotary, use_past=self._use_past(),
+                           block_size=block_size, num_blocks=num_blocks, batch_size=batch_size, pad_token_id=pad,
+                           bos_token_id=bos, eos_token_id=eos, **{name: self.model(name) for name in names})
 
     def _use_past(self) -> bool:
         """The key stands in two places in the original's guide; both must agree, and the flag beats both."""
@@ -546,13 +471,12 @@ class _Builder:
         eos = self.model("eos_token_id", self.from_hf_generation("eos_token_id"),
                          self.from_hf(getattr(hf, "eos_token_ids", None) or None),
                          ((_QWEN_IM_END, _QWEN_END) if is_qwen else (), "default"))
-        pad = self.model("pad_token_id", self.from_hf_generation("pad_token_id"), self.from_hf(getattr(hf, "pad_token_id", None)),
-                         (_QWEN_END if is_qwen else eos[0] if eos else 0, "default"))
-        bos = self.model("bos_token_id", self.from_hf_generation("bos_token_id"), self.from_hf(getattr(hf, "bos_token_id", None)),
-                         (_QWEN_END if is_qwen else eos[0] if eos else 0, "default"))
+        end = _QWEN_END if is_qwen else eos[0] if eos else 0
+        pad, bos = (self.model(name, self.from_hf_generation(name), self.from_hf(getattr(hf, name, None)),
+                               (end, "default")) for name in ("pad_token_id", "bos_token_id"))
         for name, ids in (("eos_token_id", eos), ("pad_token_id", (pad,)), ("bos_token_id", (bos,))):
             if any(token >= vocab_size for token in ids):
-                raise UserError(f"{self.place(MODEL + name)} is not in the vocabulary of {self.place(MODEL + 'vocab_size')}",
+                raise UserError(f"{self.place(name)} is not in the vocabulary of {self.place('vocab_size')}",
                                 fix="Does the configuration belong to this model?")
         if not eos:
             self.notes.append("no eos_token_id is known: every answer runs to its length limit")
@@ -563,22 +487,20 @@ class _Builder:
         picked = {name: self.model(name, self.from_hf_generation(name)) for name in names}
         max_length = self.model("max_decode_length", (model.seq_length, "default (= seq_length)"))
         if max_length > model.seq_length:
-            raise UserError(f"{self.place(MODEL + 'max_decode_length')} (total length, --predict_length) is over "
-                            f"{self.place(MODEL + 'seq_length')}",
+            raise UserError(f"{self.place('max_decode_length')}, the total length, is over {self.place('seq_length')}",
                             fix=f"Set --predict_length {model.seq_length}, or raise --seq_length")
         max_new = self.model("max_new_tokens")
         if max_new is not None and max_new >= max_length:
-            self.notes.append(f"{self.place(MODEL + 'max_new_tokens')} cannot be reached: {self.place(MODEL + 'max_decode_length')} "
-                              "is the total length, prompt included; raise it with --predict_length")
+            self.notes.append(f"{self.place('max_new_tokens')} cannot be reached: {self.place('max_decode_length')} is "
+                              "the total length, prompt included; raise it with --predict_length")
         return GenerationConfig(max_length=max_length, max_new_tokens=max_new, seed=self.pick("seed"), **picked)
 
     def _tokenizer(self) -> TokenizerConfig:
         files = {name: self._tokenizer_file(name, beside) for name, beside in
                  (("vocab_file", "vocab.json"), ("merges_file", "merges.txt"))}
         options = {name[len(TOKENIZER):]: value for name, value in self.values.entries.items()
-                   if name.startswith(TOKENIZER) and KEYS[name].role == USED and KEYS[name].kind != "path" and value is not None}
-        for name in options:
-            self.sources[TOKENIZER + name] = self.values.places[TOKENIZER + name]
+                   if name.startswith(TOKENIZER) and KEYS[name].role == USED and KEYS[name].kind != "path"
+                   and value is not None}
         return TokenizerConfig(options=options, **files)
 
     def _tokenizer_file(self, name: str, file_name: str) -> Optional[str]:
@@ -618,12 +540,12 @@ class _Builder:
             return
         for name, mine, theirs in (("rms_norm_eps", eps, hf.rms_norm_eps), ("theta", theta, hf.rope_theta)):
             if mine != theirs:
-                self.notes.append(f"{self.place(MODEL + name)} overrides {theirs:g} of {hf.where}")
+                self.notes.append(f"{self.place(name)} overrides {theirs:g} of {hf.where}")
         if hf.max_position_embeddings is not None and seq_length > hf.max_position_embeddings:
-            self.notes.append(f"{self.place(MODEL + 'seq_length')} is longer than the {hf.max_position_embeddings} tokens the model was "
-                              f"made for ({hf.where})")
+            self.notes.append(f"{self.place('seq_length')} is longer than the {hf.max_position_embeddings} tokens the "
+                              f"model was made for ({hf.where})")
         if hf.torch_dtype is not None and param != hf.torch_dtype:
-            self.notes.append(f"{self.place(MODEL + 'param_init_type')}: the checkpoint's {hf.torch_dtype} weights are converted "
+            self.notes.append(f"{self.place('param_init_type')}: the checkpoint's {hf.torch_dtype} weights are converted "
                               "when they are loaded")
 
     def _note_inert(self, device_target: str) -> None:
@@ -659,8 +581,11 @@ def describe(config: Config) -> str:
     rows = []
     for name, value in sorted(_flatten(config.effective)):
         row = find(name)
-        remark = {INERT: "  (no effect)", DEVICE: "" if config.device_target == device.ASCEND else "  (Ascend only)"}.get(
-            row.role if row else USED, "")
+        remark = ""
+        if row is not None and row.role == INERT:
+            remark = "  (no effect)"
+        elif row is not None and row.role == DEVICE and config.device_target != device.ASCEND:
+            remark = "  (Ascend only)"
         rows.append((f"{name} = {value!r}" if isinstance(value, str) else f"{name} = {value}",
                      f"{config.sources.get(name, 'default')}{remark}"))
     width = min(max(len(left) for left, _ in rows), 72)
@@ -691,7 +616,7 @@ def _plainly(value: Any) -> str:
 
 
 def _is_placeholder(path: str) -> bool:
-    """`/path/vocab.json`, `/{path}/vocab.json`, `path/vocab.json`: what the shipped YAML files have before they are edited."""
+    """`/path/vocab.json`, `/{path}/vocab.json`, `path/vocab.json`: what YAML files have before they are edited."""
     return path.strip("/").split("/")[0] in ("path", "{path}")
 
 

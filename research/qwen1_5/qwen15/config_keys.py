@@ -7,11 +7,13 @@ from .device import TARGETS
 from .errors import did_you_mean
 
 USED, DEVICE, FIXED, INERT = "used", "device", "fixed", "inert"
-"""What a key does. USED: this module reads it. DEVICE: handed to MindSpore or MindFormers on Ascend, no effect on CPU. FIXED: only
-the listed values are supported. INERT: accepted because files of the original module have it; predicting does not read it."""
+"""What a key does. USED: this module reads it. DEVICE: handed to MindSpore or MindFormers on Ascend, no effect on CPU.
+FIXED: only the listed values are supported. INERT: accepted because files of the original module have it; predicting
+does not read it."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 MODEL = "model.model_config."
+TOKENIZER = "processor.tokenizer."
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ _ROWS = [
     Key("parallel_config.gradient_aggregation_group", "int", DEVICE, low=1),
     Key("parallel_config.context_parallel", "int", FIXED, allowed=(1,)),
     Key("parallel_config.expert_parallel", "int", FIXED, allowed=(1,)),
-    *_each("parallel_config.", "use_seq_parallel optimizer_shard seq_split_num context_parallel_algo ulysses_degree_in_cp "
-                               "mem_coeff recompute", "any", INERT),
+    *_each("parallel_config.", "use_seq_parallel optimizer_shard seq_split_num context_parallel_algo mem_coeff "
+                               "recompute ulysses_degree_in_cp", "any", INERT),
 
     _model("type", "str", FIXED, allowed=("LlamaConfig",)),
     Key("model.arch.type", "str", FIXED, allowed=("LlamaForCausalLM",)),
@@ -115,25 +117,25 @@ _ROWS = [
     _model("quant_config", "any", FIXED, allowed=(None, {})),
     _model("checkpoint_name_or_path", "str", FIXED, allowed=("", None)),
     *_each(MODEL, "use_rope_slice fused_rms_norm residual_dtype embedding_init_type use_attn_mask_compression "
-                  "rmsnorm_compute_2d compute_in_2d init_method_std llm_backend parallel_decoding_params", "any", DEVICE),
-    *_each(MODEL, "emb_dropout_prob max_position_embeddings rotary_pct rotary_emb_base kv_channels use_past_shard use_kbk_infer "
-                  "use_paged_attention auto_map multiple_of ffn_dim_multiplier ignore_token_id parallel_optimizer "
-                  "fine_grain_interleave pp_interleave_num use_ring_attention use_eod_attn_mask_compression "
+                  "rmsnorm_compute_2d init_method_std llm_backend parallel_decoding_params", "any", DEVICE),
+    *_each(MODEL, "emb_dropout_prob max_position_embeddings rotary_pct rotary_emb_base kv_channels use_past_shard "
+                  "use_kbk_infer compute_in_2d use_paged_attention auto_map multiple_of ffn_dim_multiplier "
+                  "ignore_token_id parallel_optimizer fine_grain_interleave pp_interleave_num use_ring_attention use_eod_attn_mask_compression "
                   "input_sliced_sig calculate_per_token_loss chunk_prefill hidden_act initializer_range "
                   "hidden_dropout attention_dropout pet_config", "any", INERT),
 
     Key("processor.type", "str", INERT),
     Key("processor.return_tensors", "str", INERT),
-    Key("processor.tokenizer.type", "str", FIXED, allowed=("Qwen2Tokenizer",)),
-    Key("processor.tokenizer.vocab_file", "path"),
-    Key("processor.tokenizer.merges_file", "path"),
-    Key("processor.tokenizer.model_max_length", "int", low=1),
-    *_each("processor.tokenizer.", "unk_token bos_token eos_token pad_token errors padding_side truncation_side", "str", USED),
-    Key("processor.tokenizer.chat_template", "str"),
-    *_each("processor.tokenizer.", "add_prefix_space add_bos_token add_eos_token split_special_tokens "
+    Key(TOKENIZER + "type", "str", FIXED, allowed=("Qwen2Tokenizer",)),
+    Key(TOKENIZER + "vocab_file", "path"),
+    Key(TOKENIZER + "merges_file", "path"),
+    Key(TOKENIZER + "model_max_length", "int", low=1),
+    *_each(TOKENIZER, "unk_token bos_token eos_token pad_token errors padding_side truncation_side", "str", USED),
+    Key(TOKENIZER + "chat_template", "str"),
+    *_each(TOKENIZER, "add_prefix_space add_bos_token add_eos_token split_special_tokens "
                                    "clean_up_tokenization_spaces", "bool", USED),
-    Key("processor.tokenizer.additional_special_tokens", "list"),
-    *_each("processor.tokenizer.", "auto_register tokenizer_class", "any", DEVICE),
+    Key(TOKENIZER + "additional_special_tokens", "list"),
+    *_each(TOKENIZER, "auto_register tokenizer_class", "any", DEVICE),
 
     Key("context.device_target", "str", allowed=TARGETS, default="auto"),
     Key("context.device_id", "int", low=0),
@@ -143,10 +145,10 @@ _ROWS = [
     Key("context.ascend_config", "section", DEVICE),
     Key("context.jit_config", "section", DEVICE),
     *_each("context.", "save_graphs save_graphs_path max_call_depth mempool_block_size memory_optimize_level "
-                       "enable_graph_kernel graph_kernel_flags jit_level deterministic enable_compile_cache compile_cache_path "
-                       "save_compile_cache load_compile_cache op_timeout pynative_synchronize debug_level precompile_only "
-                       "inter_op_parallel_num affinity_cpu_list disable_format_transform infer_boost "
-                       "variable_memory_max_size enable_reduce_precision print_file_path env_config_path check_bprop "
+                       "enable_graph_kernel graph_kernel_flags jit_level deterministic enable_compile_cache "
+                       "compile_cache_path save_compile_cache load_compile_cache op_timeout pynative_synchronize "
+                       "debug_level precompile_only inter_op_parallel_num affinity_cpu_list disable_format_transform "
+                       "infer_boost variable_memory_max_size enable_reduce_precision print_file_path env_config_path check_bprop "
                        "reserve_class_name_in_scope grad_for_scalar aoe_tune_mode auto_tune_mode "
                        "dataset_broadcast_opt_level", "any", DEVICE),
     *_each("context.", "aoe_config gpu_config memory_offload", "section", DEVICE),
@@ -161,14 +163,15 @@ _ROWS = [
 
     *_each("", "load_ckpt_format load_ckpt_async resume_training remote_save_url micro_batch_interleave_num do_eval "
                "eval_step_interval eval_epoch_interval ignore_data_skip data_skip_steps auto_tune filepath_prefix "
-               "autotune_per_step profile profile_start_step profile_stop_step init_start_profile profile_communication "
-               "profile_memory profile_rank_ids profile_pipeline profile_level mstx layer_scale layer_decay lr_scale "
-               "lr_scale_factor remove_redundancy print_separate_loss save_file input_data predict_batch_size adapter_id "
-               "callbacks eval_callbacks train_precision_sync infer_precision_sync postprocess_use_numpy "
+               "autotune_per_step profile profile_start_step profile_stop_step init_start_profile "
+               "profile_communication profile_memory profile_rank_ids profile_pipeline profile_level mstx "
+               "layer_scale layer_decay lr_scale lr_scale_factor remove_redundancy print_separate_loss save_file input_data predict_batch_size "
+               "adapter_id callbacks eval_callbacks train_precision_sync infer_precision_sync postprocess_use_numpy "
                "exclude_cann_cpu balanced_load use_legacy_format", "any", INERT),
     Key("moe_config.expert_num", "int", FIXED, allowed=(1,)),
-    *_each("", "trainer runner_config runner_wrapper optimizer lr_schedule train_dataset train_dataset_task eval_dataset "
-               "eval_dataset_task metric recompute_config swap_config monitor_config moe_config", "section", INERT),
+    *_each("", "trainer runner_config runner_wrapper optimizer lr_schedule train_dataset train_dataset_task "
+               "eval_dataset eval_dataset_task metric recompute_config swap_config monitor_config moe_config", "section",
+           INERT),
 ]
 
 KEYS: Dict[str, Key] = {row.name: row for row in _ROWS}

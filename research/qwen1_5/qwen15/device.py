@@ -70,14 +70,14 @@ def _plugin() -> Optional[str]:
 def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/") -> Tuple[str, str]:
     """Turn `auto`, `Ascend` or `CPU` into the device to compute on and one line on why.
 
-    `Ascend` that was asked for by name stays Ascend even where there is none, so that graphs can be examined on any machine;
-    `require` refuses to compute on it.
+    `Ascend` that was asked for by name stays Ascend even where there is none, so that graphs can be examined on any
+    machine; `require` refuses to compute on it.
     """
     if target == CPU:
         return CPU, "CPU (asked for)"
     ascend = find_ascend(environ, root)
     if target == ASCEND:
-        found = f"{len(ascend.cards)} card(s), CANN {ascend.cann}" if ascend.missing is None else f"but {ascend.missing}"
+        found = f"but {ascend.missing}" if ascend.missing else f"{len(ascend.cards)} card(s), CANN {ascend.cann}"
         return ASCEND, f"Ascend (asked for; {found})"
     if ascend.missing is None:
         return ASCEND, f"Ascend (auto: {len(ascend.cards)} card(s), CANN {ascend.cann})"

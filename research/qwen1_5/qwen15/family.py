@@ -5,7 +5,8 @@ from typing import Dict, Mapping, Optional
 from .naming import Dims
 
 
-def _dims(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool = False) -> Dims:
+def _dims(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int,
+          tied: bool = False) -> Dims:
     return Dims(hidden_size=hidden, intermediate_size=intermediate, num_layers=layers, num_heads=heads,
                 num_kv_heads=kv_heads, head_dim=hidden // heads, vocab_size=vocab, tie_word_embeddings=tied)
 

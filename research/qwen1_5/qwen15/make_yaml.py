@@ -53,7 +53,7 @@ def render(recipe: Recipe) -> str:
     unk, eos_token, pad = recipe.tokens
     lines = [
         f"# {recipe.title}",
-        "# Every value can be set on the command line; --print_config shows which one counts. See docs/configuration.md.",
+        "# --print_config shows every value and where it came from. All keys: docs/configuration.md.",
         "seed: 0",
         "load_checkpoint: ''            # converted checkpoint: a file, a folder, or a folder with rank_0, rank_1, ...",
         "auto_trans_ckpt: False         # True: each rank cuts its slice out of a whole checkpoint",
@@ -61,7 +61,7 @@ def render(recipe: Recipe) -> str:
         f"use_parallel: {parallel}",
         "run_mode: 'predict'",
         "",
-        f"# {recipe.model_parallel} worker{'s' if parallel else ''}" + (", when use_parallel is True" if parallel else ""),
+        f"# {recipe.model_parallel} workers, when use_parallel is True" if parallel else "# one worker",
         "parallel_config:",
         "  data_parallel: 1",
         f"  model_parallel: {recipe.model_parallel}",
@@ -97,8 +97,8 @@ def render(recipe: Recipe) -> str:
         "    use_flash_attention: True",
         "    qkv_concat: False",
         f"    block_size: {recipe.block_size}",
-        f"    num_blocks: {recipe.num_blocks}"
-        f"              # KV cache: {recipe.block_size} x {recipe.num_blocks} = {recipe.block_size * recipe.num_blocks} tokens",
+        f"    num_blocks: {recipe.num_blocks}              # KV cache: block_size x num_blocks = "
+        f"{recipe.block_size * recipe.num_blocks} tokens",
         f"    max_decode_length: {recipe.max_decode_length}       # total length, prompt included",
         *(f"    {key}: {value}" for key, value in recipe.sampling),
         "  arch:",

@@ -43,8 +43,8 @@ def read(path: str) -> Document:
     """Read the YAML file `path`.
 
     Raises:
-        UserError: the file is missing, is not UTF-8 or not YAML, its top is not a mapping, or a key is given twice; with
-            file and line.
+        UserError: the file is missing, is not UTF-8 or not YAML, its top is not a mapping, or a key is given twice;
+            with file and line.
     """
     try:
         if os.path.isdir(path):
@@ -108,7 +108,8 @@ def scalar(text: str) -> Tuple[Any, bool]:
 def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str, prefix: str, sections: Dict[str, str],
           depth: int) -> Iterator[Entry]:
     if depth > _DEEPEST:
-        raise UserError(f"sections nested more than {_DEEPEST} deep", _where(path, node), "Does an alias point at itself?")
+        raise UserError(f"sections nested more than {_DEEPEST} deep", _where(path, node),
+                        "Does an alias point at itself?")
     for name, name_node, value_node in _pairs(loader, node, path):
         key = f"{prefix}{name}"
         where = _where(path, name_node)
