@@ -1,0 +1,104 @@
+"""Change the dtype of weights, counting what does not survive; bfloat16 travels as its bits in uint16."""
+
+from dataclasses import dataclass
+from typing import Iterator, Tuple
+
+import numpy as np
+
+from .tensors import NUMPY_DTYPES
+
+FLOATS = ("F32", "F16", "BF16")
+_CHUNK_ELEMENTS = 1 << 22
+"""Elements converted at once: the float32 intermediate stays at 16 MiB whatever the tensor's size."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """What casts did to `values` numbers: became 0 without being 0, became infinite without being infinite."""
+
+    tensors: int = 0
+    values: int = 0
+    to_zero: int = 0
+    overflowed: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.tensors + other.tensors, self.values + other.values, self.to_zero + other.to_zero,
+                     self.overflowed + other.overflowed)
+
+    def __str__(self) -> str:
+        return f"{self.tensors} tensors, {self.to_zero} values became 0, {self.overflowed} overflowed"
+
+
+def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Exact float32 values of an array of dtype 'F32', 'F16' or 'BF16' (uint16 bits)."""
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values rounded to nearest even in `dtype`; NaN stays NaN."""
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16)
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Rounding could carry a NaN's mantissa over into infinity or zero: keep its sign and set the quiet bit instead.
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)
+
+
+def cast(array: np.ndarray, source: str, target: str) -> Tuple[np.ndarray, Count]:
+    """`array` of dtype `source` as `target`, both of FLOATS, and what the cast did."""
+    out = np.empty(array.shape, NUMPY_DTYPES[target])
+    flat_out, count = out.reshape(-1), Count(1, array.size)
+    for start, chunk in _chunks(array):
+        values = to_float32(chunk, source)
+        made = from_float32(values, target)
+        flat_out[start:start + chunk.size] = made
+        back = to_float32(made, target)
+        count += Count(0, 0, int(np.count_nonzero((back == 0) & (values != 0))),
+                       int(np.count_nonzero(np.isinf(back) & np.isfinite(values))))
+    return out, count
+
+
+def exact(array: np.ndarray, source: str, target: str) -> np.ndarray:
+    """`array` as `target` where that loses nothing: the same dtype, or float32 from a 16-bit one."""
+    if source == target:
+        return array
+    if target != "F32":
+        raise ValueError(f"{source} -> {target} is not exact")
+    out = np.empty(array.shape, np.float32)
+    flat = out.reshape(-1)
+    for start, chunk in _chunks(array):
+        flat[start:start + chunk.size] = to_float32(chunk, source)
+    return out
+
+
+def has_non_finite(array: np.ndarray, dtype: str) -> bool:
+    """Whether there is NaN or infinity among floats of dtype 'F32', 'F16' or 'BF16'."""
+    for _, chunk in _chunks(array):
+        if dtype == "BF16":
+            if ((chunk & np.uint16(0x7F80)) == np.uint16(0x7F80)).any():
+                return True
+        elif not np.isfinite(chunk).all():
+            return True
+    return False
+
+
+def to_tensor(array: np.ndarray, dtype: str):
+    """A MindSpore Tensor over the same memory (aligned and contiguous arrays are not copied)."""
+    import mindspore
+    from mindspore.common import np_dtype
+
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        array = np.array(array, order="C")
+    return mindspore.Tensor.from_numpy(array.view(np_dtype.bfloat16) if dtype == "BF16" else array)
+
+
+def _chunks(array: np.ndarray) -> Iterator[Tuple[int, np.ndarray]]:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _CHUNK_ELEMENTS):
+        yield start, flat[start:start + _CHUNK_ELEMENTS]
