@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import device, yaml_lines
-from .config_flags import Flag, add_flags, flags_from  # noqa: F401  (part of this module's interface)
+from .config_flags import Flag, add_flags, boolean, flags_from  # noqa: F401  (part of this module's interface)
 from .config_keys import (DEVICE, INERT, KEYS, MODEL, TOKENIZER, USED, convert, find, size_bytes, suggestion,
                           unknown_part)
 from .errors import UserError
@@ -545,8 +545,8 @@ class _Builder:
             self.notes.append(f"{self.place('seq_length')} is longer than the {hf.max_position_embeddings} tokens the "
                               f"model was made for ({hf.where})")
         if hf.torch_dtype is not None and param != hf.torch_dtype:
-            self.notes.append(f"{self.place('param_init_type')}: the checkpoint's {hf.torch_dtype} weights are converted "
-                              "when they are loaded")
+            self.notes.append(f"{self.place('param_init_type')}: the checkpoint's {hf.torch_dtype} weights are "
+                              "converted when they are loaded")
 
     def _note_inert(self, device_target: str) -> None:
         if self.values.inert:

@@ -120,9 +120,9 @@ _ROWS = [
                   "rmsnorm_compute_2d init_method_std llm_backend parallel_decoding_params", "any", DEVICE),
     *_each(MODEL, "emb_dropout_prob max_position_embeddings rotary_pct rotary_emb_base kv_channels use_past_shard "
                   "use_kbk_infer compute_in_2d use_paged_attention auto_map multiple_of ffn_dim_multiplier "
-                  "ignore_token_id parallel_optimizer fine_grain_interleave pp_interleave_num use_ring_attention use_eod_attn_mask_compression "
-                  "input_sliced_sig calculate_per_token_loss chunk_prefill hidden_act initializer_range "
-                  "hidden_dropout attention_dropout pet_config", "any", INERT),
+                  "ignore_token_id parallel_optimizer fine_grain_interleave pp_interleave_num use_ring_attention "
+                  "use_eod_attn_mask_compression input_sliced_sig calculate_per_token_loss chunk_prefill hidden_act "
+                  "initializer_range hidden_dropout attention_dropout pet_config", "any", INERT),
 
     Key("processor.type", "str", INERT),
     Key("processor.return_tensors", "str", INERT),
@@ -148,9 +148,9 @@ _ROWS = [
                        "enable_graph_kernel graph_kernel_flags jit_level deterministic enable_compile_cache "
                        "compile_cache_path save_compile_cache load_compile_cache op_timeout pynative_synchronize "
                        "debug_level precompile_only inter_op_parallel_num affinity_cpu_list disable_format_transform "
-                       "infer_boost variable_memory_max_size enable_reduce_precision print_file_path env_config_path check_bprop "
-                       "reserve_class_name_in_scope grad_for_scalar aoe_tune_mode auto_tune_mode "
-                       "dataset_broadcast_opt_level", "any", DEVICE),
+                       "infer_boost variable_memory_max_size enable_reduce_precision print_file_path "
+                       "env_config_path check_bprop reserve_class_name_in_scope grad_for_scalar "
+                       "aoe_tune_mode auto_tune_mode dataset_broadcast_opt_level", "any", DEVICE),
     *_each("context.", "aoe_config gpu_config memory_offload", "section", DEVICE),
 
     *_each("parallel.", "parallel_mode full_batch search_mode gradients_mean enable_alltoall strategy_ckpt_save_file "
@@ -165,13 +165,14 @@ _ROWS = [
                "eval_step_interval eval_epoch_interval ignore_data_skip data_skip_steps auto_tune filepath_prefix "
                "autotune_per_step profile profile_start_step profile_stop_step init_start_profile "
                "profile_communication profile_memory profile_rank_ids profile_pipeline profile_level mstx "
-               "layer_scale layer_decay lr_scale lr_scale_factor remove_redundancy print_separate_loss save_file input_data predict_batch_size "
-               "adapter_id callbacks eval_callbacks train_precision_sync infer_precision_sync postprocess_use_numpy "
-               "exclude_cann_cpu balanced_load use_legacy_format", "any", INERT),
+               "layer_scale layer_decay lr_scale lr_scale_factor remove_redundancy print_separate_loss save_file "
+               "input_data predict_batch_size adapter_id callbacks eval_callbacks train_precision_sync "
+               "infer_precision_sync postprocess_use_numpy exclude_cann_cpu balanced_load "
+               "use_legacy_format", "any", INERT),
     Key("moe_config.expert_num", "int", FIXED, allowed=(1,)),
     *_each("", "trainer runner_config runner_wrapper optimizer lr_schedule train_dataset train_dataset_task "
-               "eval_dataset eval_dataset_task metric recompute_config swap_config monitor_config moe_config", "section",
-           INERT),
+               "eval_dataset eval_dataset_task metric recompute_config swap_config monitor_config moe_config",
+           "section", INERT),
 ]
 
 KEYS: Dict[str, Key] = {row.name: row for row in _ROWS}
