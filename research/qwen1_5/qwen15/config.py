@@ -408,7 +408,8 @@ class _Builder:
         if theirs and theirs != ours:
             fix = f"Use {yaml_name(theirs)} (or its _chat twin), or the checkpoint of the other size."
         else:
-            fix = "Correct the configuration, or remove these keys: the checkpoint knows them."
+            fix = ("Correct the configuration, or write one for this checkpoint: python -m qwen15.make_yaml --checkpoint "
+                   f"{os.path.dirname(self.hf.where) or '.'}")
         raise UserError(f"wants {wanted}, but the checkpoint's {self.hf.where} says {has}{guess}",
                         self.sources[MODEL + wrong[0][0]], fix)
 
