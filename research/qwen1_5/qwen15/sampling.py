@@ -59,7 +59,9 @@ def argmax(logits: np.ndarray) -> np.ndarray:
 
 
 def top_candidates(row: np.ndarray, k: int) -> Candidates:
-    """The k largest of row (V,) and those equal to the k-th, ordered by value, then by id."""
+    """The k largest of row (V,) and those equal to the k-th, ordered by value, then by id; one NaN when there is any NaN."""
+    if np.isnan(row).any():
+        return Candidates(np.array([np.nan], np.float32), np.zeros(1, np.int32))
     if k >= len(row):
         kept = np.arange(len(row))
     else:

@@ -1,0 +1,41 @@
+# The virtual environment that quickstart.sh and test.sh share; sourced by both.
+#
+#   QWEN15_PYTHON  the interpreter to make it with (3.9 to 3.11; default: the first that python3, python3.11, ... offers)
+#   QWEN15_VENV    where it is (default: .venv in the checkout)
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${QWEN15_VENV:-$root/.venv}
+
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+
+supported() { "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${QWEN15_PYTHON:-python3 python3.11 python3.10 python3.9}; do
+        if supported "$candidate"; then
+            printf '%s' "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.9, 3.10 or 3.11 found. Install one, or name it: QWEN15_PYTHON=/path/python3.11 bash $0" >&2
+    exit 2
+}
+
+# install EXTRA: the package with this extra, editable; done again only when what it depends on has changed.
+install() {
+    if [ ! -x "$venv/bin/python" ]; then
+        local python
+        python=$(find_python)
+        say "virtual environment $venv ($("$python" --version))"
+        "$python" -m venv "$venv"
+    fi
+    local stamp=$venv/.qwen15-$1 wanted
+    wanted=$(cd "$root" && cat setup.py research/qwen1_5/qwen15/kernels/*.{py,cpp,h} | cksum; printf '%s' "$root")
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        say "installing the package with its '$1' extra (MindSpore is 0.8 GB: this takes some minutes the first time)"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[$1]"
+        printf '%s' "$wanted" > "$stamp"
+    fi
+    export PATH=$venv/bin:$PATH
+}

@@ -1,0 +1,69 @@
+"""Install Qwen1.5 on MindSpore; compiles the CPU kernels when there is a C++ compiler."""
+
+import glob
+import os
+import sys
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+SOURCE = "research/qwen1_5"
+
+
+class BuildWithKernels(build_py):
+    """Copies the Python files as usual, then compiles the kernel library beside them.
+
+    Without a compiler, or when compiling fails, the installation goes on and says so: the reference operators need no library.
+    """
+
+    def run(self):
+        super().run()
+        sys.path.insert(0, os.path.abspath(SOURCE))
+        from qwen15.errors import UserError
+        from qwen15.kernels import build
+
+        target = None if self.editable_mode else os.path.join(self.build_lib, "qwen15", "kernels", "_lib")
+        try:
+            print("kernel library:", build.build(target))
+        except UserError as error:
+            print(f"kernel library not built: {error}", file=sys.stderr)
+
+
+with open("README.md", encoding="utf-8") as readme:
+    LONG_DESCRIPTION = readme.read()
+
+setup(
+    name="qwen15-mindspore",
+    version="0.1.0",
+    description="Qwen1.5 on MindSpore: convert, slice and predict, on a CPU or on Ascend cards",
+    long_description=LONG_DESCRIPTION,
+    long_description_content_type="text/markdown",
+    python_requires=">=3.9,<3.12",
+    package_dir={"": SOURCE},
+    packages=find_packages(SOURCE),
+    py_modules=["convert_reversed", "convert_weight", "qwen1_5_tokenizer", "run_qwen1_5", "transform_ckpt"],
+    package_data={"qwen15.kernels": ["*.cpp", "*.h", "_lib/*.so"]},
+    data_files=[("share/qwen1_5", sorted(glob.glob(f"{SOURCE}/*.yaml")))],
+    cmdclass={"build_py": BuildWithKernels},
+    install_requires=[
+        "mindspore>=2.7.2,<2.10",
+        "mindformers>=1.8,<2",
+        "numpy>=1.26,<2",
+        "pyyaml>=6",
+        # 0.8.0 writes wrong bytes for arrays that are not contiguous, and MindSpore hands it such arrays.
+        "safetensors>=0.5.3,<0.8",
+        "tiktoken>=0.7",
+        "tokenizers>=0.21",
+        "transformers>=4.51,<5",
+        "jinja2>=3.1",
+    ],
+    extras_require={
+        "quickstart": ["gguf>=0.10"],
+        # .bin files only. Take a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu
+        "torch": ["torch>=2.4"],
+        "bench": ["matplotlib>=3.7", "psutil"],
+        # torch is left out: scripts/test.sh installs a CPU build where one is offered.
+        "test": ["gguf>=0.10", "hypothesis>=6", "psutil", "pytest>=7", "pytest-timeout"],
+    },
+    entry_points={"console_scripts": ["qwen15 = qwen15.__main__:run"]},
+)

@@ -1,0 +1,66 @@
+"""What many tests need: random models as transformers would save them, the small real model, the real vocabulary."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings would bury the tests' own output
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULE = ROOT / "research" / "qwen1_5"
+DATA = Path(os.environ.get("QWEN15_TEST_DATA", ROOT / "models"))
+
+sys.path.insert(0, str(MODULE))
+
+
+@pytest.fixture(scope="session")
+def module_dir() -> Path:
+    """research/qwen1_5, where a user runs the scripts."""
+    return MODULE
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    folder = DATA / "SmolLM2-135M-Instruct"
+    if not (folder / "model.safetensors.index.json").exists():
+        pytest.skip(f"no small model in {folder}: run scripts/test.sh")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_vocabulary() -> Path:
+    """Folder with the real Qwen vocab.json and merges.txt."""
+    folder = DATA / "qwen-vocabulary"
+    if not (folder / "vocab.json").exists():
+        pytest.skip(f"no vocabulary in {folder}: run scripts/test.sh")
+    return folder
+
+
+def random_model(folder: Path, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **sizes):
+    """Save a random Qwen2ForCausalLM to `folder` and return it (float32, evaluation mode), its weights rounded to `dtype`.
+
+    Weights are large enough that logits differ clearly between tokens; norms and biases are random as well, so that a network
+    that drops one gives other results.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6,
+              "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
+              "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
+    config.update(sizes)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    kind = getattr(torch, dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.2 if parameter.ndim == 1 else 1.5 / parameter.shape[1] ** 0.5
+            values = torch.randn(parameter.shape, generator=generator) * scale + (1.0 if "norm" in name else 0.0)
+            parameter.copy_(values.to(kind).float())
+    model.generation_config.eos_token_id = None
+    saved = transformers.Qwen2ForCausalLM(model.config).to(kind)
+    saved.load_state_dict(model.state_dict())
+    saved.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
