@@ -192,6 +192,10 @@ class TensorFile(Checkpoint):
         if self.kind == "ckpt":
             format_ckpt.check_crc(self._fd, self.path)
 
+    def forget_cached(self) -> None:
+        """Ask the system to read from the disk again, not from what it remembers of writing."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

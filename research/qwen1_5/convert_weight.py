@@ -1,0 +1,36 @@
+"""Convert a Hugging Face Qwen1.5 checkpoint to MindSpore: one file, shards, or every rank's slices."""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from qwen15.convert_cli import add_common_flags, boolean, carry_out, options_from  # noqa: E402
+from qwen15.errors import run_main  # noqa: E402
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--torch_ckpt_dir", default="./", metavar="PATH",
+                        help="folder of the Hugging Face model, or one weight file with config.json beside it (default ./)")
+    parser.add_argument("--mindspore_ckpt_path", default="./transform.ckpt", metavar="PATH",
+                        help="what to make: x.ckpt, x.safetensors, or a folder (default ./transform.ckpt)")
+    parser.add_argument("--format", choices=("ckpt", "safetensors", "folder"),
+                        help="instead of going by the extension; with --model_parallel the slices' format")
+    parser.add_argument("--model_parallel", type=int, metavar="N", help="write rank_0 .. rank_N-1, cut for N devices")
+    parser.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
+                        help="with --model_parallel: every rank keeps embedding and head whole (default True)")
+    add_common_flags(parser)
+    args = parser.parse_args(argv)
+    from qwen15.convert import plan_to_mindspore, yaml_lines
+
+    options = options_from(args, args.mindspore_ckpt_path, args.model_parallel, args.vocab_emb_dp)
+    plan = plan_to_mindspore(args.torch_ckpt_dir, options)
+    if carry_out(plan, args):
+        print("# Lines for the predict YAML:")
+        print("\n".join(yaml_lines(plan, options)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

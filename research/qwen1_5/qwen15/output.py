@@ -1,0 +1,306 @@
+"""Write files that are either whole or not there: beside the target under a name of our own, then renamed."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import zlib
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+from .errors import EXIT_FAILED, UserError
+from .progress import human_bytes
+from .tensors import Step, Tail, total_bytes
+
+LOCK_FILE = ".lock"
+_FLUSH_BYTES = 64 * 2 ** 20
+_SYNC_FILE_RANGE_WRITE = 2
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_OURS = re.compile(r"^(model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json|"
+                   r"generation_config\.json|vocab\.json|merges\.txt|tokenizer_config\.json|tokenizer\.json|"
+                   r"special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
+                   r"rank_\d+/[^/]+\.(ckpt|safetensors)|strategy/ckpt_strategy_rank_\d+\.ckpt|\.lock)$")
+"""What a folder that this program wrote can hold; only such a folder is replaced by `--overwrite`."""
+
+
+def partial_path(target: str) -> str:
+    """Where `target` is written before it is whole."""
+    folder, name = os.path.split(os.path.abspath(target))
+    return os.path.join(folder, f".{name}.qwen15-partial")
+
+
+@contextmanager
+def told(path: str) -> Iterator[None]:
+    """Turn what the operating system says about writing `path` into a line for the user."""
+    try:
+        yield
+    except OSError as error:
+        fix = None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "Make room, or write to another disk; nothing of the result was put in place."
+        elif error.errno == errno.EFBIG:
+            fix = "The limit on a file's size is too low (see `ulimit -f`), or the file system allows no such files."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            fix = "Write to a folder that you may write to."
+        raise UserError(f"cannot be written: {error.strerror or error}", path, fix, exit_code=EXIT_FAILED) from None
+
+
+def check_target(target: str, sources: Sequence[str], overwrite: bool) -> None:
+    """Refuse, before anything is written, a target that is in the way of something.
+
+    Args:
+        target: the file or folder to be made.
+        sources: files and folders that are read for it.
+        overwrite: replace what is there, if it is what this program writes.
+
+    Raises:
+        UserError: it is a source or holds one, it exists and may not be replaced, or its parent is no folder.
+    """
+    real = os.path.realpath(target)
+    for source in sources:
+        inner = os.path.realpath(source)
+        if inner == real or (os.path.isdir(real) and os.path.commonpath([inner, real]) == real):
+            raise UserError("is what is being converted" if inner == real else f"holds what is being converted: {source}",
+                            target, "Write somewhere else.")
+    if not os.path.lexists(target) or (os.path.isdir(target) and not os.listdir(target)):
+        return
+    if not overwrite:
+        raise UserError("exists already", target, "Give another path, or --overwrite to replace it.")
+    if os.path.isdir(target):
+        foreign = next((name for name in _files_below(target) if not _OURS.match(name)), None)
+        if foreign is not None:
+            raise UserError(f"holds {foreign}, which this program did not write, so the folder is not replaced", target,
+                            "Give another path, or take that file out first.")
+
+
+def check_space(target: str, needed_bytes: int) -> None:
+    """Refuse, before anything is written, what does not fit on the target's disk.
+
+    Raises:
+        UserError: too little room, with both numbers.
+    """
+    folder = os.path.dirname(os.path.abspath(target))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise UserError(f"needs {human_bytes(needed_bytes)} of disk, {human_bytes(free_bytes)} are free in {folder}", target,
+                        "Make room, or write to another disk.")
+
+
+def _files_below(folder: str) -> List[str]:
+    return sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder)
+                  for name in names)
+
+
+def _take(path: str) -> int:
+    """Open and lock a file of our own; the descriptor holds the lock."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise UserError("another conversion is writing this right now", path, "Wait for it, or stop it.",
+                            exit_code=EXIT_FAILED) from None
+        try:
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # the other one has just finished and renamed it: this is its result, not our scratch file
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some network file systems cannot; the rename itself is still atomic
+    finally:
+        os.close(fd)
+
+
+class FileWriter:
+    """Writes one checkpoint file front to back from its steps and the tensors' bytes.
+
+    Args:
+        fd: open file; its contents are replaced. The caller closes it.
+        path: for messages.
+        steps: what the file consists of.
+    """
+
+    def __init__(self, fd: int, path: str, steps: Sequence[Step]):
+        self._fd, self.path = fd, path
+        self._steps = list(steps)
+        self.nbytes = total_bytes(self._steps)
+        self._next = 0  # step
+        self._left = 0  # bytes left of the body being written
+        self._at = 0
+        self._flushed = 0
+        self._crcs: Optional[Dict[str, int]] = {} if any(isinstance(step, Tail) for step in self._steps) else None
+        with told(path):
+            os.ftruncate(fd, 0)
+
+    def feed(self, name: str, chunk: memoryview) -> None:
+        """Write the next bytes of tensor `name`. Tensors come in the steps' order, every tensor's bytes front to back."""
+        with told(self.path):
+            while len(chunk):
+                if not self._left:
+                    self._advance(name)
+                part = chunk[:self._left]
+                self._write(part)
+                if self._crcs is not None:
+                    self._crcs[name] = zlib.crc32(part, self._crcs.get(name, 0))
+                self._left -= len(part)
+                chunk = chunk[len(part):]
+
+    def _advance(self, name: Optional[str]) -> None:
+        """Write fixed bytes up to the next body, which must be of tensor `name`; up to the end where it is None."""
+        while self._next < len(self._steps):
+            step = self._steps[self._next]
+            self._next += 1
+            if isinstance(step, bytes):
+                self._write(memoryview(step))
+            elif isinstance(step, Tail):
+                self._write(memoryview(step.make(self._crcs)))
+            elif step.nbytes == 0:
+                if self._crcs is not None:
+                    self._crcs.setdefault(step.name, 0)
+            elif step.name == name:
+                self._left = step.nbytes
+                return
+            else:
+                raise RuntimeError(f"{self.path}: {step.name} should come now, not {name}")
+        if name is not None:
+            raise RuntimeError(f"{self.path}: no place for more of {name}")
+
+    def _write(self, data: memoryview) -> None:
+        while len(data):
+            written = os.write(self._fd, data)
+            data = data[written:]
+            self._at += written
+        if self._at - self._flushed >= _FLUSH_BYTES:
+            # Let the disk begin now, so that the sync at the end has little left to wait for.
+            _libc.sync_file_range(self._fd, ctypes.c_int64(self._flushed), ctypes.c_int64(self._at - self._flushed),
+                                  ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+            self._flushed = self._at
+
+    def finish(self) -> None:
+        """Write what comes after the last tensor and wait until the disk has everything."""
+        with told(self.path):
+            self._advance(None)
+            if self._at != self.nbytes or self._left:
+                raise RuntimeError(f"{self.path}: {self._at} bytes written where {self.nbytes} belong")
+            os.fsync(self._fd)
+
+
+@contextmanager
+def atomic_file(target: str) -> Iterator[Tuple[int, str]]:
+    """Give (descriptor, path) of a scratch file that becomes `target` when the block ends well, and is removed if not.
+
+    A killed process leaves the scratch file, never the target; the next run takes it over.
+    """
+    partial = partial_path(target)
+    with told(target):
+        os.makedirs(os.path.dirname(partial), exist_ok=True)
+        fd = _take(partial)
+    try:
+        yield fd, partial
+        with told(target):
+            os.fsync(fd)
+            os.rename(partial, target)
+            _sync_folder(os.path.dirname(partial))
+    except BaseException:
+        if os.path.exists(partial) and os.path.samestat(os.fstat(fd), os.stat(partial)):
+            os.unlink(partial)
+        raise
+    finally:
+        os.close(fd)
+
+
+def write_small(target: str, content: bytes) -> None:
+    """Write a small file atomically."""
+    with atomic_file(target) as (fd, path):
+        FileWriter(fd, path, [content]).finish()
+
+
+class AtomicFolder:
+    """A folder that appears under its name only when it is complete.
+
+    Its files gather in a scratch folder beside the target, each of them whole or absent, so that an interrupted run can be
+    taken up again.
+
+    Args:
+        target: the folder to make.
+    """
+
+    def __init__(self, target: str):
+        self.target = os.path.abspath(target)
+        self.path = partial_path(target)
+        with told(target):
+            os.makedirs(self.path, exist_ok=True)
+            self._lock = _take(os.path.join(self.path, LOCK_FILE))
+
+    def existing(self) -> List[str]:
+        """Files in the scratch folder, relative to it, the lock and halves of files left out."""
+        return [name for name in _files_below(self.path) if not os.path.basename(name).startswith(".")]
+
+    def clear(self) -> None:
+        """Remove everything in the scratch folder but the lock."""
+        for name in _files_below(self.path):
+            if name != LOCK_FILE:
+                os.unlink(os.path.join(self.path, name))
+
+    def publish(self) -> None:
+        """Give the folder its name, replacing what is there (see `check_target`)."""
+        with told(self.target):
+            for name in _files_below(self.path):
+                if os.path.basename(name).startswith(".") and name != LOCK_FILE:
+                    os.unlink(os.path.join(self.path, name))
+            for root, _, _ in os.walk(self.path):
+                _sync_folder(root)
+            if os.path.isdir(self.target) and os.listdir(self.target):
+                _exchange(self.path, self.target)
+                _remove_ours(self.path)
+            else:
+                os.rename(self.path, self.target)
+            # The lock goes last: whoever starts now finds either the scratch folder locked or no scratch folder.
+            os.unlink(os.path.join(self.target, LOCK_FILE))
+            _sync_folder(os.path.dirname(self.target))
+
+    def close(self) -> None:
+        """Let go of the lock; a scratch folder that holds nothing is removed."""
+        os.close(self._lock)
+        try:
+            if os.path.isdir(self.path) and not self.existing():
+                _remove_ours(self.path)
+        except OSError:
+            pass
+
+
+def _exchange(one: str, other: str) -> None:
+    """Swap two folders in one step, so that at every moment there is a whole one under either name."""
+    done = -1
+    if hasattr(_libc, "renameat2"):
+        done = _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if done != 0:
+        aside = one + "-old"
+        os.rename(other, aside)
+        os.rename(one, other)
+        os.rename(aside, one)
+
+
+def _remove_ours(folder: str) -> None:
+    """Remove a folder of our own files: not through links, and not what came into it since."""
+    for name in _files_below(folder):
+        if _OURS.match(name) or os.path.basename(name).startswith("."):
+            os.unlink(os.path.join(folder, name))
+    for root, _, names in os.walk(folder, topdown=False):
+        if not os.listdir(root):
+            os.rmdir(root)
