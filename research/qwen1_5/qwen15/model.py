@@ -5,7 +5,7 @@ from typing import Callable, Tuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common import np_dtype
 
 from .naming import Dims
@@ -105,6 +105,12 @@ class DecoderLayer(nn.Cell):
         x = self.attention(x, self.attention_norm.weight, cos, sin, positions, slots, query_lens, context_lens, block_tables)
         return self.feed_forward(x, self.ffn_norm.weight)
 
+    def in_order(self) -> Tuple[Parameter, ...]:
+        """The layer's parameters and caches as an operator for the whole stack takes them."""
+        a, f = self.attention, self.feed_forward
+        return (self.attention_norm.weight, a.wq.weight, a.wq.bias, a.wk.weight, a.wk.bias, a.wv.weight, a.wv.bias, a.wo.weight,
+                self.ffn_norm.weight, f.w1.weight, f.w3.weight, f.w2.weight, a.key_cache, a.value_cache)
+
 
 class Embedding(nn.Cell):
     """ids -> rows; with the vocabulary split over ranks each rank gives its own rows, zeros for the others, and they are summed."""
@@ -177,10 +183,18 @@ class LlamaForCausalLM(nn.Cell):
         self.ranks = ranks
         if split_vocab:
             self.gather_ranks = ops.AllGather()
+        # One operator for the whole stack where the set has one and no rank has to be heard in between.
+        self.fused = ranks == 1 and hasattr(operators, "Decoder")
+        if self.fused:
+            self.decoder = operators.Decoder(eps)
+            self.in_order = ParameterTuple([p for layer in self.model.layers for p in layer.in_order()])
 
     def construct(self, ids, positions, slots, query_lens, context_lens, block_tables):
-        x = self.model(ids, self.cos, self.sin, positions, slots, query_lens, context_lens, block_tables)
         w = self.model.tok_embeddings.embedding_weight if self.tied else self.lm_head.weight
+        if self.fused:
+            return self.decoder(ids, positions, slots, query_lens, context_lens, block_tables, self.cos, self.sin,
+                                self.model.tok_embeddings.embedding_weight, self.model.norm_out.weight, w, self.in_order)
+        x = self.model(ids, self.cos, self.sin, positions, slots, query_lens, context_lens, block_tables)
         logits = self.head(x, query_lens, self.model.norm_out.weight, w)
         if self.split_vocab:
             slices = self.gather_ranks(logits).reshape(self.ranks, -1, w.shape[0])  # (ranks, B, V/ranks)

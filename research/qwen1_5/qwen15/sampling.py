@@ -101,6 +101,39 @@ class Selection(NamedTuple):
 PLAIN = Selection(argmax, top_candidates, nucleus_candidates)
 
 
+def accelerated(library) -> Selection:
+    """The same searches through the kernel library (`kernels.library.Library`), which refuses NaN with a ValueError."""
+
+    def fast_argmax(logits: np.ndarray) -> np.ndarray:
+        try:
+            ids = library.argmax(logits)
+        except ValueError:
+            raise NonFiniteLogits from None
+        if not np.isfinite(logits[np.arange(len(ids)), ids]).all():
+            raise NonFiniteLogits
+        return ids
+
+    def fast_top_candidates(row: np.ndarray, k: int) -> Candidates:
+        if k >= len(row):
+            return top_candidates(row, k)
+        try:
+            values, ids = library.top_candidates(row, k + 1)
+        except ValueError:
+            raise NonFiniteLogits from None
+        if values[k] == values[k - 1]:  # a tie with the k-th: there may be more than one
+            return top_candidates(row, k)
+        return Candidates(values[:k], ids[:k])
+
+    def fast_nucleus_candidates(row: np.ndarray, temperature: float, top_p: float) -> Candidates:
+        try:
+            values, ids, _, _ = library.nucleus(row, temperature, top_p)
+        except ValueError:
+            raise NonFiniteLogits from None
+        return Candidates(values, ids)
+
+    return Selection(fast_argmax, fast_top_candidates, fast_nucleus_candidates)
+
+
 class Sampler:
     """Chooses one request's tokens.
 
