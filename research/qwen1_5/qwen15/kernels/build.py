@@ -1,0 +1,131 @@
+"""Compile the kernels into one shared library: `python -m qwen15.kernels.build`. Needs a C++17 compiler, nothing else."""
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+if __package__:
+    from ..errors import EXIT_FAILED, UserError, run_main
+else:  # run by setup.py, before the package can be imported
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from qwen15.errors import EXIT_FAILED, UserError, run_main
+
+HERE = Path(__file__).resolve().parent
+OUTPUT_DIR = HERE / "_lib"
+LIBRARY_NAME = "libqwen15_kernels.so"
+
+X86_SOURCES: Dict[str, Sequence[str]] = {
+    "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "isa_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c",
+                       "-mprefer-vector-width=512"),
+    "isa_avx512_bf16.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma",
+                            "-mf16c", "-mprefer-vector-width=512"),
+}
+"""Sources of one instruction set each, with the flags no other source may be compiled with."""
+SOURCES: Sequence[str] = ("team.cpp", "dispatch.cpp", "layer.cpp", "operators.cpp", "select.cpp", "isa_portable.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread", "-Wall", "-Wextra",
+         "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+SANITIZERS = ("address", "undefined", "thread")
+
+
+def find_compiler(target: Optional[str] = None) -> str:
+    """The C++ compiler to use: $CXX, else <target>-g++ or g++, else clang++.
+
+    Args:
+        target: machine triple to compile for (`aarch64-linux-gnu`), None for this machine.
+
+    Raises:
+        UserError: none of them is on PATH.
+    """
+    wanted = [f"{target}-g++"] if target else [os.environ.get("CXX", ""), "g++", "clang++"]
+    for name in filter(None, wanted):
+        if shutil.which(shlex.split(name)[0]):
+            return name
+    names = ", ".join(filter(None, wanted))
+    raise UserError(f"no C++ compiler found (looked for {names})", where="kernels",
+                    fix="Install g++ (Debian: apt-get install g++); without it the slow reference operators are used.",
+                    exit_code=EXIT_FAILED)
+
+
+def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = None, target: Optional[str] = None,
+          verbose: bool = False) -> Path:
+    """Compile the library and return its path.
+
+    The library appears under its name only when it is complete; an older one is replaced.
+
+    Args:
+        output_dir: where to put it; default `qwen15/kernels/_lib`.
+        sanitizer: None, or one of `SANITIZERS` (then -O1 with debug information).
+        target: machine triple to cross-compile for, None for this machine.
+        verbose: print the compiler's commands on stderr.
+
+    Raises:
+        UserError: no compiler, or it failed (its message is in the error).
+    """
+    if sanitizer is not None and sanitizer not in SANITIZERS:
+        raise UserError(f"unknown sanitizer {sanitizer!r}", where="kernels", fix=f"Choose one of {', '.join(SANITIZERS)}.")
+    compiler = shlex.split(find_compiler(target))
+    machine = target.split("-")[0] if target else platform.machine()
+    sources = {name: () for name in SOURCES}
+    if machine in ("x86_64", "amd64", "AMD64"):
+        sources.update(X86_SOURCES)
+    flags: List[str] = list(FLAGS)
+    link: List[str] = ["-shared", "-pthread"]
+    if sanitizer:
+        flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
+        link.append(f"-fsanitize={sanitizer}")
+        if sanitizer == "undefined":
+            flags.append("-fno-sanitize-recover=undefined")
+    output_dir = Path(output_dir) if output_dir is not None else OUTPUT_DIR
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=output_dir) as scratch:
+        objects = {name: os.path.join(scratch, f"{name}.o") for name in sources}
+
+        def compile_one(name: str) -> None:
+            _run([*compiler, *flags, *sources[name], "-c", str(HERE / name), "-o", objects[name]], verbose)
+
+        with ThreadPoolExecutor(max_workers=max(1, min(8, os.cpu_count() or 1))) as pool:
+            list(pool.map(compile_one, sorted(sources, reverse=True)))
+        made = os.path.join(scratch, LIBRARY_NAME)
+        _run([*compiler, *link, *objects.values(), "-o", made], verbose)
+        os.chmod(made, 0o755)
+        path = output_dir / LIBRARY_NAME
+        os.replace(made, path)
+    return path
+
+
+def _run(command: Sequence[str], verbose: bool) -> None:
+    if verbose:
+        print(" ".join(map(shlex.quote, command)), file=sys.stderr)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    if done.returncode != 0:
+        lines = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines()
+        first = lines[0] if lines else f"exit code {done.returncode}"
+        raise UserError(f"{command[0]} failed: {first}", where="kernels",
+                        fix="See the whole output with `python -m qwen15.kernels.build --verbose`.", exit_code=EXIT_FAILED)
+    if verbose and done.stdout:
+        print(done.stdout, file=sys.stderr, end="")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qwen15.kernels.build", description=__doc__)
+    parser.add_argument("--output_dir", help=f"where the library goes (default {OUTPUT_DIR})")
+    parser.add_argument("--sanitizer", choices=SANITIZERS, help="compile with this sanitizer, for tests")
+    parser.add_argument("--target", metavar="TRIPLE", help="cross-compile, for example aarch64-linux-gnu")
+    parser.add_argument("--verbose", action="store_true", help="show the compiler's commands and warnings")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args(argv)
+    print(build(arguments.output_dir, arguments.sanitizer, arguments.target, arguments.verbose))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

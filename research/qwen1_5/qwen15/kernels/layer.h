@@ -1,0 +1,52 @@
+// The network's steps, composed of kernels: each as one operator of its own, or all of them as one whole stack.
+#pragma once
+#include "types.h"
+
+namespace qwen15 {
+
+struct Qkv {
+  Vector norm;  // (E,)
+  float eps = 0;
+  Matrix wq, wk, wv;  // (H D, E), (K D, E), (K D, E)
+  Vector bq, bk, bv;
+  const float *cos = nullptr, *sin = nullptr;  // (P, D)
+  Cache cache;
+};
+
+struct GateUp {
+  Vector norm;  // (E,)
+  float eps = 0;
+  Matrix w1, w3;  // (F, E)
+};
+
+struct Head {
+  Vector norm;  // (E,)
+  float eps = 0;
+  Matrix w;  // (V, E)
+};
+
+struct Layer {
+  Qkv qkv;
+  Matrix wo;  // (E, H D)
+  GateUp gate_up;
+  Matrix w2;  // (E, F)
+};
+
+struct Stack {
+  Matrix table;  // (V, E)
+  const Layer* layers = nullptr;
+  int64_t layer_count = 0;
+  Head head;
+};
+
+// Each is what the operator of the same name is; shapes in operators.cpp.
+void embed_tokens(const int32_t* ids, int64_t tokens, Matrix table, float* out);
+void qkv(const Qkv& step, const float* x, int64_t tokens, const int32_t* positions, const int32_t* slots, float* q);
+void attention(const float* q, int64_t heads, const Cache& cache, const Batch& batch, float* out);
+void project(Matrix w, const float* x, int64_t tokens, const float* residual, float* out);
+void gate_up(const GateUp& step, const float* x, int64_t tokens, float* out);
+void head(const Head& step, const float* x, const Batch& batch, float* logits);
+void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const int32_t* positions,
+             const int32_t* slots, float* logits);
+
+}  // namespace qwen15

@@ -1,0 +1,178 @@
+"""Load the compiled kernels and give their C functions Python types; says why when they cannot be used."""
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Optional, Tuple
+
+import numpy as np
+
+from ..errors import UserError
+from .build import LIBRARY_NAME, OUTPUT_DIR
+
+ABI_VERSION = 1
+"""What `qwen15_abi_version()` must return: the arguments of the functions below and the operators' inputs."""
+
+KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
+"""Instruction sets, best first."""
+
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+_F32 = ctypes.POINTER(ctypes.c_float)
+_I32 = ctypes.POINTER(ctypes.c_int32)
+
+
+def library_path() -> Path:
+    """Where the library is looked for: $QWEN15_KERNELS_LIBRARY (a build with a sanitizer, say), else where it is built."""
+    return Path(os.environ.get("QWEN15_KERNELS_LIBRARY") or OUTPUT_DIR / LIBRARY_NAME)
+
+
+class Library:
+    """The kernels' C functions on NumPy memory.
+
+    Args:
+        path: the shared library.
+
+    Raises:
+        UserError: it is missing, cannot be loaded, or is of another version than this package.
+    """
+
+    def __init__(self, path: Path):
+        build = "Build it with `python -m qwen15.kernels.build` (needs g++ or clang++)."
+        if not path.is_file():
+            raise UserError("the CPU kernels have not been built", where=path, fix=build)
+        try:
+            handle = ctypes.CDLL(str(path))
+            handle.qwen15_abi_version.restype = ctypes.c_int
+            version = handle.qwen15_abi_version()
+        except (OSError, AttributeError) as error:
+            raise UserError(f"the CPU kernels cannot be loaded ({error})", where=path, fix=build) from error
+        if version != ABI_VERSION:
+            raise UserError(f"the CPU kernels are version {version}, this package needs {ABI_VERSION}", where=path, fix=build)
+        self.path = path
+        self._handle = handle
+        for name, result, arguments in (
+                ("kernels_name", ctypes.c_char_p, ()),
+                ("last_error", ctypes.c_char_p, ()),
+                ("can_run", ctypes.c_int, (ctypes.c_char_p,)),
+                ("use_kernels", ctypes.c_int, (ctypes.c_char_p,)),
+                ("threads", ctypes.c_int, ()),
+                ("set_threads", None, (ctypes.c_int,)),
+                ("argmax", None, (_F32, ctypes.c_int64, ctypes.c_int64, _I32)),
+                ("top_candidates", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_int64, _F32, _I32)),
+                ("nucleus", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, _F32, _I32, ctypes.c_int64,
+                                             ctypes.POINTER(ctypes.c_double))),
+                ("probe_bandwidth", ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64)),
+                ("probe_flops", ctypes.c_double, (ctypes.c_int64, ctypes.c_int))):
+            function = getattr(handle, f"qwen15_{name}")
+            function.restype, function.argtypes = result, arguments
+
+    def can_run(self, kernels: str) -> bool:
+        """Whether the library holds these kernels and this CPU runs them."""
+        return bool(self._handle.qwen15_can_run(kernels.encode()))
+
+    def use_kernels(self, kernels: str) -> None:
+        """Use these kernels from now on. Raises ValueError when they cannot run here."""
+        if not self._handle.qwen15_use_kernels(kernels.encode()):
+            raise ValueError(f"kernels {kernels!r} cannot run on this machine")
+
+    @property
+    def kernels(self) -> str:
+        """Name of the kernels in use."""
+        return self._handle.qwen15_kernels_name().decode()
+
+    @property
+    def last_error(self) -> str:
+        """What the last operator that failed complained about."""
+        return self._handle.qwen15_last_error().decode()
+
+    @property
+    def threads(self) -> int:
+        """Threads the kernels run on: `threads = n`, else $QWEN15_THREADS, else physical cores this process may use."""
+        return self._handle.qwen15_threads()
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._handle.qwen15_set_threads(count)
+
+    def argmax(self, logits: np.ndarray) -> np.ndarray:
+        """First id of the largest logit of each row: (B, V) float32 -> (B,) int32. Raises ValueError on NaN."""
+        logits = _logits(logits, 2)
+        ids = np.empty(logits.shape[0], np.int32)
+        self._handle.qwen15_argmax(_f32(logits), *logits.shape, _i32(ids))
+        if (ids < 0).any():
+            raise ValueError(f"NaN among the logits of sequence {int(np.argmin(ids))}")
+        return ids
+
+    def top_candidates(self, logits: np.ndarray, k: int) -> Tuple[np.ndarray, np.ndarray]:
+        """The k largest of logits (V,) float32: (values, ids), largest first, equal ones in order of their ids.
+
+        Raises ValueError on NaN.
+        """
+        logits = _logits(logits, 1)
+        k = max(0, min(k, logits.size))
+        values, ids = np.empty(k, np.float32), np.empty(k, np.int32)
+        if self._handle.qwen15_top_candidates(_f32(logits), logits.size, k, _f32(values), _i32(ids)) < 0:
+            raise ValueError("NaN among the logits")
+        return values, ids
+
+    def nucleus(self, logits: np.ndarray, temperature: float, top_p: float) -> Tuple[np.ndarray, np.ndarray, float, float]:
+        """The fewest most likely ids of softmax(logits / temperature) whose probabilities sum to at least top_p.
+
+        The id whose probability crosses top_p is included. Probabilities are over the whole vocabulary.
+
+        Args:
+            logits: (V,) float32.
+
+        Returns:
+            values (N,) float32 (logits, not divided), ids (N,) int32, most likely first, equal ones in order of their ids; the
+            largest logit; the sum over the vocabulary of exp((logit - largest) / temperature).
+
+        Raises:
+            ValueError: NaN among the logits.
+        """
+        logits = _logits(logits, 1)
+        normaliser = (ctypes.c_double * 2)()
+        room = min(4096, logits.size)
+        while True:
+            values, ids = np.empty(room, np.float32), np.empty(room, np.int32)
+            count = self._handle.qwen15_nucleus(_f32(logits), logits.size, temperature, top_p, _f32(values), _i32(ids), room,
+                                                normaliser)
+            if count == -1:
+                raise ValueError("NaN among the logits")
+            if count >= 0:
+                return values[:count], ids[:count], normaliser[0], normaliser[1]
+            room = logits.size
+
+    def bandwidth(self, memory: np.ndarray) -> float:
+        """Bytes per second all threads together read from this memory, in one pass over it."""
+        return self._handle.qwen15_probe_bandwidth(memory.ctypes.data, memory.nbytes)
+
+    def flops(self, dtype: str, repeats: int = 200000) -> float:
+        """Floating point operations per second of prefill's register tile on all threads; dtype float32 or bfloat16."""
+        return self._handle.qwen15_probe_flops(repeats, DTYPES[dtype])
+
+
+def _logits(logits: np.ndarray, ndim: int) -> np.ndarray:
+    if logits.dtype != np.float32 or logits.ndim != ndim or logits.size == 0:
+        raise ValueError(f"logits must be float32 with {ndim} dimensions and not empty, got {logits.dtype} {logits.shape}")
+    return np.ascontiguousarray(logits)
+
+
+def _f32(array: np.ndarray):
+    return array.ctypes.data_as(_F32)
+
+
+def _i32(array: np.ndarray):
+    return array.ctypes.data_as(_I32)
+
+
+_loaded: Optional[Library] = None
+
+
+def load() -> Library:
+    """The library of this process, loaded once. Raises UserError, see `Library`."""
+    global _loaded
+    if _loaded is None or _loaded.path != library_path():
+        _loaded = Library(library_path())
+    return _loaded

@@ -1,0 +1,340 @@
+// y = x W^T for weights as the checkpoint stores them, row-major, never copied as a whole.
+//
+//   x (T, I) activations; W (O, I) f32/f16/bf16; y (T, O) float32; products accumulated in float32.
+//   plain:  out = y + bias + residual      gated:  act = silu(x W^T) * (x U^T)
+//
+// Few tokens: one row of W at a time against all of x, rows in address order. That is what lets the memory prefetcher run
+// at full speed; several rows at once halve it. Each thread owns a contiguous range of rows.
+// Many tokens: threads take panels of 64 rows, pack one into [I][64] (bf16: [I/2][64][2]) in their L2, and run a register
+// tile of kTileRows tokens x kTileVecs vectors over it, with the activations broadcast.
+#pragma once
+
+namespace {
+
+constexpr int kRowBlock = 64;         // rows handed to the epilogue at a time when tokens are few
+constexpr int64_t kPackFrom = 16;     // tokens from which packing pays
+constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
+constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
+
+// ---------------------------------------------------------------- one row against few tokens
+
+template <class R, int N>
+inline void reduce(const V (&acc)[N], float* out, int64_t out_stride) {
+  for (int t = 0; t < N; ++t) out[t * out_stride] = v_sum(acc[t]);
+}
+
+// out[t * out_stride] = sum_i w[i] x[t, i] for N tokens
+template <class R, int N>
+inline void dot_row(const typename R::E* w, int64_t cols, const typename R::X* x, int64_t x_stride, float* out,
+                    int64_t out_stride) {
+  V acc[N];
+  for (int t = 0; t < N; ++t) acc[t] = v_zero();
+  int64_t i = 0;
+  for (; i + R::step <= cols; i += R::step) {
+    typename R::L l = R::load(w + i);
+#pragma GCC unroll 16
+    for (int t = 0; t < N; ++t) acc[t] = R::mac(acc[t], l, x + t * x_stride + i);
+  }
+  if (i < cols) {
+    typename R::L l = R::load_part(w + i, (int)(cols - i));
+    for (int t = 0; t < N; ++t) acc[t] = R::mac(acc[t], l, x + t * x_stride + i);
+  }
+  reduce<R, N>(acc, out, out_stride);
+}
+
+// The same for one token, with four chains so that the latency of an addition does not show.
+template <class R>
+inline float dot_row1(const typename R::E* w, int64_t cols, const typename R::X* x) {
+  V acc0 = v_zero(), acc1 = v_zero(), acc2 = v_zero(), acc3 = v_zero();
+  int64_t i = 0;
+  for (; i + 4 * R::step <= cols; i += 4 * R::step) {
+    acc0 = R::mac(acc0, R::load(w + i), x + i);
+    acc1 = R::mac(acc1, R::load(w + i + R::step), x + i + R::step);
+    acc2 = R::mac(acc2, R::load(w + i + 2 * R::step), x + i + 2 * R::step);
+    acc3 = R::mac(acc3, R::load(w + i + 3 * R::step), x + i + 3 * R::step);
+  }
+  for (; i + R::step <= cols; i += R::step) acc0 = R::mac(acc0, R::load(w + i), x + i);
+  if (i < cols) acc1 = R::mac(acc1, R::load_part(w + i, (int)(cols - i)), x + i);
+  return v_sum(v_add(v_add(acc0, acc1), v_add(acc2, acc3)));
+}
+
+// out[t * out_stride + r - begin] for rows [begin, end) and all tokens
+template <class R>
+void dot_rows(const typename R::E* w, int64_t cols, int64_t begin, int64_t end, const typename R::X* x,
+              int64_t x_stride, int64_t tokens, float* out, int64_t out_stride) {
+  for (int64_t r = begin; r < end; ++r) {
+    const typename R::E* row = w + r * cols;
+    float* y = out + (r - begin);
+    int64_t t = 0;
+    if (tokens == 1) {
+      y[0] = dot_row1<R>(row, cols, x);
+      continue;
+    }
+    for (; t + 8 <= tokens; t += 8) dot_row<R, 8>(row, cols, x + t * x_stride, x_stride, y + t * out_stride, out_stride);
+    if (t + 4 <= tokens) {
+      dot_row<R, 4>(row, cols, x + t * x_stride, x_stride, y + t * out_stride, out_stride);
+      t += 4;
+    }
+    if (t + 2 <= tokens) {
+      dot_row<R, 2>(row, cols, x + t * x_stride, x_stride, y + t * out_stride, out_stride);
+      t += 2;
+    }
+    if (t < tokens) y[t * out_stride] = dot_row1<R>(row, cols, x + t * x_stride);
+  }
+}
+
+// ---------------------------------------------------------------- packed panels and register tiles
+
+// Panel element and how `kTileRows` activations meet it. Inputs come `depth` at a time.
+struct FloatTile {
+  typedef float A;  // activations
+  typedef float P;  // panel
+  static constexpr int depth = 1;
+  static inline V load(const P* p) { return v_load(p); }
+  static inline V broadcast(const A* a) { return v_set(*a); }
+  static inline V mac(V acc, V w, V a) { return v_fma(w, a, acc); }
+};
+#ifdef QWEN15_BF16_PAIRS
+struct PairTile {
+  typedef uint16_t A;
+  typedef uint16_t P;
+  static constexpr int depth = 2;
+  static inline V load(const P* p) { return _mm512_loadu_ps(p); }
+  static inline V broadcast(const A* a) {
+    int32_t pair;
+    memcpy(&pair, a, sizeof pair);
+    return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+  }
+  static inline V mac(V acc, V w, V a) { return v_dot_pairs(acc, _mm512_castps_si512(w), _mm512_castps_si512(a)); }
+};
+#endif
+
+// c (M, N vectors) (+)= a (M, k) panel (k / depth, N vectors)
+template <class T, int M, int N>
+__attribute__((noinline)) void tile(const typename T::A* a, int64_t a_stride, const typename T::P* panel, int64_t k,
+                                    float* c, int64_t c_stride, bool accumulate) {
+  V acc[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[m][n] = accumulate ? v_load(c + m * c_stride + n * W) : v_zero();
+  for (int64_t i = 0; i < k; i += T::depth) {
+    V w[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) w[n] = T::load(panel + n * W * T::depth);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      V x = T::broadcast(a + m * a_stride + i);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], w[n], x);
+    }
+    panel += N * W * T::depth;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) v_store(c + m * c_stride + n * W, acc[m][n]);
+}
+
+template <class T, int N>
+void tile_rows(const typename T::A* a, int64_t a_stride, int64_t rows, const typename T::P* panel, int64_t k, float* c,
+               int64_t c_stride, bool accumulate) {
+  int64_t m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows)
+    tile<T, kTileRows, N>(a + m * a_stride, a_stride, panel, k, c + m * c_stride, c_stride, accumulate);
+  a += m * a_stride;
+  c += m * c_stride;
+  switch (rows - m) {
+    case 5: return tile<T, (5 < kTileRows ? 5 : kTileRows), N>(a, a_stride, panel, k, c, c_stride, accumulate);
+    case 4: return tile<T, (4 < kTileRows ? 4 : kTileRows), N>(a, a_stride, panel, k, c, c_stride, accumulate);
+    case 3: return tile<T, 3, N>(a, a_stride, panel, k, c, c_stride, accumulate);
+    case 2: return tile<T, 2, N>(a, a_stride, panel, k, c, c_stride, accumulate);
+    case 1: return tile<T, 1, N>(a, a_stride, panel, k, c, c_stride, accumulate);
+    default: return;
+  }
+}
+
+// c (rows, vecs vectors) (+)= a panel, for a panel of 1 to kTileVecs vectors
+template <class T>
+void multiply_panel(const typename T::A* a, int64_t a_stride, int64_t rows, const typename T::P* panel, int vecs,
+                    int64_t k, float* c, int64_t c_stride, bool accumulate) {
+  switch (vecs) {
+    case 1: return tile_rows<T, 1>(a, a_stride, rows, panel, k, c, c_stride, accumulate);
+    case 2: return tile_rows<T, 2>(a, a_stride, rows, panel, k, c, c_stride, accumulate);
+    case 3: return tile_rows<T, (3 < kTileVecs ? 3 : kTileVecs)>(a, a_stride, rows, panel, k, c, c_stride, accumulate);
+    default: return tile_rows<T, kTileVecs>(a, a_stride, rows, panel, k, c, c_stride, accumulate);
+  }
+}
+
+// Rows in memory -> panel for FloatTile: panel[i][r] = rows[r][i], `count` rows, zeros up to vecs * W.
+template <class R>
+void pack_floats(const typename R::E* const* rows, int count, int64_t k, int vecs, float* panel) {
+  for (int64_t i = 0; i < k; i += W) {
+    int part = k - i < W ? (int)(k - i) : W;
+    for (int v = 0; v < vecs; ++v) {
+      V block[W];
+      for (int r = 0; r < W; ++r) {
+        int row = v * W + r;
+        block[r] = row >= count ? v_zero() : part == W ? R::floats(rows[row] + i) : R::floats_part(rows[row] + i, part);
+      }
+      v_transpose(block);
+      for (int j = 0; j < part; ++j) v_store(panel + ((i + j) * vecs + v) * W, block[j]);
+    }
+  }
+}
+
+#ifdef QWEN15_BF16_PAIRS
+// bf16 rows -> panel for PairTile: panel[i / 2][r][i % 2] = rows[r][i].
+void pack_pairs(const uint16_t* const* rows, int count, int64_t k, int vecs, uint16_t* panel) {
+  for (int64_t i = 0; i < k; i += 2 * W) {
+    int part = k - i < 2 * W ? (int)(k - i) : 2 * W;
+    for (int v = 0; v < vecs; ++v) {
+      V block[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) {
+        int row = v * W + r;
+        block[r] = row >= count  ? v_zero()
+                   : part == 2 * W ? _mm512_loadu_ps(rows[row] + i)
+                                   : _mm512_castsi512_ps(PairRow::load_part(rows[row] + i, part));
+      }
+      v_transpose(block);
+      int pairs = (part + 1) / 2;
+      for (int j = 0; j < pairs; ++j) _mm512_storeu_ps(panel + ((i / 2 + j) * vecs + v) * 2 * W, block[j]);
+    }
+  }
+}
+#endif
+
+template <class R>
+struct Packer {  // the tile a row type is packed for
+  typedef FloatTile Tile;
+  static void pack(const typename R::E* const* rows, int count, int64_t k, int vecs, float* panel) {
+    pack_floats<R>(rows, count, k, vecs, panel);
+  }
+};
+#ifdef QWEN15_BF16_PAIRS
+template <>
+struct Packer<PairRow> {
+  typedef PairTile Tile;
+  static void pack(const uint16_t* const* rows, int count, int64_t k, int vecs, uint16_t* panel) {
+    pack_pairs(rows, count, k, vecs, panel);
+  }
+};
+#endif
+
+// ---------------------------------------------------------------- what happens to y
+
+// c (tokens, n) -> the job's output, columns [row, row + n)
+void finish(const Job& job, int64_t token, int64_t tokens, int64_t row, int64_t n, const float* c, const float* c_up,
+            int64_t c_stride, bool round_bf16) {
+  if (job.up.data != nullptr) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t j = 0; j < n; j += W) {
+        int part = n - j < W ? (int)(n - j) : W;
+        V gate = v_load_part(c + t * c_stride + j, part), up = v_load_part(c_up + t * c_stride + j, part);
+        V y = v_mul(v_silu(gate), up);
+        write_output(job.out, job.out_stride, job.act, token + t, row + j, y, part, round_bf16);
+      }
+    if (job.out == nullptr && row + n == job.w.rows)
+      for (int64_t t = 0; t < tokens; ++t) clear_tail(job.act, token + t, job.w.rows);
+    return;
+  }
+  float bias[kRowBlock];
+  for (int64_t j = 0; j < n; j += W) {
+    int part = n - j < W ? (int)(n - j) : W;
+    v_store_part(bias + j, job.bias.data == nullptr ? v_zero()
+                           : part == W             ? load_vector(job.bias, row + j)
+                                                   : load_vector_part(job.bias, row + j, part), part);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* out = job.out + (token + t) * job.out_stride + row;
+    const float* y = c + t * c_stride;
+    if (job.residual == nullptr) {
+      for (int64_t j = 0; j < n; ++j) out[j] = y[j] + bias[j];
+    } else {
+      const float* residual = job.residual + (token + t) * job.out_stride + row;
+      for (int64_t j = 0; j < n; ++j) out[j] = y[j] + bias[j] + residual[j];
+    }
+  }
+}
+
+// ---------------------------------------------------------------- one job, both ways
+
+template <class R>
+void few_tokens(Team& team, const Job& job, Activations x, int64_t tokens, bool round_bf16) {
+  const auto* w = (const typename R::E*)job.w.data;
+  const auto* up = (const typename R::E*)job.up.data;
+  const auto* xs = (const typename R::X*)x.data;
+  float c[kPackFrom * kRowBlock], c_up[kPackFrom * kRowBlock];
+  int64_t begin, end;
+  team.share(job.w.rows, W, &begin, &end);
+  for (int64_t r = begin; r < end; r += kRowBlock) {
+    int64_t n = end - r < kRowBlock ? end - r : kRowBlock;
+    dot_rows<R>(w, job.w.cols, r, r + n, xs, x.stride, tokens, c, kRowBlock);
+    if (up != nullptr) dot_rows<R>(up, job.w.cols, r, r + n, xs, x.stride, tokens, c_up, kRowBlock);
+    finish(job, 0, tokens, r, n, c, c_up, kRowBlock, round_bf16);
+  }
+}
+
+template <class R>
+void one_panel(Team& team, const Job& job, int64_t panel_index, int64_t token, int64_t tokens, Activations x,
+               bool round_bf16) {
+  typedef typename Packer<R>::Tile T;
+  constexpr int kRows = kTileVecs * W;
+  static_assert(kRows <= kRowBlock, "finish() holds the bias of one panel");
+  int64_t row = panel_index * kRows, cols = job.w.cols;
+  int n = job.w.rows - row < kRows ? (int)(job.w.rows - row) : kRows;
+  int vecs = (n + W - 1) / W;
+  bool gated = job.up.data != nullptr;
+  int64_t depth = cols < kPanelDepth ? padded(cols) : kPanelDepth;
+  int64_t panel_bytes = depth * kRows * sizeof(typename T::P), c_bytes = tokens * kRows * sizeof(float);
+  char* memory = (char*)team.scratch(panel_bytes + (gated ? 2 : 1) * c_bytes);
+  auto* panel = (typename T::P*)memory;
+  float* c[2] = {(float*)(memory + panel_bytes), (float*)(memory + panel_bytes + c_bytes)};
+  const auto* xs = (const typename T::A*)x.data + token * x.stride;
+  for (int part = 0; part <= (gated ? 1 : 0); ++part) {
+    const auto* w = (const typename R::E*)(part == 0 ? job.w.data : job.up.data);
+    for (int64_t k0 = 0; k0 < cols; k0 += kPanelDepth) {
+      int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth;
+      const typename R::E* rows[kRows];
+      for (int r = 0; r < n; ++r) rows[r] = w + (row + r) * cols + k0;
+      Packer<R>::pack(rows, n, k, vecs, panel);
+      multiply_panel<T>(xs + k0, x.stride, tokens, panel, vecs, k, c[part], kRows, k0 > 0);
+    }
+  }
+  finish(job, token, tokens, row, n, c[0], c[1], kRows, round_bf16);
+}
+
+int64_t panels(const Job& job) { return (job.w.rows + kTileVecs * W - 1) / (kTileVecs * W); }
+
+void matmul(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
+  if (tokens < kPackFrom) {
+    for (int j = 0; j < job_count; ++j) {
+      const Job& job = jobs[j];
+      if (job.w.dtype == DType::f32) few_tokens<F32Row>(team, job, x, tokens, false);
+      else if (job.w.dtype == DType::f16) few_tokens<F16Row>(team, job, x, tokens, false);
+      else few_tokens<PairRow>(team, job, x, tokens, true);
+    }
+    return;
+  }
+  int64_t total = 0;
+  for (int j = 0; j < job_count; ++j) total += panels(jobs[j]);
+  // Few panels for many threads: cut the tokens finer, at the price of packing more often.
+  int64_t block = kTokenBlock;
+  while (block > 4 * kTileRows && total * ((tokens + block - 1) / block) < 4 * team.size() &&
+         block / 2 < tokens)
+    block /= 2;
+  int64_t blocks = (tokens + block - 1) / block;
+  for (int64_t item = team.take(); item < total * blocks; item = team.take()) {
+    int64_t token = item / total * block, panel = item % total;
+    int j = 0;
+    for (; panel >= panels(jobs[j]); ++j) panel -= panels(jobs[j]);
+    const Job& job = jobs[j];
+    int64_t count = tokens - token < block ? tokens - token : block;
+    if (job.w.dtype == DType::f32) one_panel<F32Row>(team, job, panel, token, count, x, false);
+    else if (job.w.dtype == DType::f16) one_panel<F16Row>(team, job, panel, token, count, x, false);
+    else one_panel<PairRow>(team, job, panel, token, count, x, true);
+  }
+}
+
+}  // namespace

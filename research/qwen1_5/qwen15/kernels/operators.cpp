@@ -1,0 +1,396 @@
+// The operators as MindSpore's `ops.Custom(func_type="aot")` calls them, with their shape inference.
+//
+// MindSpore's convention: params holds the inputs, then the outputs; ndims, shapes and dtypes describe each. A result
+// other than 0 becomes a RuntimeError; what was wrong is printed and kept for qwen15_last_error(). For an operator f,
+// fInferShape gives the output's shape from the inputs' shapes.
+// All int inputs are int32, activations float32; weights, biases and norms f32/f16/bf16; caches f32/f16/bf16.
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "layer.h"
+
+class AotExtra;  // MindSpore's; only its address passes through here
+
+#define QWEN15_API extern "C" __attribute__((visibility("default")))
+
+namespace qwen15 {
+namespace {
+
+std::mutex error_mutex;
+std::string error_text;
+
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+void fail(const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  throw std::runtime_error(text);
+}
+
+// The inputs and outputs of one call, with checks that name what does not fit.
+class Call {
+ public:
+  Call(int count, void** params, int* ndims, int64_t** shapes, const char** dtypes)
+      : count_(count), params_(params), ndims_(ndims), shapes_(shapes), dtypes_(dtypes) {}
+
+  int count() const { return count_; }
+  int64_t dim(int i, int axis) const { return shapes_[i][axis]; }
+
+  void rank(int i, const char* name, int wanted) const {
+    if (i >= count_) fail("%s (input %d) is missing", name, i);
+    if (ndims_[i] != wanted) fail("%s (input %d) has %d dimensions, not %d", name, i, ndims_[i], wanted);
+  }
+  DType dtype(int i, const char* name) const {
+    if (strcmp(dtypes_[i], "float32") == 0) return DType::f32;
+    if (strcmp(dtypes_[i], "float16") == 0) return DType::f16;
+    if (strcmp(dtypes_[i], "bfloat16") == 0) return DType::bf16;
+    fail("%s (input %d) is %s, not float32, float16 or bfloat16", name, i, dtypes_[i]);
+  }
+  const int32_t* ints(int i, const char* name, int wanted_rank) const {
+    rank(i, name, wanted_rank);
+    if (strcmp(dtypes_[i], "int32") != 0) fail("%s (input %d) is %s, not int32", name, i, dtypes_[i]);
+    return static_cast<const int32_t*>(params_[i]);
+  }
+  float* floats(int i, const char* name, int wanted_rank) const {
+    rank(i, name, wanted_rank);
+    if (strcmp(dtypes_[i], "float32") != 0) fail("%s (input %d) is %s, not float32", name, i, dtypes_[i]);
+    return static_cast<float*>(params_[i]);
+  }
+  float number(int i, const char* name) const { return floats(i, name, 1)[0]; }
+  Vector vector(int i, const char* name, int64_t size) const {
+    rank(i, name, 1);
+    if (dim(i, 0) != size)
+      fail("%s (input %d) has %lld elements, not %lld", name, i, static_cast<long long>(dim(i, 0)),
+           static_cast<long long>(size));
+    Vector v;
+    v.data = params_[i];
+    v.dtype = dtype(i, name);
+    return v;
+  }
+  Matrix matrix(int i, const char* name, int64_t cols = -1, int64_t rows = -1) const {
+    rank(i, name, 2);
+    Matrix m;
+    m.data = params_[i];
+    m.dtype = dtype(i, name);
+    m.rows = dim(i, 0);
+    m.cols = dim(i, 1);
+    if ((cols >= 0 && m.cols != cols) || (rows >= 0 && m.rows != rows))
+      fail("%s (input %d) is (%lld, %lld), wanted (%lld, %lld), -1 for any", name, i, static_cast<long long>(m.rows),
+           static_cast<long long>(m.cols), static_cast<long long>(rows), static_cast<long long>(cols));
+    return m;
+  }
+  // Key cache at i, value cache at i + 1.
+  Cache cache(int i) const {
+    rank(i, "key_cache", 4);
+    rank(i + 1, "value_cache", 4);
+    for (int axis = 0; axis < 4; ++axis)
+      if (dim(i, axis) != dim(i + 1, axis)) fail("key_cache and value_cache (input %d) differ in axis %d", i, axis);
+    Cache c;
+    c.k = params_[i];
+    c.v = params_[i + 1];
+    c.dtype = dtype(i, "key_cache");
+    if (dtype(i + 1, "value_cache") != c.dtype) fail("key_cache and value_cache (input %d) differ in dtype", i);
+    c.num_blocks = dim(i, 0);
+    c.block_size = dim(i, 1);
+    c.kv_heads = dim(i, 2);
+    c.head_dim = dim(i, 3);
+    if (c.head_dim % 2 != 0) fail("head size %lld is odd", static_cast<long long>(c.head_dim));
+    return c;
+  }
+  // query_lens at i, context_lens at i + 1, block_tables at i + 2; every block a sequence needs must exist.
+  Batch batch(int i, int64_t tokens, int64_t num_blocks, int64_t block_size) const {
+    Batch b;
+    b.tokens = tokens;
+    b.query_lens = ints(i, "query_lens", 1);
+    b.context_lens = ints(i + 1, "context_lens", 1);
+    b.block_tables = ints(i + 2, "block_tables", 2);
+    b.sequences = dim(i, 0);
+    b.table_stride = dim(i + 2, 1);
+    if (dim(i + 1, 0) != b.sequences || dim(i + 2, 0) != b.sequences)
+      fail("query_lens, context_lens and block_tables are for %lld, %lld and %lld sequences",
+           static_cast<long long>(b.sequences), static_cast<long long>(dim(i + 1, 0)),
+           static_cast<long long>(dim(i + 2, 0)));
+    check_query_lens(b.query_lens, b.sequences, tokens);
+    for (int64_t s = 0; s < b.sequences; ++s) {
+      int64_t context = b.context_lens[s], blocks = (context + block_size - 1) / block_size;
+      if (context < b.query_lens[s] || blocks > b.table_stride)
+        fail("sequence %lld: context of %lld tokens with %d new ones and room for %lld",
+             static_cast<long long>(s), static_cast<long long>(context), b.query_lens[s],
+             static_cast<long long>(b.table_stride * block_size));
+      for (int64_t n = 0; n < blocks; ++n) {
+        int32_t block = b.block_tables[s * b.table_stride + n];
+        if (block < 0 || block >= num_blocks)
+          fail("sequence %lld: block table entry %lld is %d, the cache has %lld blocks", static_cast<long long>(s),
+               static_cast<long long>(n), block, static_cast<long long>(num_blocks));
+      }
+    }
+    return b;
+  }
+  static void check_query_lens(const int32_t* lens, int64_t sequences, int64_t tokens) {
+    int64_t sum = 0;
+    for (int64_t s = 0; s < sequences; ++s) {
+      if (lens[s] < 1) fail("sequence %lld has %d new tokens", static_cast<long long>(s), lens[s]);
+      sum += lens[s];
+    }
+    if (sum != tokens) fail("query_lens sum to %lld, there are %lld tokens", static_cast<long long>(sum),
+                            static_cast<long long>(tokens));
+  }
+  // int32 values at i, each in [low, high)
+  const int32_t* bounded(int i, const char* name, int64_t tokens, int64_t low, int64_t high) const {
+    const int32_t* values = ints(i, name, 1);
+    if (dim(i, 0) != tokens) fail("%s (input %d) has %lld values for %lld tokens", name, i,
+                                  static_cast<long long>(dim(i, 0)), static_cast<long long>(tokens));
+    for (int64_t t = 0; t < tokens; ++t)
+      if (values[t] < low || values[t] >= high)
+        fail("%s[%lld] is %d, outside [%lld, %lld)", name, static_cast<long long>(t), values[t],
+             static_cast<long long>(low), static_cast<long long>(high));
+    return values;
+  }
+
+ private:
+  int count_;
+  void** params_;
+  int* ndims_;
+  int64_t** shapes_;
+  const char** dtypes_;
+};
+
+template <class F>
+int guarded(const char* name, F&& work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::exception& error) {
+    std::lock_guard<std::mutex> lock(error_mutex);
+    error_text = std::string(name) + ": " + error.what();
+    fprintf(stderr, "qwen15 kernels: %s\n", error_text.c_str());
+    return 1;
+  }
+}
+
+void check_rope(const Call& call, int i, int64_t head_dim) {
+  call.floats(i, "cos", 2);
+  call.floats(i + 1, "sin", 2);
+  if (call.dim(i, 1) != head_dim || call.dim(i + 1, 1) != head_dim || call.dim(i, 0) != call.dim(i + 1, 0))
+    fail("cos and sin have %lld and %lld columns, head size is %lld", static_cast<long long>(call.dim(i, 1)),
+         static_cast<long long>(call.dim(i + 1, 1)), static_cast<long long>(head_dim));
+}
+
+// norm, wq, bq, wk, bk, wv, bv at i and cache at c; cos and sin are filled in by the caller.
+Qkv read_qkv(const Call& call, int i, int c, float eps, int64_t hidden) {
+  Qkv s;
+  s.eps = eps;
+  s.cache = call.cache(c);
+  int64_t kv_cols = s.cache.kv_heads * s.cache.head_dim;
+  s.norm = call.vector(i, "norm", hidden);
+  s.wq = call.matrix(i + 1, "wq", hidden);
+  s.bq = call.vector(i + 2, "bq", s.wq.rows);
+  s.wk = call.matrix(i + 3, "wk", hidden, kv_cols);
+  s.bk = call.vector(i + 4, "bk", kv_cols);
+  s.wv = call.matrix(i + 5, "wv", hidden, kv_cols);
+  s.bv = call.vector(i + 6, "bv", kv_cols);
+  if (s.wq.dtype != s.wk.dtype || s.wq.dtype != s.wv.dtype) fail("wq, wk and wv (from input %d) differ in dtype", i + 1);
+  if (s.wq.rows % kv_cols != 0)
+    fail("%lld query columns are no multiple of %lld key columns", static_cast<long long>(s.wq.rows),
+         static_cast<long long>(kv_cols));
+  return s;
+}
+
+}  // namespace
+}  // namespace qwen15
+
+using namespace qwen15;
+
+QWEN15_API const char* qwen15_last_error() {
+  static thread_local std::string copy;
+  std::lock_guard<std::mutex> lock(error_mutex);
+  copy = error_text;
+  return copy.c_str();
+}
+
+// ids (T,), table (V, E) -> (T, E)
+QWEN15_API int qwen15_embed(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  return guarded("embed", [&] {
+    Call call(n, params, ndims, shapes, dtypes);
+    Matrix table = call.matrix(1, "table");
+    call.rank(0, "ids", 1);
+    const int32_t* ids = call.bounded(0, "ids", call.dim(0, 0), 0, table.rows);
+    embed_tokens(ids, call.dim(0, 0), table, call.floats(2, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_embedInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[0][0], shapes[1][1]};
+}
+
+// x (T, E), norm, wq, bq, wk, bk, wv, bv, cos (P, D), sin, positions (T,), slots (T,), key_cache, value_cache, eps (1,)
+// -> q (T, H D)
+QWEN15_API int qwen15_qkv(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  return guarded("qkv", [&] {
+    Call call(n, params, ndims, shapes, dtypes);
+    const float* x = call.floats(0, "x", 2);
+    int64_t tokens = call.dim(0, 0);
+    Qkv s = read_qkv(call, 1, 12, call.number(14, "eps"), call.dim(0, 1));
+    check_rope(call, 8, s.cache.head_dim);
+    s.cos = call.floats(8, "cos", 2);
+    s.sin = call.floats(9, "sin", 2);
+    const int32_t* positions = call.bounded(10, "positions", tokens, 0, call.dim(8, 0));
+    const int32_t* slots = call.bounded(11, "slots", tokens, -1, s.cache.num_blocks * s.cache.block_size);
+    qkv(s, x, tokens, positions, slots, call.floats(15, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_qkvInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[0][0], shapes[2][0]};
+}
+
+// q (T, H D), key_cache, value_cache, query_lens (B,), context_lens (B,), block_tables (B, M) -> (T, H D)
+QWEN15_API int qwen15_attention(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  return guarded("attention", [&] {
+    Call call(n, params, ndims, shapes, dtypes);
+    const float* q = call.floats(0, "q", 2);
+    Cache cache = call.cache(1);
+    int64_t kv_cols = cache.kv_heads * cache.head_dim;
+    if (call.dim(0, 1) % kv_cols != 0)
+      fail("q has %lld columns, no multiple of %lld", static_cast<long long>(call.dim(0, 1)),
+           static_cast<long long>(kv_cols));
+    Batch batch = call.batch(3, call.dim(0, 0), cache.num_blocks, cache.block_size);
+    attention(q, call.dim(0, 1) / cache.head_dim, cache, batch, call.floats(6, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_attentionInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[0][0], shapes[0][1]};
+}
+
+// x (T, I), w (O, I) -> (T, O)
+QWEN15_API int qwen15_project(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  return guarded("project", [&] {
+    Call call(n, params, ndims, shapes, dtypes);
+    const float* x = call.floats(0, "x", 2);
+    project(call.matrix(1, "w", call.dim(0, 1)), x, call.dim(0, 0), nullptr, call.floats(2, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_projectInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[0][0], shapes[1][0]};
+}
+
+// x (T, I), w (O, I), residual (T, O) -> (T, O)
+QWEN15_API int qwen15_project_add(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*,
+                                  void*) {
+  return guarded("project_add", [&] {
+    Call call(n, params, ndims, shapes, dtypes);
+    const float* x = call.floats(0, "x", 2);
+    Matrix w = call.matrix(1, "w", call.dim(0, 1));
+    const float* residual = call.floats(2, "residual", 2);
+    if (call.dim(2, 0) != call.dim(0, 0) || call.dim(2, 1) != w.rows) fail("residual does not have the output's shape");
+    project(w, x, call.dim(0, 0), residual, call.floats(3, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_project_addInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[0][0], shapes[1][0]};
+}
+
+// x (T, E), norm (E,), w1 (F, E), w3 (F, E), eps (1,) -> (T, F)
+QWEN15_API int qwen15_gate_up(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  return guarded("gate_up", [&] {
+    Call call(n, params, ndims, shapes, dtypes);
+    const float* x = call.floats(0, "x", 2);
+    GateUp s;
+    s.norm = call.vector(1, "norm", call.dim(0, 1));
+    s.w1 = call.matrix(2, "w1", call.dim(0, 1));
+    s.w3 = call.matrix(3, "w3", call.dim(0, 1), s.w1.rows);
+    if (s.w1.dtype != s.w3.dtype) fail("w1 and w3 differ in dtype");
+    s.eps = call.number(4, "eps");
+    gate_up(s, x, call.dim(0, 0), call.floats(5, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_gate_upInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[0][0], shapes[2][0]};
+}
+
+// x (T, E), query_lens (B,), norm (E,), w (V, E), eps (1,) -> (B, V)
+QWEN15_API int qwen15_head(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  return guarded("head", [&] {
+    Call call(n, params, ndims, shapes, dtypes);
+    const float* x = call.floats(0, "x", 2);
+    Batch batch;
+    batch.tokens = call.dim(0, 0);
+    batch.query_lens = call.ints(1, "query_lens", 1);
+    batch.sequences = call.dim(1, 0);
+    Call::check_query_lens(batch.query_lens, batch.sequences, batch.tokens);
+    Head s;
+    s.norm = call.vector(2, "norm", call.dim(0, 1));
+    s.w = call.matrix(3, "w", call.dim(0, 1));
+    s.eps = call.number(4, "eps");
+    head(s, x, batch, call.floats(5, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_headInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[1][0], shapes[3][0]};
+}
+
+// ids (T,), positions (T,), slots (T,), query_lens (B,), context_lens (B,), block_tables (B, M), cos (P, D), sin (P, D),
+// eps (1,), table (V, E), norm (E,), head (V, E), then for each layer: norm, wq, bq, wk, bk, wv, bv, wo, norm2, w1, w3,
+// w2, key_cache, value_cache -> logits (B, V)
+QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  return guarded("decoder", [&] {
+    constexpr int kFirst = 12, kPerLayer = 14;
+    Call call(n, params, ndims, shapes, dtypes);
+    int inputs = n - 1, layers = (inputs - kFirst) / kPerLayer;
+    if (inputs < kFirst + kPerLayer || kFirst + layers * kPerLayer != inputs)
+      fail("%d inputs are not %d and %d for each layer", inputs, kFirst, kPerLayer);
+    float eps = call.number(8, "eps");
+    Stack stack;
+    stack.table = call.matrix(9, "table");
+    int64_t hidden = stack.table.cols;
+    stack.head.norm = call.vector(10, "norm", hidden);
+    stack.head.w = call.matrix(11, "head", hidden);
+    stack.head.eps = eps;
+    std::vector<Layer> all(layers);
+    for (int l = 0; l < layers; ++l) {
+      int i = kFirst + l * kPerLayer;
+      Layer& layer = all[l];
+      layer.qkv = read_qkv(call, i, i + 12, eps, hidden);
+      layer.qkv.cos = call.floats(6, "cos", 2);
+      layer.qkv.sin = call.floats(7, "sin", 2);
+      layer.wo = call.matrix(i + 7, "wo", layer.qkv.wq.rows, hidden);
+      layer.gate_up.norm = call.vector(i + 8, "norm", hidden);
+      layer.gate_up.eps = eps;
+      layer.gate_up.w1 = call.matrix(i + 9, "w1", hidden);
+      layer.gate_up.w3 = call.matrix(i + 10, "w3", hidden, layer.gate_up.w1.rows);
+      layer.w2 = call.matrix(i + 11, "w2", layer.gate_up.w1.rows, hidden);
+      const Layer& first = all[0];
+      const DType dtype = first.qkv.wq.dtype;
+      if (layer.qkv.wq.dtype != dtype || layer.wo.dtype != dtype || layer.gate_up.w1.dtype != dtype ||
+          layer.gate_up.w3.dtype != dtype || layer.w2.dtype != dtype)
+        fail("layer %d: weights of different dtypes", l);
+      const Cache &c = layer.qkv.cache, &c0 = first.qkv.cache;
+      if (c.dtype != c0.dtype || c.num_blocks != c0.num_blocks || c.block_size != c0.block_size ||
+          c.kv_heads != c0.kv_heads || c.head_dim != c0.head_dim || layer.qkv.wq.rows != first.qkv.wq.rows ||
+          layer.gate_up.w1.rows != first.gate_up.w1.rows)
+        fail("layer %d: sizes or cache differ from layer 0's", l);
+    }
+    const Cache& cache = all[0].qkv.cache;
+    check_rope(call, 6, cache.head_dim);
+    call.rank(0, "ids", 1);
+    int64_t tokens = call.dim(0, 0);
+    const int32_t* ids = call.bounded(0, "ids", tokens, 0, stack.table.rows);
+    const int32_t* positions = call.bounded(1, "positions", tokens, 0, call.dim(6, 0));
+    const int32_t* slots = call.bounded(2, "slots", tokens, -1, cache.num_blocks * cache.block_size);
+    Batch batch = call.batch(3, tokens, cache.num_blocks, cache.block_size);
+    stack.layers = all.data();
+    stack.layer_count = layers;
+    decoder(stack, ids, batch, positions, slots, call.floats(inputs, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_decoderInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[3][0], shapes[11][0]};
+}

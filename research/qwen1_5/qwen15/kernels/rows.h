@@ -1,0 +1,149 @@
+// How a row of numbers in each dtype meets float32 or bf16 activations: the traits the matmuls and attention are built on.
+#pragma once
+
+namespace {
+
+// Row in memory -> float vectors; activations are float32.
+struct F32Row {
+  typedef float E;  // element in memory
+  typedef float X;  // element of the activations
+  typedef V L;      // loaded
+  static constexpr int step = W;
+  static inline L load(const E* p) { return v_load(p); }
+  static inline L load_part(const E* p, int n) { return v_load_part(p, n); }
+  static inline V floats(const E* p) { return v_load(p); }
+  static inline V floats_part(const E* p, int n) { return v_load_part(p, n); }
+  static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
+  static inline void store(E* p, V v) { v_store(p, v); }
+};
+
+struct F16Row {
+  typedef uint16_t E;
+  typedef float X;
+  typedef V L;
+  static constexpr int step = W;
+  static inline L load(const E* p) { return v_load_f16(p); }
+  static inline L load_part(const E* p, int n) { return v_load_part_f16(p, n); }
+  static inline V floats(const E* p) { return v_load_f16(p); }
+  static inline V floats_part(const E* p, int n) { return v_load_part_f16(p, n); }
+  static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
+  static inline void store(E* p, V v) { v_store_f16(p, v); }
+};
+
+struct BF16Row {
+  typedef uint16_t E;
+  typedef float X;
+  typedef V L;
+  static constexpr int step = W;
+  static inline L load(const E* p) { return v_load_bf16(p); }
+  static inline L load_part(const E* p, int n) { return v_load_part_bf16(p, n); }
+  static inline V floats(const E* p) { return v_load_bf16(p); }
+  static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
+  static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
+  static inline void store(E* p, V v) { v_store_bf16(p, v); }
+};
+
+#ifdef QWEN15_BF16_PAIRS
+// bf16 rows against bf16 activations, two products per float lane and instruction.
+struct PairRow {
+  typedef uint16_t E;
+  typedef uint16_t X;
+  typedef __m512i L;
+  static constexpr int step = 2 * W;
+  static inline L load(const E* p) { return _mm512_loadu_si512(p); }
+  static inline L load_part(const E* p, int n) {
+    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+  }
+  static inline V floats(const E* p) { return v_load_bf16(p); }
+  static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
+  static inline V mac(V acc, L w, const X* x) { return v_dot_pairs(acc, w, _mm512_loadu_si512(x)); }
+  static inline void store(E* p, V v) { v_store_bf16(p, v); }
+};
+#else
+typedef BF16Row PairRow;
+#endif
+
+template <class X>
+inline void store_activation(X* p, V v);
+template <>
+inline void store_activation<float>(float* p, V v) {
+  v_store(p, v);
+}
+template <>
+inline void store_activation<uint16_t>(uint16_t* p, V v) {
+  v_store_bf16(p, v);
+}
+
+// v rounded to bf16 and back: what activations for bf16 weights are where they are not stored as bf16.
+inline V v_rounded(V v) {
+  uint16_t bits[W];
+  v_store_bf16(bits, v);
+  return v_load_bf16(bits);
+}
+
+inline V load_vector(Vector x, int64_t i) {
+  if (x.dtype == DType::f32) return v_load((const float*)x.data + i);
+  if (x.dtype == DType::f16) return v_load_f16((const uint16_t*)x.data + i);
+  return v_load_bf16((const uint16_t*)x.data + i);
+}
+inline V load_vector_part(Vector x, int64_t i, int n) {
+  if (x.dtype == DType::f32) return v_load_part((const float*)x.data + i, n);
+  if (x.dtype == DType::f16) return v_load_part_f16((const uint16_t*)x.data + i, n);
+  return v_load_part_bf16((const uint16_t*)x.data + i, n);
+}
+// First n elements of v to p.
+inline void v_store_part(float* p, V v, int n) {
+  float whole[W];
+  v_store(whole, v);
+  for (int i = 0; i < n; ++i) p[i] = whole[i];
+}
+
+// First n (at most W) elements of y to column `col` of row t: of `act` when `out` is null, of out (T, stride) otherwise.
+inline void write_output(float* out, int64_t stride, Activations act, int64_t t, int64_t col, V y, int n,
+                         bool round_bf16) {
+  if (out != nullptr) {
+    float* p = out + t * stride + col;
+    if (n == W) v_store(p, y);
+    else v_store_part(p, y, n);
+  } else if (act.pairs) {
+    uint16_t* p = (uint16_t*)act.data + t * act.stride + col;
+    uint16_t bits[W];
+    if (n == W) return v_store_bf16(p, y);
+    v_store_bf16(bits, y);
+    memcpy(p, bits, n * sizeof(uint16_t));
+  } else {
+    float* p = (float*)act.data + t * act.stride + col;
+    if (round_bf16) y = v_rounded(y);
+    if (n == W) v_store(p, y);
+    else v_store_part(p, y, n);
+  }
+}
+
+// Zero an activation row from `cols` up to its stride, so that whole-vector loads find nothing there.
+inline void clear_tail(Activations act, int64_t t, int64_t cols) {
+  int64_t element = act.pairs ? 2 : 4;
+  memset((char*)act.data + (t * act.stride + cols) * element, 0, (act.stride - cols) * element);
+}
+
+// e^x, within 2 units in the last place; below -87 it is 0 (never denormal). Cody and Waite's reduction and a
+// degree-6 polynomial for 2^(f ln 2) on |f| <= 1/2.
+inline V v_exp(V x) {
+  V low = v_set(-87.0f);
+  x = v_min(x, v_set(88.0f));
+  V clamped = v_max(x, low);
+  V n = v_round(v_mul(clamped, v_set(1.44269504088896341f)));
+  V r = v_fma(n, v_set(-0.693359375f), clamped);
+  r = v_fma(n, v_set(2.12194440e-4f), r);
+  V p = v_set(1.9875691500e-4f);
+  p = v_fma(p, r, v_set(1.3981999507e-3f));
+  p = v_fma(p, r, v_set(8.3334519073e-3f));
+  p = v_fma(p, r, v_set(4.1665795894e-2f));
+  p = v_fma(p, r, v_set(1.6666665459e-1f));
+  p = v_fma(p, r, v_set(5.0000001201e-1f));
+  p = v_fma(p, v_mul(r, r), v_add(r, v_set(1.0f)));
+  return v_keep_from(x, low, v_scale2(p, n));
+}
+
+inline V v_silu(V x) { return v_div(x, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
+
+}  // namespace

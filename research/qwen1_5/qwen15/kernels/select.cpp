@@ -1,0 +1,158 @@
+// C functions for Python's ctypes: selection over the vocabulary, control of the threads, probes for the bench.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "dispatch.h"
+#include "team.h"
+
+#define QWEN15_API extern "C" __attribute__((visibility("default")))
+
+using namespace qwen15;
+
+namespace {
+
+// Bumped whenever a function's arguments or an operator's inputs change.
+constexpr int kAbiVersion = 1;
+
+struct Candidate {
+  float value;
+  int32_t id;
+};
+
+// Largest value first; equal values in order of their ids.
+bool before(const Candidate& a, const Candidate& b) { return a.value != b.value ? a.value > b.value : a.id < b.id; }
+
+// Maxima of consecutive chunks; empty when a logit is NaN.
+std::vector<float> maxima_of(const float* logits, int64_t n) {
+  std::vector<float> maxima((n + kLogitChunk - 1) / kLogitChunk);
+  if (!kernels().chunk_maxima(logits, n, maxima.data())) maxima.clear();
+  return maxima;
+}
+
+// Everything >= threshold, looking only into chunks whose maximum is.
+void collect(const float* logits, int64_t n, const std::vector<float>& maxima, float threshold,
+             std::vector<Candidate>* out) {
+  for (size_t c = 0; c < maxima.size(); ++c) {
+    if (maxima[c] < threshold) continue;
+    int64_t end = std::min<int64_t>(n, static_cast<int64_t>(c + 1) * kLogitChunk);
+    for (int64_t i = static_cast<int64_t>(c) * kLogitChunk; i < end; ++i)
+      if (logits[i] >= threshold) out->push_back({logits[i], static_cast<int32_t>(i)});
+  }
+}
+
+}  // namespace
+
+QWEN15_API int qwen15_abi_version() { return kAbiVersion; }
+QWEN15_API const char* qwen15_kernels_name() { return kernels().name; }
+QWEN15_API int qwen15_can_run(const char* name) { return can_run(name); }
+QWEN15_API int qwen15_use_kernels(const char* name) { return use_kernels(name); }
+QWEN15_API int qwen15_threads() { return threads(); }
+QWEN15_API void qwen15_set_threads(int n) { set_threads(n); }
+
+// ids[b] = the first id of logits[b]'s largest value, logits (B, V); -1 where a logit is NaN.
+QWEN15_API void qwen15_argmax(const float* logits, int64_t rows, int64_t vocab, int32_t* ids) {
+  for (int64_t b = 0; b < rows; ++b) {
+    const float* row = logits + b * vocab;
+    std::vector<float> maxima = maxima_of(row, vocab);
+    ids[b] = -1;
+    if (maxima.empty()) continue;
+    size_t chunk = std::max_element(maxima.begin(), maxima.end()) - maxima.begin();
+    int64_t i = static_cast<int64_t>(chunk) * kLogitChunk;
+    while (row[i] != maxima[chunk]) ++i;
+    ids[b] = static_cast<int32_t>(i);
+  }
+}
+
+// The k largest of logits (V,), largest first, equal ones in order of their ids. Exact: the k-th largest chunk maximum has
+// k values at or above it, so nothing below it can be among the k. Returns their number (k, or V when it is less), -1
+// when a logit is NaN.
+QWEN15_API int64_t qwen15_top_candidates(const float* logits, int64_t vocab, int64_t k, float* values, int32_t* ids) {
+  if (k > vocab) k = vocab;
+  if (k <= 0) return 0;
+  std::vector<float> maxima = maxima_of(logits, vocab);
+  if (maxima.empty()) return -1;
+  float threshold = -INFINITY;
+  if (k <= static_cast<int64_t>(maxima.size())) {
+    std::vector<float> sorted = maxima;
+    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
+    threshold = sorted[k - 1];
+  }
+  std::vector<Candidate> found;
+  collect(logits, vocab, maxima, threshold, &found);
+  std::partial_sort(found.begin(), found.begin() + k, found.end(), before);
+  for (int64_t i = 0; i < k; ++i) {
+    values[i] = found[i].value;
+    ids[i] = found[i].id;
+  }
+  return k;
+}
+
+// The nucleus of softmax(logits / temperature), logits (V,): the fewest most likely ids whose probabilities sum to at least
+// top_p, the one that crosses included; most likely first, equal ones in order of their ids. `capacity` is the room in
+// values (logits, not divided) and ids. `normaliser` becomes (largest logit, sum over the whole vocabulary of
+// exp((logit - largest) / temperature)). Returns the number of ids, -1 when a logit is NaN, -2 when they do not fit.
+QWEN15_API int64_t qwen15_nucleus(const float* logits, int64_t vocab, float temperature, double top_p, float* values,
+                                  int32_t* ids, int64_t capacity, double* normaliser) {
+  std::vector<float> maxima = maxima_of(logits, vocab);
+  if (maxima.empty()) return -1;
+  float top = *std::max_element(maxima.begin(), maxima.end());
+  double total = kernels().sum_exp(logits, vocab, 1.0f / temperature, top);
+  normaliser[0] = top;
+  normaliser[1] = total;
+  // Widen the net until what it holds is the nucleus: values above top - 4 T, then - 8 T, ... All values of the net are
+  // larger than all outside, so once its mass reaches top_p the nucleus lies inside.
+  std::vector<Candidate> found;
+  for (double depth = 4.0 * temperature;; depth *= 2.0) {
+    found.clear();
+    bool everything = depth > 1e9 || static_cast<double>(top) - depth < -3e38;
+    collect(logits, vocab, maxima, everything ? -INFINITY : static_cast<float>(top - depth), &found);
+    everything = everything || static_cast<int64_t>(found.size()) == vocab;
+    double mass = 0.0;
+    for (const Candidate& c : found) mass += exp((static_cast<double>(c.value) - top) / temperature);
+    if (mass >= top_p * total || everything) break;
+  }
+  std::sort(found.begin(), found.end(), before);
+  double mass = 0.0;
+  int64_t count = 0;
+  for (const Candidate& c : found) {
+    if (count == capacity) return -2;
+    values[count] = c.value;
+    ids[count] = c.id;
+    ++count;
+    mass += exp((static_cast<double>(c.value) - top) / temperature);
+    if (mass >= top_p * total) break;
+  }
+  return count;
+}
+
+// Bytes per second all threads read together from `bytes` of memory, each its own part; one pass.
+QWEN15_API double qwen15_probe_bandwidth(const void* data, int64_t bytes) {
+  volatile uint64_t sink = 0;
+  auto begin = std::chrono::steady_clock::now();
+  run_team([&](Team& team) {
+    int64_t from, to;
+    team.share(bytes, 4096, &from, &to);
+    sink = sink + kernels().read_bytes(static_cast<const char*>(data) + from, to - from);
+  });
+  std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  return bytes / seconds.count();
+}
+
+// Floating point operations per second all threads reach together in the register tile that prefill runs.
+// dtype: 0 float32, 2 bfloat16.
+QWEN15_API double qwen15_probe_flops(int64_t repeats, int dtype) {
+  double done = 0.0;
+  auto begin = std::chrono::steady_clock::now();
+  run_team([&](Team& team) {
+    double mine = kernels().peak_flops(repeats, static_cast<DType>(dtype));
+    if (team.rank() == 0) done = mine * team.size();
+  });
+  std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  return done / seconds.count();
+}

@@ -1,0 +1,48 @@
+// Threads: a team runs one function on every thread; inside it the threads meet at barriers.
+//
+// Why an own pool: OpenMP keeps a pool per calling thread, and MindSpore calls operators from whichever of its own
+// threads is free; one pool of ours serves all of them, and a whole network runs as one dispatch with barriers of
+// well under a microsecond inside. Waiting threads spin shortly, then give the core away, then sleep.
+#pragma once
+#include <stdint.h>
+
+#include <atomic>
+
+namespace qwen15 {
+
+class Pool;
+
+class Team {
+ public:
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  // Wait until every thread of the team is here. Resets `take`.
+  void barrier();
+  // The next item of a list that all threads work off together, at most once each: 0, 1, 2, ...
+  int64_t take();
+  // Memory of this thread alone, 64-byte aligned, valid until its next call; the contents are not kept.
+  void* scratch(int64_t bytes);
+  // This thread's part of [0, n) when it is cut into `size` contiguous parts, in multiples of `grain`.
+  void share(int64_t n, int64_t grain, int64_t* begin, int64_t* end) const;
+
+ private:
+  friend class Pool;
+  Team(Pool* pool, int rank, int size) : pool_(pool), rank_(rank), size_(size) {}
+  Pool* pool_;
+  int rank_, size_;
+};
+
+// Run `work(team, argument)` on every thread of the pool; returns when all are done. Calls from several threads
+// take turns.
+void run_team(void (*work)(Team&, void*), void* argument);
+
+template <class F>
+void run_team(F&& f) {
+  run_team([](Team& team, void* argument) { (*static_cast<F*>(argument))(team); }, &f);
+}
+
+// Number of threads: what `set_threads` said, else QWEN15_THREADS, else the physical cores this process may use.
+int threads();
+void set_threads(int n);
+
+}  // namespace qwen15

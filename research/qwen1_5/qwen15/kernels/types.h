@@ -1,0 +1,110 @@
+// What the kernels share: dtypes, views of memory, and the table of functions every instruction set fills in.
+//
+// Shapes use one alphabet: T tokens, B sequences, H query heads, K key/value heads, D head size, E hidden,
+// F intermediate, V vocabulary. Matrices are row-major. Nothing here owns memory.
+#pragma once
+#include <stdint.h>
+
+namespace qwen15 {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+static inline int64_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+struct Vector {  // (n,)
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+struct Matrix {  // (rows, cols), rows are outputs and cols are inputs, as checkpoints store linear layers
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t rows = 0, cols = 0;
+};
+
+// Left operand of a matmul, (T, stride) with the row's tail beyond the matrix' cols zero. Rounded to bf16 when the
+// weight it meets is bf16 and float32 otherwise; `pairs` says how it is stored, because only instruction sets with a
+// bf16 dot product keep it as 16 bits.
+struct Activations {
+  void* data = nullptr;
+  int64_t stride = 0;  // in elements
+  bool pairs = false;  // true: uint16 bf16; false: float
+};
+
+// Elements per row that keep every vector load inside the row, whatever the instruction set.
+static inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
+
+struct Cache {  // one layer's keys and values, each (num_blocks, block_size, K, D)
+  void* k = nullptr;
+  void* v = nullptr;
+  DType dtype = DType::f32;
+  int64_t num_blocks = 0, block_size = 0, kv_heads = 0, head_dim = 0;
+};
+
+// One matmul y = x W^T with what is done to y on its way out:
+//   plain  out = y + bias + residual        (bias and residual optional; residual may be out itself)
+//   gated  act = silu(x W^T) * (x U^T)       (when `up` is given)
+struct Job {
+  Matrix w;
+  Vector bias;
+  const float* residual = nullptr;  // (T, out_stride)
+  float* out = nullptr;             // (T, out_stride)
+  int64_t out_stride = 0;
+  Matrix up;
+  Activations act;  // gated: written here unless `out` is given
+};
+
+// The flat batch: T tokens of B sequences, one after the other.
+struct Batch {
+  int64_t tokens = 0, sequences = 0, table_stride = 0;
+  const int32_t* query_lens = nullptr;    // (B,) sums to T
+  const int32_t* context_lens = nullptr;  // (B,) length of the sequence, these tokens included
+  const int32_t* block_tables = nullptr;  // (B, table_stride)
+};
+
+// Where decode's partial results meet: `count` of them, each H (D padded + 2) floats.
+struct AttentionScratch {
+  float* partials = nullptr;
+};
+int64_t attention_partial_floats(int64_t heads, int64_t head_dim);
+int64_t attention_partials(const Batch& batch, int64_t block_size, int threads);
+
+class Team;
+
+// The functions one instruction set provides. All of them are called by every thread of a team with the same
+// arguments; `team` says which share is the caller's. None of them waits for the others unless it says so.
+struct Kernels {
+  const char* name;
+  bool bf16_pairs;  // has a bf16 dot product, so activations for bf16 weights are stored as bf16
+
+  // out[t, :] = x[t, :] * rsqrt(mean(x[t]^2) + eps) * w, for t in [0, T); x (T, x_stride) float32
+  void (*rmsnorm)(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Vector w, float eps,
+                  Activations out, bool round_bf16);
+  // out = x as activations
+  void (*prepare)(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Activations out,
+                  bool round_bf16);
+  void (*matmul)(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens);
+  // q and k of qkv (T, (H + 2K) D) rotated in place, k and v written to their slots; slot -1 writes nothing
+  void (*rope_and_cache)(Team& team, float* qkv, int64_t tokens, int64_t heads, const float* cos, const float* sin,
+                         const int32_t* positions, const int32_t* slots, const Cache& cache);
+  // q (T, q_stride) holding H D columns, out as activations or float32 (T, H D). Waits for the team inside.
+  void (*attention)(Team& team, const float* q, int64_t q_stride, int64_t heads, const Cache& cache,
+                    const Batch& batch, float* out, Activations act, bool round_bf16, AttentionScratch& scratch);
+  void (*embed)(Team& team, const int32_t* ids, int64_t tokens, Matrix table, float* out);
+
+  // Over one row of logits; see select.h.
+  bool (*chunk_maxima)(const float* logits, int64_t n, float* maxima);
+  double (*sum_exp)(const float* logits, int64_t n, float inverse_temperature, float top);
+  // Probes for the bench: a sum over `bytes` of memory; floating point operations done in `repeats` register tiles.
+  uint64_t (*read_bytes)(const void* data, int64_t bytes);
+  double (*peak_flops)(int64_t repeats, DType dtype);
+};
+
+constexpr int kLogitChunk = 256;  // logits per maximum of chunk_maxima
+
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+
+}  // namespace qwen15

@@ -1,0 +1,101 @@
+// Vectors of AVX2 with FMA and F16C: 8 floats.
+#pragma once
+#include <immintrin.h>
+#include <string.h>
+
+namespace {
+
+constexpr int W = 8;
+constexpr int kTileRows = 6, kTileVecs = 2;  // 12 of 16 registers accumulate
+typedef __m256 V;
+
+inline V v_zero() { return _mm256_setzero_ps(); }
+inline V v_set(float x) { return _mm256_set1_ps(x); }
+inline V v_load(const float* p) { return _mm256_loadu_ps(p); }
+inline void v_store(float* p, V v) { _mm256_storeu_ps(p, v); }
+inline V v_add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V v_sub(V a, V b) { return _mm256_sub_ps(a, b); }
+inline V v_mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V v_div(V a, V b) { return _mm256_div_ps(a, b); }
+inline V v_fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V v_max(V a, V b) { return _mm256_max_ps(a, b); }
+inline V v_min(V a, V b) { return _mm256_min_ps(a, b); }
+inline float v_sum(V v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float v_highest(V v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline V v_round(V v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V v_scale2(V v, V n) {  // n in [-126, 127]
+  __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(v, _mm256_castsi256_ps(exponent));
+}
+
+// v where x >= low, 0 elsewhere
+inline V v_keep_from(V x, V low, V v) { return _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), v); }
+inline bool v_any_nan(V v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
+
+inline V v_load_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline V v_load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void v_store_f16(uint16_t* p, V v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void v_store_bf16(uint16_t* p, V v) {
+  __m256i bits = _mm256_castps_si256(v);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+
+inline V v_load_part(const float* p, int n) {
+  if (n == W) return v_load(p);
+  float whole[W] = {0};
+  memcpy(whole, p, n * sizeof(float));
+  return v_load(whole);
+}
+inline V v_load_part_bf16(const uint16_t* p, int n) {
+  uint16_t whole[W] = {0};
+  memcpy(whole, p, n * sizeof(uint16_t));
+  return v_load_bf16(whole);
+}
+inline V v_load_part_f16(const uint16_t* p, int n) {
+  uint16_t whole[W] = {0};
+  memcpy(whole, p, n * sizeof(uint16_t));
+  return v_load_f16(whole);
+}
+
+inline void v_transpose(V r[W]) {
+  V t[W];
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < W; ++i) r[i] = t[i];
+}
+
+}  // namespace

@@ -1,0 +1,99 @@
+// Vectors of AVX-512: 16 floats; bf16 dot products where the file is compiled with -mavx512bf16.
+#pragma once
+#include <immintrin.h>
+
+namespace {
+
+constexpr int W = 16;  // floats per vector
+constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
+typedef __m512 V;
+
+inline V v_zero() { return _mm512_setzero_ps(); }
+inline V v_set(float x) { return _mm512_set1_ps(x); }
+inline V v_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void v_store(float* p, V v) { _mm512_storeu_ps(p, v); }
+inline V v_add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V v_sub(V a, V b) { return _mm512_sub_ps(a, b); }
+inline V v_mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V v_div(V a, V b) { return _mm512_div_ps(a, b); }
+inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V v_max(V a, V b) { return _mm512_max_ps(a, b); }
+inline V v_min(V a, V b) { return _mm512_min_ps(a, b); }
+inline float v_sum(V v) { return _mm512_reduce_add_ps(v); }
+inline float v_highest(V v) { return _mm512_reduce_max_ps(v); }
+inline V v_round(V v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// v * 2^n, n a whole number
+inline V v_scale2(V v, V n) { return _mm512_scalef_ps(v, n); }
+
+// v where x >= low, 0 elsewhere
+inline V v_keep_from(V x, V low, V v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_GE_OQ), v); }
+inline bool v_any_nan(V v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
+
+inline V v_load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline V v_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void v_store_f16(uint16_t* p, V v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void v_store_bf16(uint16_t* p, V v) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+#else
+  __m512i bits = _mm512_castps_si512(v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet)));
+#endif
+}
+
+// First n of a vector's elements, zeros after them; memory beyond is not touched.
+inline V v_load_part(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+inline V v_load_part_bf16(const uint16_t* p, int n) {
+  __m256i v = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+inline V v_load_part_f16(const uint16_t* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+}
+
+// 16 vectors of 16 dwords, transposed in place.
+inline void v_transpose(V r[W]) {
+  V t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]);
+    __m512d c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
+    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+#ifdef __AVX512BF16__
+#define QWEN15_BF16_PAIRS 1
+// Two bf16 per dword: acc[i] += a[2i] b[2i] + a[2i + 1] b[2i + 1]
+inline V v_dot_pairs(V acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+#endif
+
+}  // namespace

@@ -1,0 +1,124 @@
+// Vectors written in the compiler's own vector types: 4 floats; any CPU, aarch64 among them.
+#pragma once
+#include <string.h>
+
+namespace {
+
+constexpr int W = 4;
+#ifdef __aarch64__
+constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
+#else
+constexpr int kTileRows = 4, kTileVecs = 2;  // 8 of 16 registers accumulate
+#endif
+typedef float V __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+typedef uint32_t U __attribute__((vector_size(16)));
+typedef uint16_t H __attribute__((vector_size(8)));
+
+inline V v_zero() { return V{0, 0, 0, 0}; }
+inline V v_set(float x) { return V{x, x, x, x}; }
+inline V v_load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void v_store(float* p, V v) { memcpy(p, &v, sizeof v); }
+inline V v_add(V a, V b) { return a + b; }
+inline V v_sub(V a, V b) { return a - b; }
+inline V v_mul(V a, V b) { return a * b; }
+inline V v_div(V a, V b) { return a / b; }
+inline V v_fma(V a, V b, V c) { return a * b + c; }
+inline V v_max(V a, V b) { return a > b ? a : b; }
+inline V v_min(V a, V b) { return a < b ? a : b; }
+inline float v_sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float v_highest(V v) {
+  float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
+inline V v_round(V v) {  // to nearest, for |v| < 2^22
+  V magic = v_set(12582912.0f);
+  V sum = v + magic;
+  asm volatile("" : "+m"(sum));  // the compiler must not simplify (v + c) - c
+  return sum - magic;
+}
+inline V v_scale2(V v, V n) {  // n in [-126, 127]
+  U exponent = (U)((__builtin_convertvector(n, I) + 127) << 23);
+  return v * (V)exponent;
+}
+
+// v where x >= low, 0 elsewhere
+inline V v_keep_from(V x, V low, V v) { return (V)((U)v & (U)(x >= low)); }
+inline bool v_any_nan(V v) {
+  U nan = (U)(v != v);
+  return (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
+}
+
+inline U widen(H h) { return __builtin_convertvector(h, U); }
+inline V v_load_bf16(const uint16_t* p) {
+  H h;
+  memcpy(&h, p, sizeof h);
+  return (V)(widen(h) << 16);
+}
+inline V v_load_f16(const uint16_t* p) {
+  H h;
+  memcpy(&h, p, sizeof h);
+  U bits = widen(h);
+  // The exponent field moves to its place; a product with 2^112 mends the bias, denormals included.
+  U magnitude = (bits & 0x7fff) << 13;
+  V scaled = (V)magnitude * v_set(5.192296858534828e33f);
+  U special = (U)((bits & 0x7c00) == 0x7c00);
+  U result = (special & (magnitude | 0x7f800000)) | (~special & (U)scaled);
+  return (V)(result | ((bits & 0x8000) << 16));
+}
+inline uint16_t half_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));
+  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds to infinity
+  if (magnitude < 0x38800000) {                                  // denormal: let the adder round to 2^-24
+    float value, base = 0.5f;
+    memcpy(&value, &magnitude, 4);
+    float sum = value + base;
+    uint32_t sum_bits;
+    memcpy(&sum_bits, &sum, 4);
+    return (uint16_t)(sign | (sum_bits - 0x3f000000));
+  }
+  uint32_t odd = (magnitude >> 13) & 1;
+  return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + odd) >> 13));
+}
+inline void v_store_f16(uint16_t* p, V v) {
+  for (int i = 0; i < W; ++i) p[i] = half_bits(v[i]);
+}
+inline void v_store_bf16(uint16_t* p, V v) {
+  U bits = (U)v;
+  U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  U nan = (U)(v != v);
+  H h = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), H);
+  memcpy(p, &h, sizeof h);
+}
+
+inline V v_load_part(const float* p, int n) {
+  if (n == W) return v_load(p);
+  float whole[W] = {0};
+  memcpy(whole, p, n * sizeof(float));
+  return v_load(whole);
+}
+inline V v_load_part_bf16(const uint16_t* p, int n) {
+  uint16_t whole[W] = {0};
+  memcpy(whole, p, n * sizeof(uint16_t));
+  return v_load_bf16(whole);
+}
+inline V v_load_part_f16(const uint16_t* p, int n) {
+  uint16_t whole[W] = {0};
+  memcpy(whole, p, n * sizeof(uint16_t));
+  return v_load_f16(whole);
+}
+
+inline void v_transpose(V r[W]) {
+  V t[W];
+  for (int i = 0; i < W; ++i) t[i] = V{r[0][i], r[1][i], r[2][i], r[3][i]};
+  for (int i = 0; i < W; ++i) r[i] = t[i];
+}
+
+}  // namespace

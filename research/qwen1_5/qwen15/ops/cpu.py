@@ -1,0 +1,148 @@
+"""The operators as fused C++ kernels (qwen15/kernels), called through MindSpore's `ops.Custom` on the parameters' own memory."""
+
+import os
+from typing import Tuple
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from ..errors import UserError
+from ..kernels import library
+
+
+def available() -> Tuple[bool, str]:
+    """Whether these operators can run here, and one line on which kernels they are or why not."""
+    try:
+        kernels = library.load()
+    except UserError as error:
+        return False, str(error)
+    forced = os.environ.get("QWEN15_KERNELS", "")
+    if forced:
+        if not kernels.can_run(forced):
+            return False, f"this CPU cannot run {forced}"
+        kernels.use_kernels(forced)
+    return True, f"{kernels.kernels}, {kernels.threads} threads"
+
+
+def weight_dtype(param_init_type: str) -> str:
+    """dtype in which weights of `param_init_type` are held: as they are."""
+    return param_init_type
+
+
+def cache_dtype(compute_dtype: str) -> str:
+    """dtype in which the KV cache is held: as asked."""
+    return compute_dtype
+
+
+def _operator(name: str) -> ops.Custom:
+    """The C function qwen15_<name> as a MindSpore operator with one float32 output."""
+    function = f"qwen15_{name}"
+    operator = ops.Custom(f"{library.load().path}:{function}", out_shape=None, out_dtype=ms.float32, func_type="aot")
+    # Finds <function>InferShape, so that the output's shape follows the inputs' at run time.
+    operator.add_prim_attr("reg_op_name", function)
+    # The KV cache is written through an input: without this the graph may merge, move or drop the call.
+    operator.add_prim_attr("side_effect_mem", True)
+    return operator
+
+
+def _eps(value: float) -> ms.Tensor:
+    """RMSNorm's epsilon as an operator's input: MindSpore hands attributes only to C++ that includes its own headers."""
+    return ms.Tensor([value], ms.float32)
+
+
+class Embed(nn.Cell):
+    """Rows of the embedding: (T,) -> (T, E)."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("embed")
+
+    def construct(self, ids, table):
+        return self.run(ids, table)
+
+
+class Qkv(nn.Cell):
+    """RMSNorm, q/k/v projections with bias, rotary embedding, and the write into the KV cache."""
+
+    def __init__(self, eps: float, num_heads: int, num_kv_heads: int, head_dim: int, compute_dtype: str = "float32"):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("qkv")
+        self.eps = _eps(eps)
+
+    def construct(self, x, norm, wq, bq, wk, bk, wv, bv, cos, sin, positions, slots, key_cache, value_cache):
+        return self.run(x, norm, wq, bq, wk, bk, wv, bv, cos, sin, positions, slots, key_cache, value_cache, self.eps)
+
+
+class Attention(nn.Cell):
+    """softmax(q k^T / sqrt(D)) v over each token's own sequence, read from the paged cache."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("attention")
+
+    def construct(self, q, key_cache, value_cache, query_lens, context_lens, block_tables):
+        return self.run(q, key_cache, value_cache, query_lens, context_lens, block_tables)
+
+
+class Project(nn.Cell):
+    """x (T, I) times w (O, I) transposed."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("project")
+
+    def construct(self, x, w):
+        return self.run(x, w)
+
+
+class ProjectAdd(nn.Cell):
+    """residual + x times w transposed."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("project_add")
+
+    def construct(self, x, w, residual):
+        return self.run(x, w, residual)
+
+
+class GateUp(nn.Cell):
+    """RMSNorm, then silu(x w1^T) * (x w3^T)."""
+
+    def __init__(self, eps: float):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("gate_up")
+        self.eps = _eps(eps)
+
+    def construct(self, x, norm, w1, w3):
+        return self.run(x, norm, w1, w3, self.eps)
+
+
+class Head(nn.Cell):
+    """Logits (B, V) of each sequence's last token: final RMSNorm, then the output projection."""
+
+    def __init__(self, eps: float):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("head")
+        self.eps = _eps(eps)
+
+    def construct(self, x, query_lens, norm, w):
+        return self.run(x, query_lens, norm, w, self.eps)
+
+
+class Decoder(nn.Cell):
+    """The whole stack as one operator: ids (T,) -> logits (B, V). Its plain twin is the composition in model.py.
+
+    `construct` takes ids, positions, slots (T,), query_lens, context_lens (B,), block_tables (B, M), cos and sin (P, D), the
+    embedding (V, E), the final norm (E,), the head (V, E), and `layers`: for every layer, one after another, attention_norm, wq,
+    bq, wk, bk, wv, bv, wo, ffn_norm, w1, w3, w2, key_cache, value_cache.
+    """
+
+    def __init__(self, eps: float):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("decoder")
+        self.eps = _eps(eps)
+
+    def construct(self, ids, positions, slots, query_lens, context_lens, block_tables, cos, sin, table, norm, head, layers):
+        return self.run(ids, positions, slots, query_lens, context_lens, block_tables, cos, sin, self.eps, table, norm, head,
+                        *layers)

@@ -1,0 +1,133 @@
+"""Twins of the kernels in NumPy float64, and a way to call an operator's C function without MindSpore."""
+
+import ctypes
+from typing import Sequence
+
+import numpy as np
+
+from qwen15.kernels.library import load
+
+F16, F32, BF16 = "float16", "float32", "bfloat16"
+
+
+class Stored:
+    """An array as the kernels see it: bfloat16 kept as uint16 bits, with the values it stands for in float64."""
+
+    def __init__(self, values: np.ndarray, dtype: str):
+        self.dtype = dtype
+        if dtype == BF16:
+            bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+            self.memory = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        else:
+            self.memory = np.ascontiguousarray(values).astype(dtype)
+
+    @property
+    def values(self) -> np.ndarray:
+        if self.dtype == BF16:
+            return (self.memory.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return self.memory.astype(np.float64)
+
+    @property
+    def shape(self):
+        return self.memory.shape
+
+
+def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int]) -> np.ndarray:
+    """Run qwen15_<operator> as MindSpore would; inputs are Stored or int32/float32 arrays. Raises RuntimeError on its complaint."""
+    library = load()
+    output = np.full(output_shape, np.nan, np.float32)
+    arrays, names = [], []
+    for value in inputs:
+        memory, dtype = (value.memory, value.dtype) if isinstance(value, Stored) else (np.ascontiguousarray(value), str(value.dtype))
+        arrays.append(memory)
+        names.append(dtype.encode())
+    arrays.append(output)
+    names.append(b"float32")
+    n = len(arrays)
+    shapes = [(ctypes.c_int64 * max(1, a.ndim))(*a.shape) for a in arrays]
+    result = getattr(library._handle, f"qwen15_{operator}")(
+        n, (ctypes.c_void_p * n)(*[a.ctypes.data for a in arrays]), (ctypes.c_int * n)(*[a.ndim for a in arrays]),
+        (ctypes.c_void_p * n)(*[ctypes.addressof(s) for s in shapes]), (ctypes.c_char_p * n)(*names), None, None)
+    if result != 0:
+        raise RuntimeError(library.last_error)
+    return output
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """x as activations meet a weight of this dtype: rounded to bfloat16 for bfloat16, else as they are."""
+    return Stored(x, BF16).values if dtype == BF16 else x
+
+
+def rmsnorm(x: np.ndarray, weight: Stored, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight.values
+
+
+def linear(x: np.ndarray, w: Stored) -> np.ndarray:
+    return rounded(x, w.dtype) @ w.values.T
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """x (T, heads, D), cos and sin (T, D)."""
+    half = x.shape[-1] // 2
+    turned = np.concatenate((-x[..., half:], x[..., :half]), -1)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+def attention(q: np.ndarray, keys: Stored, values: Stored, query_lens, context_lens, tables) -> np.ndarray:
+    """q (T, H*D) against the caches (num_blocks, block_size, K, D), sequence by sequence, token by token."""
+    _, block_size, kv_heads, dim = keys.shape
+    heads = q.shape[1] // dim
+    out = np.zeros(q.shape)
+    k_all, v_all = keys.values, values.values
+    token = 0
+    for queries, context, table in zip(query_lens, context_lens, tables):
+        slots = [table[i // block_size] * block_size + i % block_size for i in range(context)]
+        k = k_all.reshape(-1, kv_heads, dim)[slots]
+        v = v_all.reshape(-1, kv_heads, dim)[slots]
+        for i in range(queries):
+            visible = context - queries + i + 1
+            for h in range(heads):
+                g = h // (heads // kv_heads)
+                s = k[:visible, g] @ q[token, h * dim:(h + 1) * dim] / np.sqrt(dim)
+                p = np.exp(s - s.max())
+                out[token, h * dim:(h + 1) * dim] = p @ v[:visible, g] / p.sum()
+            token += 1
+    return out
+
+
+class Batch:
+    """A ragged batch over a paged cache with scattered blocks: `query_lens` new tokens on top of `cached` ones per sequence."""
+
+    def __init__(self, rng: np.random.Generator, query_lens: Sequence[int], cached: Sequence[int], block_size: int,
+                 spare_blocks: int = 3):
+        self.query_lens = np.array(query_lens, np.int32)
+        self.context_lens = self.query_lens + np.array(cached, np.int32)
+        needed = [-(-int(c) // block_size) for c in self.context_lens]
+        self.num_blocks = sum(needed) + spare_blocks
+        free = list(rng.permutation(self.num_blocks))
+        self.tables = np.full((len(needed), max(needed) + 1), -1, np.int32)
+        for b, count in enumerate(needed):
+            self.tables[b, :count] = [free.pop() for _ in range(count)]
+        self.positions = np.concatenate([np.arange(c - q, c) for q, c in zip(self.query_lens, self.context_lens)]).astype(np.int32)
+        owner = np.repeat(np.arange(len(needed)), self.query_lens)
+        self.slots = (self.tables[owner, self.positions // block_size] * block_size + self.positions % block_size).astype(np.int32)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.query_lens.sum())
+
+
+def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest difference over the largest wanted value."""
+    return float(np.abs(got - wanted).max() / max(float(np.abs(wanted).max()), 1e-30))
+
+
+def tolerance(weights: str, cache: str = F32) -> float:
+    """float32 sums of some thousand products; with bfloat16 an activation can round the other way than its twin's does."""
+    if cache == BF16:
+        return 1.5e-2  # q and the softmax weights are rounded too
+    return 3e-3 if weights == BF16 else 3e-5
