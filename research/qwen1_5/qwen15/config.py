@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import device, yaml_lines
 from .config_flags import Flag, add_flags, boolean, flags_from  # noqa: F401  (part of this module's interface)
-from .config_keys import (DEVICE, INERT, KEYS, MODEL, TOKENIZER, USED, convert, find, size_bytes, suggestion,
+from .config_keys import (DEVICE, FIXED, INERT, KEYS, MODEL, TOKENIZER, USED, convert, find, size_bytes, suggestion,
                           unknown_part)
 from .errors import UserError
 from .family import looks_like, yaml_name
@@ -212,7 +212,12 @@ class _Values:
             if any(known.startswith(f"{name}.") for known in KEYS):
                 raise UserError(f"{name} is a section, not the value {value!r}", where, "Indent its keys below it.")
             part = unknown_part(name)
+            parent = part.rpartition(".")[0]
+            if parent in KEYS:
+                raise UserError(f"{parent} wants a value, not a section", where_of.get(parent, where))
             raise UserError(f"{part} is not a known key", where_of.get(part, where), suggestion(part))
+        if row.name != name and row.role == FIXED:
+            raise UserError(f"{row.name} is not supported", where_of.get(row.name, where), "Remove it.")
         try:
             converted = convert(row, value, plain) if row.name == name else value
         except ValueError as error:
@@ -408,8 +413,8 @@ class _Builder:
         if theirs and theirs != ours:
             fix = f"Use {yaml_name(theirs)} (or its _chat twin), or the checkpoint of the other size."
         else:
-            fix = ("Correct the configuration, or write one for this checkpoint: python -m qwen15.make_yaml --checkpoint "
-                   f"{os.path.dirname(self.hf.where) or '.'}")
+            fix = ("Correct the configuration, or write one for this checkpoint: python -m qwen15.make_yaml "
+                   f"--checkpoint {os.path.dirname(self.hf.where) or '.'}")
         raise UserError(f"wants {wanted}, but the checkpoint's {self.hf.where} says {has}{guess}",
                         self.sources[MODEL + wrong[0][0]], fix)
 

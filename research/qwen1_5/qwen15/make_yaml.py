@@ -200,7 +200,8 @@ def recipe_for(checkpoint: str, model_parallel: Optional[int] = None) -> Recipe:
         dims=hf.dims, rms_norm_eps=hf.rms_norm_eps, theta=hf.rope_theta, seq_length=seq_length, block_size=block_size,
         num_blocks=sequences * seq_length // block_size, dtype=hf.torch_dtype, eos_token_id=tuple(eos),
         pad_token_id=pad, bos_token_id=bos, max_decode_length=min(2048, seq_length), sampling=sampling,
-        model_parallel=1, vocab_emb_dp=True, max_device_memory=_CARD, model_max_length=length if isinstance(length, int) and length < 2 ** 31 else longest,
+        model_parallel=1, vocab_emb_dp=True, max_device_memory=_CARD,
+        model_max_length=length if isinstance(length, int) and length < 2 ** 31 else longest,
         tokens=texts, chat_template=_template(tokenizer, checkpoint))
     return _spread(recipe, model_parallel, checkpoint)
 

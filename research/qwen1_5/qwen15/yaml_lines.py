@@ -131,7 +131,7 @@ def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str) -> List[T
             continue
         name = loader.construct_object(name_node) if isinstance(name_node, yaml.ScalarNode) else None
         if not isinstance(name, str):
-            raise UserError(f"the key {getattr(name_node, 'value', name)!r} is not a word", _where(path, name_node),
+            raise UserError(f"the key {getattr(name_node, 'value', name)} is not a word", _where(path, name_node),
                             "Put it in quotes if it is meant.")
         if name in seen:
             raise UserError(f"{name} is given twice; the first is on line {seen[name]}", _where(path, name_node),
