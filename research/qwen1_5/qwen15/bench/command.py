@@ -1,0 +1,15 @@
+"""The bench's command line: one sub-command per thing that can be measured."""
+
+import argparse
+from typing import Optional, Sequence
+
+from . import make_checkpoint
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Parse and run; returns the exit code. Raises UserError for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m qwen15.bench", description="Measure, and compare with others.")
+    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    make_checkpoint.add_parser(commands)
+    args = parser.parse_args(argv)
+    return args.run(args)

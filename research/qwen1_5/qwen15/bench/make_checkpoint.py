@@ -1,0 +1,132 @@
+"""Write a random checkpoint of any Qwen1.5 size: a Hugging Face folder of safetensors shards, for measuring and for tests."""
+
+import argparse
+import dataclasses
+import json
+import os
+from typing import List, Optional
+
+import numpy as np
+
+from .. import family, naming
+from ..casting import from_float32
+from ..errors import UserError, did_you_mean
+from ..format_safetensors import steps
+from ..output import AtomicFolder, FileWriter, check_space, check_target, write_small
+from ..progress import Progress
+from ..tensorfile import INDEX_FILES, write_index
+from ..tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo
+
+DTYPES = ("bfloat16", "float16", "float32")
+_STRIP_ELEMENTS = 4 * 2 ** 20
+
+
+def dims_of(size: str, layers: Optional[int] = None) -> naming.Dims:
+    """Sizes of a family member ('0.5b', '72B'), with another number of layers if one is given.
+
+    Raises:
+        UserError: no such size, or a number of layers below 1.
+    """
+    known = {name.lower(): dims for name, dims in family.FAMILY.items()}
+    if size.lower() not in known:
+        raise UserError(f"{size!r} is not a Qwen1.5 size", where="--size",
+                        fix=did_you_mean(size.lower(), known) or f"Known are {', '.join(family.FAMILY)}.")
+    if layers is not None and layers < 1:
+        raise UserError(f"{layers} layers", where="--layers", fix="Give at least 1.")
+    dims = known[size.lower()]
+    return dims if layers is None else dataclasses.replace(dims, num_layers=layers)
+
+
+def hf_config(dims: naming.Dims, dtype: str) -> dict:
+    """config.json of a Qwen2ForCausalLM with these sizes."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": dtype,
+        "hidden_size": dims.hidden_size, "intermediate_size": dims.intermediate_size, "num_hidden_layers": dims.num_layers,
+        "num_attention_heads": dims.num_heads, "num_key_value_heads": dims.num_kv_heads, "vocab_size": dims.vocab_size,
+        "tie_word_embeddings": dims.tie_word_embeddings, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "max_position_embeddings": 32768, "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151643,
+        "initializer_range": 0.02, "attention_dropout": 0.0, "use_cache": True,
+    }
+
+
+def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0, shard_bytes: int = 2 * 10 ** 9,
+                    overwrite: bool = False) -> int:
+    """Write the folder: config.json, shards and their index. It appears under its name when it is complete.
+
+    Args:
+        folder: where to.
+        dims: the model's sizes.
+        dtype: of all tensors, one of `DTYPES`.
+        seed: start of the random numbers. Matrices and biases are normal with deviation 0.02, norms normal around 1.
+        shard_bytes: a shard is closed before it would grow beyond this.
+        overwrite: replace a folder this project made.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        UserError: the target exists, or there is no room for it.
+    """
+    short = SHORT_NAMES[dtype]
+    infos = [TensorInfo(weight.hf, short, weight.shape) for weight in naming.weights(dims)]
+    total = sum(info.nbytes for info in infos)
+    check_target(folder, [], overwrite)
+    check_space(folder, total)
+    shards: List[List[TensorInfo]] = [[]]
+    for info in infos:
+        if shards[-1] and sum(i.nbytes for i in shards[-1]) + info.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(info)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    rng = np.random.default_rng(seed)
+    made = AtomicFolder(folder)
+    try:
+        made.clear()
+        with_progress = Progress("writing", total)
+        for name, shard in zip(names, shards):
+            _write_shard(os.path.join(made.path, name), shard, rng, with_progress)
+        weight_map = {info.name: name for name, shard in zip(names, shards) for info in shard}
+        write_small(os.path.join(made.path, INDEX_FILES["safetensors"]), write_index(weight_map, total))
+        write_small(os.path.join(made.path, "config.json"), json.dumps(hf_config(dims, dtype), indent=2).encode() + b"\n")
+        made.publish()
+    finally:
+        made.close()
+    return total
+
+
+def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator, progress: Progress) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        writer = FileWriter(fd, path, steps(infos, {"format": "pt"}))
+        for info in infos:
+            count = int(np.prod(info.shape))
+            for start in range(0, count, _STRIP_ELEMENTS):
+                values = rng.standard_normal(min(_STRIP_ELEMENTS, count - start), np.float32) * np.float32(0.02)
+                if "norm" in info.name:
+                    values += np.float32(1)
+                strip = np.ascontiguousarray(from_float32(values, info.dtype)).astype(NUMPY_DTYPES[info.dtype], copy=False)
+                writer.feed(info.name, memoryview(strip.view(np.uint8)))
+                progress.advance(strip.nbytes)
+        writer.finish()
+    finally:
+        os.close(fd)
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    """Add `make_checkpoint` to the bench's commands."""
+    made = commands.add_parser("make_checkpoint", help="write a random checkpoint of any Qwen1.5 size",
+                               description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("folder", metavar="OUT", help="folder to make")
+    made.add_argument("--size", default="0.5b", help=f"one of {', '.join(family.FAMILY)}")
+    made.add_argument("--layers", type=int, metavar="N", help="another number of layers than the published one")
+    made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all tensors")
+    made.add_argument("--seed", type=int, default=0, help="start of the random numbers")
+    made.add_argument("--overwrite", action="store_true", help="replace a folder this project made")
+    made.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    total = make_checkpoint(args.folder, dims_of(args.size, args.layers), args.dtype, args.seed, overwrite=args.overwrite)
+    print(f"{args.folder}: {total / 1e9:.2f} GB")
+    return 0
