@@ -15,7 +15,7 @@ from ..format_safetensors import steps
 from ..output import AtomicFolder, FileWriter, check_space, check_target, write_small
 from ..progress import Progress
 from ..tensorfile import INDEX_FILES, write_index
-from ..tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo
+from ..tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count, itemsize
 
 DTYPES = ("bfloat16", "float16", "float32")
 _STRIP_ELEMENTS = 4 * 2 ** 20
@@ -68,7 +68,8 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
         UserError: the target exists, or there is no room for it.
     """
     short = SHORT_NAMES[dtype]
-    infos = [TensorInfo(weight.hf, short, weight.shape) for weight in naming.weights(dims)]
+    infos = [TensorInfo(weight.hf, short, weight.shape, element_count(weight.shape) * itemsize(short))
+             for weight in naming.weights(dims)]
     total = sum(info.nbytes for info in infos)
     check_target(folder, [], overwrite)
     check_space(folder, total)
@@ -82,9 +83,9 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
     made = AtomicFolder(folder)
     try:
         made.clear()
-        with_progress = Progress("writing", total)
+        progress = Progress("writing", total)
         for name, shard in zip(names, shards):
-            _write_shard(os.path.join(made.path, name), shard, rng, with_progress)
+            _write_shard(os.path.join(made.path, name), shard, rng, progress)
         weight_map = {info.name: name for name, shard in zip(names, shards) for info in shard}
         write_small(os.path.join(made.path, INDEX_FILES["safetensors"]), write_index(weight_map, total))
         write_small(os.path.join(made.path, "config.json"), json.dumps(hf_config(dims, dtype), indent=2).encode() + b"\n")
@@ -99,7 +100,7 @@ def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator, p
     try:
         writer = FileWriter(fd, path, steps(infos, {"format": "pt"}))
         for info in infos:
-            count = int(np.prod(info.shape))
+            count = element_count(info.shape)
             for start in range(0, count, _STRIP_ELEMENTS):
                 values = rng.standard_normal(min(_STRIP_ELEMENTS, count - start), np.float32) * np.float32(0.02)
                 if "norm" in info.name:
