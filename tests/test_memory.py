@@ -1,0 +1,212 @@
+"""What a run needs is computed before anything is loaded, compared with what there is, and the remedy fits."""
+
+import os
+import re
+from dataclasses import replace
+
+import pytest
+
+from qwen15 import device, memory, naming
+from qwen15.config import Flag, load_config
+from qwen15.errors import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODULE = os.path.join(ROOT, "research", "qwen1_5")
+
+
+def shipped(size, target="Ascend", options=(), flags=()):
+    flags = [Flag("context.device_target", "--device_target", target), *flags]
+    return load_config(os.path.join(MODULE, f"predict_qwen1_5_{size}.yaml"), flags, options, {})
+
+
+def ranks(config, count, whole=True):
+    return replace(config.parallel, use_parallel=count > 1, model_parallel=count, vocab_emb_dp=whole)
+
+
+def test_the_72b_cache_and_embedding_are_as_worked_out_by_hand():
+    config = shipped("72b")
+    need = memory.need(config.model, config.parallel, device.ASCEND)
+    # key and value, 80 layers, 16 of 64 heads of 128, 2 bytes, 512 blocks of 32 tokens
+    assert need.cache_bytes == 2 * 80 * 16 * 128 * 2 * 512 * 32
+    # vocab_emb_dp True: every card holds embedding and head whole
+    assert need.embedding_bytes == 2 * 152064 * 8192 * 2
+    assert need.rope_bytes == 2 * 8192 * 128 * 2
+    assert need.total_bytes == (need.weight_bytes + need.cache_bytes + need.rope_bytes + need.workspace_bytes)
+
+
+def test_a_tied_head_is_counted_once():
+    config = shipped("0_5b")
+    assert memory.need(config.model, config.parallel, device.ASCEND).embedding_bytes == 151936 * 1024 * 2
+
+
+def test_splitting_halves_what_is_split_and_nothing_else():
+    model = shipped("7b").model
+    config = shipped("7b")
+    one, two = (memory.need(model, ranks(config, count), device.ASCEND) for count in (1, 2))
+    cut = memory.need(model, ranks(config, 2, whole=False), device.ASCEND)
+    assert two.cache_bytes * 2 == one.cache_bytes
+    assert two.embedding_bytes == one.embedding_bytes == 2 * cut.embedding_bytes
+    norms = (2 * 32 + 1) * 4096 * 4
+    assert (two.layer_bytes - norms) * 2 == one.layer_bytes - norms
+
+
+def test_weights_are_the_sum_over_the_table_of_names():
+    config = shipped("32b", "CPU")
+    wanted = sum(4 * size if len(weight.shape) == 1 else 2 * size for weight in naming.weights(config.model.dims)
+                 for size in [_product(weight.shape)])
+    assert memory.need(config.model, ranks(config, 1), device.CPU).weight_bytes == wanted
+
+
+def _product(shape):
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def test_reference_operators_need_twice_the_weights():
+    config = shipped("0_5b", "CPU")
+    fused = memory.need(config.model, config.parallel, device.CPU)
+    plain = memory.need(config.model, config.parallel, device.CPU, "float32", "float32", plain_attention=True)
+    assert plain.cache_bytes == 2 * fused.cache_bytes
+    assert plain.weight_bytes > 1.99 * fused.weight_bytes
+    assert plain.workspace_bytes - fused.workspace_bytes == 3 * 16 * 2048 * 8192 * 4
+
+
+# --- what there is
+
+@pytest.fixture
+def machine(tmp_path):
+    """A /proc and a /sys/fs/cgroup that say what they are told, in GiB."""
+    def machine(total, free, limit=None, used=0, cached=0, version=2):
+        proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+        for folder in (proc, cgroup, cgroup / "memory"):
+            folder.mkdir(exist_ok=True)
+        (proc / "meminfo").write_text(f"MemTotal:  {total * 2 ** 20} kB\nMemFree: 1 kB\n"
+                                      f"MemAvailable: {int(free * 2 ** 20)} kB\nHugePages_Total:  0\n")
+        if limit is not None:
+            where, names = ((cgroup, ("memory.max", "memory.current")) if version == 2 else
+                            (cgroup / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")))
+            (where / names[0]).write_text(f"{limit * 2 ** 30}\n" if limit != "max" else "max\n")
+            (where / names[1]).write_text(f"{used * 2 ** 30}\n")
+            name = "total_inactive_file" if version == 1 else "inactive_file"
+            (where / "memory.stat").write_text(f"anon 5\n{name} {cached * 2 ** 30}\n")
+        return {"proc": str(proc), "cgroup": str(cgroup)}
+    return machine
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_that_allows_less_than_the_machine_counts(machine, version):
+    has = memory.machine_memory(**machine(64, 60, limit=16, used=6, cached=4, version=version))
+    assert (has.free_bytes, has.whole_bytes) == (14 * 2 ** 30, 16 * 2 ** 30)
+    assert "container" in has.what
+
+
+def test_without_a_limit_the_machine_counts(machine):
+    for limit in (None, "max", 128):
+        has = memory.machine_memory(**machine(64, 60, limit=limit))
+        assert (has.free_bytes, has.whole_bytes) == (60 * 2 ** 30, 64 * 2 ** 30)
+
+
+def test_an_unknown_machine_is_not_compared(tmp_path):
+    nowhere = str(tmp_path / "nothing")
+    assert memory.machine_memory(nowhere, nowhere).free_bytes is None
+    config = shipped("0_5b", "CPU")
+    assert "not compared" in memory.check(config, nowhere, nowhere)
+
+
+# --- comparing
+
+@pytest.fixture
+def fused(monkeypatch):
+    """As if the fused kernels ran here: weights and cache are held as they are."""
+    monkeypatch.setattr(memory, "_held", lambda config: {})
+
+
+def test_a_run_that_fits_says_its_numbers(machine, fused):
+    line = memory.check(shipped("0_5b", "CPU"), **machine(64, 60))
+    size = r"\d\.\d\d GiB"
+    assert re.match(rf"memory: weights 0\.86 GiB \+ KV cache 1\.50 GiB \+ workspace {size} = {size}, of 60\.00 GiB",
+                    line)
+
+
+def applied(config, remedy):
+    """The configuration after doing what the message says."""
+    options = re.findall(r"--options (\S+=\S+)", remedy)
+    flags = [Flag(f"model.model_config.{key}", f"--{flag}", int(value)) for flag, key in
+             (("seq_length", "seq_length"), ("predict_length", "max_decode_length"))
+             for value in re.findall(rf"--{flag} (\d+)", remedy)]
+    size = {1024: "0_5b", 5120: "14b"}[config.model.dims.hidden_size]
+    return shipped(size, config.device_target, options, flags)
+
+
+@pytest.mark.parametrize("size, free", [("0_5b", 2.5), ("0_5b", 1.9), ("14b", 36), ("14b", 30)])
+def test_what_the_message_tells_to_set_fits(machine, fused, size, free):
+    config = shipped(size, "CPU")
+    with pytest.raises(UserError) as caught:
+        memory.check(config, **machine(64, free))
+    assert f"{free:.2f} GiB there are (the machine (MemAvailable))" in str(caught.value)
+    assert caught.value.exit_code == 2
+    smaller = applied(config, caught.value.fix)
+    assert smaller.model != config.model
+    assert "of " in memory.check(smaller, **machine(64, free))
+
+
+def test_a_machine_that_is_too_small_is_told_so(machine, fused):
+    with pytest.raises(UserError) as caught:
+        memory.check(shipped("72b", "CPU", flags=[Flag("use_parallel", "--use_parallel", False)]), **machine(64, 60))
+    assert "Even with the smallest KV cache it takes 13" in caught.value.fix
+
+
+def test_workers_on_one_machine_share_its_memory(machine, fused):
+    both = [Flag("use_parallel", "--use_parallel", True)]
+    config = shipped("7b", "CPU", ["parallel_config.model_parallel=2"], both)
+    assert "on each of 2 ranks" in memory.check(config, **machine(64, 60))
+    with pytest.raises(UserError) as caught:
+        memory.check(config, **machine(24, 23))
+    assert "on each of 2 ranks is more than the 12.00 GiB" in str(caught.value)
+
+
+def test_a_card_that_is_too_small_is_told_the_number_of_cards():
+    config = shipped("72b", flags=[Flag("use_parallel", "--use_parallel", False)])
+    with pytest.raises(UserError) as caught:
+        memory.check(config)
+    assert "58.00 GiB there are (max_device_memory)" in str(caught.value)
+    assert caught.value.fix == "Run 4 cards: use_parallel True and model_parallel 4."
+
+
+def test_float32_on_a_card_is_pointed_to_bfloat16():
+    options = [f"model.model_config.{name}=float32" for name in ("param_init_type", "compute_dtype")]
+    with pytest.raises(UserError) as caught:
+        memory.check(shipped("14b", options=[*options, "context.max_device_memory=50GB"]))
+    assert "bfloat16" in caught.value.fix
+
+
+# --- the page in the docs
+
+def test_the_table_in_the_docs_is_current():
+    with open(os.path.join(ROOT, "docs", "memory.md"), encoding="utf-8") as file:
+        document = file.read()
+    current = memory.updated(document, memory.document_part(MODULE))
+    assert document == current, "run: python -m qwen15.memory --update docs/memory.md"
+
+
+def test_updating_keeps_everything_outside_the_markers(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{memory.BEGIN}\nold\n{memory.END}\nafter\n")
+    assert memory.main(["--update", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| 110B | 8 * |" in text
+    assert memory.main(["--update", str(page)]) == 0
+    assert "was current" in capsys.readouterr().err
+    page.write_text("no markers")
+    with pytest.raises(UserError):
+        memory.main(["--update", str(page)])
+    assert page.read_text() == "no markers"
+
+
+def test_the_table_has_every_size_and_every_number_of_cards():
+    rows = re.findall(r"^\| (\S+) \| (\d)", memory.table(MODULE), re.M)
+    sizes = ("0.5B", "1.8B", "4B", "7B", "14B", "32B", "72B", "110B")
+    assert rows == [(size, count) for size in sizes for count in "1248"]
