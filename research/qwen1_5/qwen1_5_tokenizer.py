@@ -16,6 +16,7 @@ are imported, in whichever order, so that `type: Qwen2Tokenizer` in a YAML build
 import functools
 import importlib.abc
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 try:
     import qwen15  # noqa: F401
@@ -43,6 +44,8 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 # Model vocabularies are padded for the hardware: to 151936 or 152064 for the 151646 tokens of Qwen1.5. The larger of
 # these is the token count rounded up to a multiple of this.
 _VOCABULARY_MULTIPLE = 512
+_SLICE = 1 << 16  # characters of a long text that one thread takes at a time
+_LINE_START = re.compile(r"(?<=\n)\S")
 
 
 class AddedToken(NamedTuple):
@@ -283,6 +286,30 @@ class Qwen2Tokenizer:
             return self(text, control_tokens=control_tokens, **options)["input_ids"]
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
+        if len(text) >= 2 * _SLICE:
+            return self.encode_batch([text], control_tokens=control_tokens)[0]
+        return self._encode(text, control_tokens)
+
+    def encode_batch(self, texts: Sequence[str], *, control_tokens: Optional[bool] = None) -> List[List[int]]:
+        """Ids of each text, on all processors that this process may use; long texts are shared out in slices."""
+        texts = list(texts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"each text must be a str, got {type(text).__name__}")
+        workers = _processors()
+        # Threads help because the merging runs without Python's lock; a few short texts are not worth handing over.
+        if workers < 2 or sum(map(len, texts)) < 20000 or any("\n" in content for content in self._added_ids):
+            return [self._encode(text, control_tokens) for text in texts]
+        pieces = [(row, piece) for row, text in enumerate(texts) for piece in _sliced(text)]
+        with ThreadPoolExecutor(workers) as pool:
+            encoded = pool.map(lambda part: [self._encode(piece, control_tokens) for _, piece in part],
+                               _even_groups(pieces, 4 * workers))
+            rows: List[List[int]] = [[] for _ in texts]
+            for (row, _), ids in zip(pieces, itertools.chain.from_iterable(encoded)):
+                rows[row] += ids
+        return rows
+
+    def _encode(self, text: str, control_tokens: Optional[bool]) -> List[int]:
         if control_tokens is None:
             control_tokens = not self.split_special_tokens
         text = _normalized(text)
@@ -296,18 +323,6 @@ class Qwen2Tokenizer:
             elif part:
                 ids += self._bpe.encode(part)
         return ids
-
-    def encode_batch(self, texts: Sequence[str], *, control_tokens: Optional[bool] = None) -> List[List[int]]:
-        """Ids of each text; several texts at a time, on all processors that this process may use."""
-        texts = list(texts)
-        encode = functools.partial(self.encode, control_tokens=control_tokens)
-        workers = _processors()
-        # Threads help because the merging runs without Python's lock; short texts are not worth handing over.
-        if workers < 2 or len(texts) < 2 or sum(map(len, texts)) < 20000:
-            return list(map(encode, texts))
-        slices = _even_slices(texts, 4 * workers)
-        with ThreadPoolExecutor(workers) as pool:
-            return [ids for part in pool.map(lambda part: list(map(encode, part)), slices) for ids in part]
 
     def split_control(self, text: str) -> List[Union[int, str]]:
         """`text` cut at its control tokens: their ids, and between them the text that is not one (never empty)."""
@@ -610,17 +625,35 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _even_slices(texts: List[str], count: int) -> List[List[str]]:
-    """`texts` in order, in at most about `count` slices of roughly equal length in characters."""
-    limit = sum(map(len, texts)) / count
-    slices, filled = [[]], 0
-    for text in texts:
+def _sliced(text: str) -> Iterator[str]:
+    """`text` in slices of at least `_SLICE` characters that are encoded as if they had not been cut.
+
+    The cut is after a line end that no blank follows: there a piece always ends (qwen15.bpe.PIECES), and neither NFC
+    nor a control token reaches across.
+    """
+    start = 0
+    while len(text) - start >= 2 * _SLICE:
+        cut = _LINE_START.search(text, start + _SLICE)
+        if cut is None:
+            break
+        yield text[start:cut.start()]
+        start = cut.start()
+    if start < len(text) or not text:
+        yield text[start:]
+
+
+def _even_groups(pieces: List[Tuple[int, str]], count: int) -> List[List[Tuple[int, str]]]:
+    """`pieces` in order, in about `count` groups of roughly equal length in characters."""
+    limit = sum(len(text) for _, text in pieces) / count
+    groups: List[List[Tuple[int, str]]] = [[]]
+    filled = 0
+    for piece in pieces:
         if filled >= limit:
-            slices.append([])
+            groups.append([])
             filled = 0
-        slices[-1].append(text)
-        filled += len(text)
-    return slices
+        groups[-1].append(piece)
+        filled += len(piece[1])
+    return groups
 
 
 def _as_list(ids: Any) -> List[Any]:

@@ -75,7 +75,8 @@ def _mask_spelled(text: str, controls: Iterable[str], substitutes: Dict[str, str
     for control in controls:
         text = text.replace(control, substitutes[control[0]] + control[1:])
     for control in controls:
-        for length in range(len(control) - 1, 0, -1):
+        # One that starts with a letter would take the last letter of every role and key for its beginning.
+        for length in range(len(control) - 1, 0, -1) if not control[0].isalnum() else ():
             if text.endswith(control[:length]):
                 place = len(text) - length
                 text = text[:place] + substitutes[control[0]] + text[place + 1:]
@@ -84,11 +85,11 @@ def _mask_spelled(text: str, controls: Iterable[str], substitutes: Dict[str, str
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with `change` applied to every string in it, the keys of dictionaries left out."""
+    """`value` with `change` applied to every string in it, keys of dictionaries (arguments of tools) included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_mapped(item, change) for item in value]
     return value
