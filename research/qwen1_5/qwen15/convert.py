@@ -199,10 +199,20 @@ def _metadata(side: str) -> Dict[str, str]:
     return {"format": "ms" if side == "ms" else "pt"}
 
 
+def _form(options: Options, side: str) -> str:
+    """What to write: as asked for, else by the extension; only forms that the side reads."""
+    form = options.form or format_of(options.target) or "folder"
+    other = {"ms": "bin", "hf": "ckpt"}[side]
+    if form == other:
+        raise UserError(f"a .{other} file is not what {'MindSpore' if side == 'ms' else 'Hugging Face'} reads", options.target,
+                        f"Name a {'.ckpt' if side == 'ms' else '.bin'} or .safetensors file, or a folder.")
+    return form
+
+
 def _whole_files(plan: Plan, options: Options, weights: Sequence[Weight], moves: Sequence[Move], dtypes: Mapping[str, str],
                  side: str) -> None:
     """One file or a folder of shards, every weight whole; fills the plan."""
-    form = options.form or format_of(options.target) or "folder"
+    form = _form(options, side)
     names = {getattr(weight, side): move for weight, move in zip(weights, moves)}
     infos = aligned([TensorInfo.of(getattr(weight, side), dtypes[weight.ms], weight.shape) for weight in weights])
     if form == "folder":
@@ -257,7 +267,7 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
     Raises:
         UserError: anything missing, surplus, misshapen or not supported; nothing is written.
     """
-    form = options.form or format_of(options.target) or "folder"
+    form = _form(options, "hf")
     ranks, slicing, config, folder = open_slices(source_path, config_path, vocab_emb_dp)
     try:
         if config is None:
@@ -270,7 +280,7 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
         if slicing.parts > 1:
             slicing.check(config.dims)
             plan.notes.append(f"{source_path}: {slicing.parts} slices with vocab_emb_dp {slicing.vocab_emb_dp} are merged")
-        found = _account_slices(ranks, weights, slicing, config, plan)
+        found = account_slices(ranks, weights, slicing, config, plan)
         for rank in ranks:
             for file in rank.files:
                 file.check_contents()
@@ -297,7 +307,7 @@ def _hf_sidecars(folder: str, config_path: Optional[str], options: Options, dtyp
     return found
 
 
-def _account_slices(ranks: Sequence[Checkpoint], weights: Sequence[Weight], slicing: Slicing, config: HfConfig,
+def account_slices(ranks: Sequence[Checkpoint], weights: Sequence[Weight], slicing: Slicing, config: HfConfig,
                     plan: Plan) -> Dict[str, str]:
     """As `_account`, for every rank; the shapes are those of slices."""
     sliced = [Weight(weight.hf, weight.ms, slicing.shape(weight), weight.cut, weight.layer) for weight in weights]

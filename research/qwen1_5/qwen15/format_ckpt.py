@@ -132,7 +132,7 @@ def _scan(cursor: _Cursor, path: str) -> Scan:
             raise wire.WireError(f"more than {MOST_TENSORS} entries")
         tag, tensor, other = _value(cursor, end)
         if tensor is None or tensor[0] not in _DTYPES:
-            others[tag] = other or f"a {tensor[0]} entry"
+            others[tag] = other if tensor is None else f"a {tensor[0]} entry"
         elif tag in parts and tag != last:
             raise UserError(f"{tag} appears twice, with other entries between", path, _FIX)
         else:

@@ -56,7 +56,7 @@ def config_folder(path: str) -> Optional[str]:
     return None
 
 
-def open_slices(path: str, config_path: Optional[str] = None, vocab_emb_dp: Optional[bool] = None
+def open_slices(path: str, config_path: Optional[str] = None, vocab_emb_dp: Optional[bool] = None, strict: bool = True
                 ) -> Tuple[List[Checkpoint], Slicing, Optional[HfConfig], str]:
     """Open a MindSpore checkpoint, whole or in slices, and find out how it is cut.
 
@@ -64,6 +64,7 @@ def open_slices(path: str, config_path: Optional[str] = None, vocab_emb_dp: Opti
         path: file, folder of shards, or folder of `rank_x` slices.
         config_path: the model's config.json or its folder; looked for beside the checkpoint if not given.
         vocab_emb_dp: how embedding and head are held; found out if not given.
+        strict: refuse slices that are not cut as MindFormers' network is; a strategy file may say otherwise.
 
     Returns:
         The ranks in order (one if it is whole), the slicing, the configuration if there is one, and the folder in which
@@ -80,7 +81,8 @@ def open_slices(path: str, config_path: Optional[str] = None, vocab_emb_dp: Opti
     ranks = open_ranks(path) if rank_folders(path) else [open_checkpoint(path, ("safetensors", "ckpt"))]
     try:
         folder = config_folder(path) or (path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
-        return ranks, _slicing(ranks, config, vocab_emb_dp), config, folder
+        slicing = _slicing(ranks, config, vocab_emb_dp) if strict else Slicing(len(ranks), True)
+        return ranks, slicing, config, folder
     except BaseException:
         for rank in ranks:
             rank.close()

@@ -91,10 +91,6 @@ class Layout:
                       self.index(1, rank) * columns if len(shape) > 1 else 0, columns)
 
 
-WHOLE = Layout((1,), ())
-"""One device that has everything."""
-
-
 def layout_of(dimensions: int, axis: Optional[int], parts: int) -> Layout:
     """The layout of a tensor cut along one axis over `parts` ranks, or not at all."""
     return Layout((parts,), tuple(0 if i == axis else -1 for i in range(dimensions)))
@@ -141,14 +137,23 @@ def _read_file(path: str) -> Dict[str, Layout]:
 def _parse(content: bytes) -> Dict[str, Layout]:
     layouts: Dict[str, Layout] = {}
     for number, value in wire.fields(content):
-        if number == 1 and value:
-            raise wire.WireError(f"it is of pipeline stage {value}, and stages are not sliced here")
+        # Field 1, for all its name, counts the compilations of the job: 3 after the layout, prefill and decode graphs.
+        if number == 2 and _stage(value):
+            raise wire.WireError(f"it is of pipeline stage {_stage(value)}, and stages are not sliced here")
         if number == 3:
             name, layout = _layout_item(value)
             if name in layouts:
                 raise wire.WireError(f"{name} appears twice")
             layouts[name] = layout
     return layouts
+
+
+def _stage(item: Union[int, memoryview]) -> int:
+    """The pipeline stage of an operator's strategy."""
+    for number, value in wire.fields(item):
+        if number == 2:
+            return next((stage for field, stage in wire.fields(value) if field == 1), 0)
+    return 0
 
 
 def _layout_item(message: Union[int, memoryview]) -> Tuple[str, Layout]:
@@ -191,18 +196,14 @@ def _dims(message: Union[int, memoryview]) -> List[int]:
     return result
 
 
-def write_strategy(layouts: Mapping[str, Tuple[Tuple[int, ...], Layout]]) -> bytes:
-    """The contents of a strategy file.
-
-    Args:
-        layouts: parameter name -> (shape of the whole, layout).
-    """
+def write_strategy(layouts: Mapping[str, Layout]) -> bytes:
+    """The contents of a strategy file that gives every parameter its layout."""
     # MindSpore refuses a file without any operator's strategy; parameters are what its tools read.
     strategys = wire.integer_field(1, 0) + wire.bytes_field(2, b"")
     out = [wire.integer_field(1, 0), wire.bytes_field(2, wire.bytes_field(1, b"parameters") + wire.bytes_field(2, strategys))]
-    for name, (shape, layout) in layouts.items():
+    for name, layout in layouts.items():
         message = (wire.bytes_field(1, _repeated(layout.devices)) + wire.bytes_field(2, _repeated(layout.tensor_map))
-                   + wire.bytes_field(3, _repeated(layout.slice_shape(shape))) + wire.bytes_field(4, b"")
+                   + wire.bytes_field(3, b"") + wire.bytes_field(4, b"")  # only uneven slices say more here
                    + wire.integer_field(5, 0) + wire.integer_field(6, 0) + wire.integer_field(7, 0))
         out.append(wire.bytes_field(3, wire.bytes_field(1, name.encode()) + wire.bytes_field(2, message)))
     return b"".join(out)
@@ -222,5 +223,5 @@ def strategy_files(cuts: Mapping[str, Tuple[Tuple[int, ...], Optional[int]]], pa
     Returns:
         Path relative to the folder of the slices -> contents.
     """
-    content = write_strategy({name: (shape, layout_of(len(shape), axis, parts)) for name, (shape, axis) in cuts.items()})
+    content = write_strategy({name: layout_of(len(shape), axis, parts) for name, (shape, axis) in cuts.items()})
     return {f"strategy/ckpt_strategy_rank_{rank}.ckpt": content for rank in range(parts)}

@@ -1,0 +1,35 @@
+"""Convert a MindSpore Qwen1.5 checkpoint, whole or in slices, to Hugging Face's form."""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from qwen15.convert_cli import add_common_flags, boolean, carry_out, options_from  # noqa: E402
+from qwen15.errors import run_main  # noqa: E402
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--mindspore_ckpt_path", default="transform.ckpt", metavar="PATH",
+                        help="x.ckpt, x.safetensors, a folder of shards, or a folder of rank_x slices (default transform.ckpt)")
+    parser.add_argument("--torch_ckpt_path", default="./qwen2/qwen2-hf/", metavar="PATH",
+                        help="what to make: x.bin, x.safetensors, or a model folder (default ./qwen2/qwen2-hf/)")
+    parser.add_argument("--format", choices=("bin", "safetensors", "folder"), help="instead of going by the extension")
+    parser.add_argument("--config_path", metavar="PATH",
+                        help="the model's config.json or its folder, if it is not beside the checkpoint")
+    parser.add_argument("--vocab_emb_dp", type=boolean, metavar="True|False",
+                        help="how slices hold embedding and head; found out if not given")
+    add_common_flags(parser)
+    args = parser.parse_args(argv)
+    from qwen15.convert import plan_to_hugging_face
+
+    plan = plan_to_hugging_face(args.mindspore_ckpt_path, options_from(args, args.torch_ckpt_path), args.config_path,
+                                args.vocab_emb_dp)
+    if carry_out(plan, args):
+        print(os.path.abspath(args.torch_ckpt_path))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,57 @@
+"""Split, merge or cut anew a MindSpore Qwen1.5 checkpoint over ranks: offline, on any machine, strategy files optional."""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from qwen15.convert_cli import add_common_flags, boolean, carry_out  # noqa: E402
+from qwen15.errors import UserError, run_main  # noqa: E402
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--src_ckpt_dir", default="", metavar="PATH",
+                        help="folder of rank_x slices, or a whole checkpoint: x.ckpt, x.safetensors, or a folder of shards")
+    parser.add_argument("--dst_ckpt_dir", default="", metavar="PATH",
+                        help="folder for rank_x slices; a whole checkpoint may also be x.ckpt or x.safetensors")
+    parser.add_argument("--model_parallel", type=int, default=1, metavar="N",
+                        help="cut for N ranks; 1 merges (default), unless --dst_ckpt_strategy says otherwise")
+    parser.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
+                        help="every rank keeps embedding and head whole (default True)")
+    parser.add_argument("--src_vocab_emb_dp", type=boolean, metavar="True|False",
+                        help="how the source holds them; found out if not given")
+    parser.add_argument("--src_ckpt_strategy", default="", metavar="PATH",
+                        help="strategy file of the source, or a folder of them; empty or None: not needed")
+    parser.add_argument("--dst_ckpt_strategy", default="", metavar="PATH",
+                        help="strategy file of the result, or a folder of them; empty or None: --model_parallel decides")
+    parser.add_argument("--prefix", default="checkpoint_", help="start of the slices' file names (default checkpoint_)")
+    parser.add_argument("--config_path", metavar="PATH",
+                        help="the model's config.json or its folder, if it is not beside the source")
+    parser.add_argument("--format", choices=("ckpt", "safetensors"), help="of the result (default: the source's)")
+    add_common_flags(parser, dtype=False)
+    args = parser.parse_args(argv)
+    from qwen15.transform import Request, plan_transform, yaml_lines
+
+    for flag in ("src_ckpt_dir", "dst_ckpt_dir"):
+        if not getattr(args, flag):
+            raise UserError("is not given", f"--{flag}", "Give a path.")
+    if os.sep in args.prefix:
+        raise UserError(f"{args.prefix!r} is not the start of a file name", "--prefix")
+    request = Request(source=args.src_ckpt_dir, target=args.dst_ckpt_dir, parts=args.model_parallel,
+                      vocab_emb_dp=args.vocab_emb_dp, source_strategy=_given(args.src_ckpt_strategy),
+                      target_strategy=_given(args.dst_ckpt_strategy), source_vocab_emb_dp=args.src_vocab_emb_dp,
+                      config_path=args.config_path, form=args.format, prefix=args.prefix)
+    plan = plan_transform(request)
+    if carry_out(plan, args):
+        print("# Lines for the predict YAML:")
+        print("\n".join(yaml_lines(plan, request)))
+
+
+def _given(path):
+    return None if path in ("", "None") else path
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
