@@ -54,9 +54,12 @@ class Network:
 def rope_tables(length: int, head_dim: int, theta: float) -> Tuple[np.ndarray, np.ndarray]:
     """cos and sin (length, head_dim) float32 of the angles position * theta^(-2i/head_dim), i repeated over both halves.
 
-    The angles are computed in float32, as Hugging Face's Qwen2 does, so that long positions round alike.
+    Rounded to float32 where Hugging Face's Qwen2 rounds (exponent, power, reciprocal, angle): at position 30 000 one unit in the
+    last place of a frequency is 2e-3 of a turn's radian.
     """
-    inverse = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))).astype(np.float32)
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    power = np.power(theta, exponent.astype(np.float64)).astype(np.float32)
+    inverse = np.float32(1.0) / power
     angles = np.arange(length, dtype=np.float32)[:, None] * inverse[None, :]
     angles = np.concatenate((angles, angles), axis=1)
     return np.cos(angles), np.sin(angles)
@@ -92,6 +95,8 @@ class CpuNetwork(Network):
         dynamic = {1: ms.Tensor(shape=[None], dtype=ms.int32), 2: ms.Tensor(shape=[None, None], dtype=ms.int32)}
         self._cell.set_inputs(*(dynamic[rank] for rank in (1, 1, 1, 1, 1, 2)))
         self._cell.set_train(False)
+        # Compile now, so that the first prompt's time is its own.
+        self._cell.compile(*(ms.Tensor(np.zeros((1,) * rank, np.int32)) for rank in (1, 1, 1, 1, 1, 2)))
         self.note = f"CPU, {note}, weights {operators.weight_dtype(model.param_init_type)}, KV cache {model.compute_dtype}"
         if self.ranks > 1:
             self._broadcast = ms.ops.Broadcast(0)

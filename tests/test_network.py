@@ -1,0 +1,195 @@
+"""Our network against transformers' Qwen2ForCausalLM: logits and greedy tokens, for both operator sets."""
+
+import numpy as np
+import pytest
+from conftest import random_model
+
+from qwen15.blocks import BlockPool, BlockTable, table_array
+from qwen15.config import Flag, load_config
+from qwen15.engine import Engine, Limits, Request
+from qwen15.network import build_network, rope_tables
+
+torch = pytest.importorskip("torch")
+
+SHAPES = {
+    "grouped": dict(),
+    "multi-head": dict(num_key_value_heads=6),
+    "one KV head, tied": dict(num_key_value_heads=1, tie_word_embeddings=True),
+    "odd sizes": dict(vocab_size=131, hidden_size=36, intermediate_size=50, num_attention_heads=3, num_key_value_heads=3,
+                      rope_theta=1e4, rms_norm_eps=1e-5),
+    "head size 64, tied": dict(hidden_size=256, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2,
+                               tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def operators(request, monkeypatch):
+    """Both operator sets, one after the other."""
+    if request.param == "reference":
+        monkeypatch.setenv("QWEN15_KERNELS", "reference")
+    else:
+        monkeypatch.delenv("QWEN15_KERNELS", raising=False)
+        from qwen15.ops import cpu
+
+        if not cpu.available()[0]:
+            pytest.skip(cpu.available()[1])
+    return request.param
+
+
+def open_network(folder, tmp_path, dtype="float32", compute_dtype=None, block_size=4, num_blocks=64):
+    yaml = tmp_path / "predict.yaml"
+    yaml.write_text(f"load_checkpoint: '{folder}'\nmodel:\n  model_config:\n    param_init_type: {dtype}\n"
+                    f"    compute_dtype: {compute_dtype or dtype}\n    block_size: {block_size}\n    num_blocks: {num_blocks}\n"
+                    f"    seq_length: {block_size * num_blocks}\ncontext:\n  device_target: CPU\n")
+    config = load_config(str(yaml), environ={})
+    return config, build_network(config, str(folder), lambda line: None)
+
+
+def greedy(config, network, prompts, count):
+    model = config.model
+    engine = Engine(network, Limits(model.dims.vocab_size, model.seq_length, model.num_blocks, model.block_size))
+    tokens = [[] for _ in prompts]
+    for step in engine.generate([Request(tuple(p), len(p) + count) for p in prompts]):
+        tokens[step.request].append(step.token)
+    return tokens
+
+
+def hf_greedy(model, prompt, tokens):
+    """transformers' greedy tokens after `prompt`, as far as they agree with `tokens` and one further.
+
+    One forward pass over prompt and tokens gives the choice at every position; by induction, all choices equal `tokens` exactly if
+    generating them one by one would.
+    """
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1:]
+    return logits.argmax(-1).tolist()
+
+
+def random_prompts(vocabulary, count, longest=40, seed=5):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, vocabulary, random.integers(1, longest)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_greedy_tokens_equal_transformers_for_64_tokens(shape, operators, tmp_path):
+    model = random_model(tmp_path / "hf", **SHAPES[shape])
+    config, network = open_network(tmp_path / "hf", tmp_path, num_blocks=160)
+    prompts = random_prompts(model.config.vocab_size, 6)
+    ours = greedy(config, network, prompts, 64)
+    assert ours == [hf_greedy(model, p, tokens) for p, tokens in zip(prompts, ours)]
+
+
+@pytest.mark.parametrize("shape", ["grouped", "head size 64, tied"])
+def test_prefill_and_decode_logits_within_1e_4_over_scattered_blocks(shape, operators, tmp_path):
+    model = random_model(tmp_path / "hf", **SHAPES[shape])
+    _, network = open_network(tmp_path / "hf", tmp_path, block_size=3, num_blocks=40)
+    pool = BlockPool(40, 3)
+    np.random.default_rng(1).shuffle(pool._free)
+    prompts = random_prompts(model.config.vocab_size, 3, longest=20, seed=2)
+    tables = [BlockTable(pool) for _ in prompts]
+    for table, prompt in zip(tables, prompts):
+        table.reserve(len(prompt) + 5)
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    logits = network.prefill(np.concatenate(prompts).astype(np.int32), lengths, lengths, table_array(tables, lengths, 3),
+                             np.concatenate([t.slots(0, n) for t, n in zip(tables, lengths)]))
+    texts = [list(p) for p in prompts]
+    for _ in range(5):
+        with torch.no_grad():
+            expected = torch.stack([model(torch.tensor([t])).logits[0, -1] for t in texts]).numpy()
+        assert np.abs(logits - expected).max() < 1e-4
+        for text, row in zip(texts, expected):
+            text.append(int(row.argmax()))
+        lengths = lengths + 1
+        logits = network.decode(np.array([t[-1] for t in texts], np.int32), lengths, table_array(tables, lengths, 3),
+                                np.concatenate([t.slots(n - 1, n) for t, n in zip(tables, lengths)]))
+
+
+def test_prefill_in_pieces_gives_the_logits_of_the_whole(operators, tmp_path):
+    model = random_model(tmp_path / "hf")
+    _, network = open_network(tmp_path / "hf", tmp_path)
+    prompt = np.array(random_prompts(199, 1, longest=40, seed=9)[0][:30] + [7] * 5, np.int32)
+    pool = BlockPool(64, 4)
+    table = BlockTable(pool)
+    table.reserve(len(prompt))
+    for start, stop in ((0, 11), (11, 12), (12, len(prompt))):
+        context = np.array([stop], np.int32)
+        logits = network.prefill(prompt[start:stop], np.array([stop - start], np.int32), context,
+                                 table_array([table], [stop], 4), table.slots(start, stop))
+    with torch.no_grad():
+        expected = model(torch.tensor(prompt[None].astype(np.int64))).logits[0, -1].numpy()
+    assert np.abs(logits[0] - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_logits_are_as_close_to_float32_as_transformers_own(dtype, operators, tmp_path):
+    model = random_model(tmp_path / "hf", dtype=dtype, hidden_size=256, intermediate_size=640, num_attention_heads=8,
+                         num_key_value_heads=4, num_hidden_layers=4)
+    config, network = open_network(tmp_path / "hf", tmp_path, dtype=dtype)
+    low = type(model)(model.config).to(getattr(torch, dtype)).eval()
+    low.load_state_dict(model.state_dict())
+    ours, theirs = [], []
+    for prompt in random_prompts(199, 8, seed=4):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            right = model(ids).logits[0, -1].numpy()
+            theirs.append(np.abs(low(ids).logits[0, -1].float().numpy() - right).mean())
+        length = np.array([len(prompt)], np.int32)
+        table = BlockTable(BlockPool(64, 4))
+        table.reserve(len(prompt))
+        logits = network.prefill(np.array(prompt, np.int32), length, length, table_array([table], length, 4),
+                                 table.slots(0, len(prompt)))
+        ours.append(np.abs(logits[0] - right).mean())
+    assert np.mean(ours) <= np.mean(theirs), (np.mean(ours), np.mean(theirs))
+
+
+def test_small_real_model_equals_transformers_on_20_prompts(small_model, operators, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if operators == "reference":
+        pytest.skip("takes minutes with the reference operators: see the slow test")
+    _compare_small_model(small_model, transformers, tmp_path, 64)
+
+
+@pytest.mark.slow
+def test_small_real_model_equals_transformers_with_reference_operators(small_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("QWEN15_KERNELS", "reference")
+    _compare_small_model(small_model, pytest.importorskip("transformers"), tmp_path, 64)
+
+
+PROMPTS = [
+    "The capital of France is", "Gravity is", "def fibonacci(n):\n", "Once upon a time", "1, 2, 3, 5, 8,", "Water boils at",
+    "Dear Sir or Madam,", "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n", "The quick brown fox",
+    "In 1969, humans", "import numpy as np\n", "SELECT name FROM", "To be, or not to be", "A prime number is", "The largest planet",
+    "Roses are red,", "Photosynthesis", "x = [i**2 for i in", "My favourite food is", "人工智能",
+]
+
+
+def _compare_small_model(folder, transformers, tmp_path, count):
+    model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(folder)
+    config, network = open_network(folder, tmp_path, block_size=32, num_blocks=96)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    ours = greedy(config, network, prompts, count)
+    for text, prompt, tokens in zip(PROMPTS, prompts, ours):
+        assert tokens == hf_greedy(model, prompt, tokens), text
+    assert greedy(config, network, prompts[:1], count) == ours[:1]
+
+
+def test_rope_tables_equal_transformers():
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    theirs = Qwen2RotaryEmbedding(Qwen2Config(hidden_size=256, num_attention_heads=4, rope_theta=1e6))
+    cos, sin = theirs(torch.zeros(1, 1), torch.arange(3000)[None])
+    ours = rope_tables(3000, 64, 1e6)
+    np.testing.assert_allclose(ours[0], cos[0].numpy(), atol=3e-7)
+    np.testing.assert_allclose(ours[1], sin[0].numpy(), atol=3e-7)
+
+
+def test_parameters_bear_mindformers_names(tmp_path):
+    from qwen15 import naming
+
+    random_model(tmp_path / "hf")
+    config, network = open_network(tmp_path / "hf", tmp_path)
+    names = {p.name for p in network._cell.get_parameters()}
+    extra = {n for n in names if n.startswith("rope.") or n.endswith((".key_cache", ".value_cache"))}
+    assert names - extra == {w.ms for w in naming.weights(config.model.dims)}
