@@ -15,7 +15,7 @@ from ..format_safetensors import steps
 from ..output import AtomicFolder, FileWriter, check_space, check_target, write_small
 from ..progress import Progress
 from ..tensorfile import INDEX_FILES, write_index
-from ..tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count, itemsize
+from ..tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
 
 DTYPES = ("bfloat16", "float16", "float32")
 _STRIP_ELEMENTS = 4 * 2 ** 20
@@ -49,7 +49,7 @@ def hf_config(dims: naming.Dims, dtype: str) -> dict:
     }
 
 
-def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0, shard_bytes: int = 2 * 10 ** 9,
+def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0, shard_bytes: int = 5 * 10 ** 8,
                     overwrite: bool = False) -> int:
     """Write the folder: config.json, shards and their index. It appears under its name when it is complete.
 
@@ -68,8 +68,7 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
         UserError: the target exists, or there is no room for it.
     """
     short = SHORT_NAMES[dtype]
-    infos = [TensorInfo(weight.hf, short, weight.shape, element_count(weight.shape) * itemsize(short))
-             for weight in naming.weights(dims)]
+    infos = [TensorInfo.of(weight.hf, short, weight.shape) for weight in naming.weights(dims)]
     total = sum(info.nbytes for info in infos)
     check_target(folder, [], overwrite)
     check_space(folder, total)

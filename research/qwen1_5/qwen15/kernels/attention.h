@@ -41,17 +41,47 @@ void copy_row(const float* from, int64_t n, int64_t padded_n, X* to) {
 
 // ---------------------------------------------------------------- decode
 
-// out[h * out_stride] = key . q[h] for `group` heads
+// out[h * out_stride] = key . q[h] for `group` heads that share the key
 template <class R>
-inline void score(const typename R::E* key, int64_t dim, const typename R::X* q, int64_t q_stride, int64_t group,
-                  float* out, int64_t out_stride) {
-  int64_t h = 0;
-  for (; h + 4 <= group; h += 4) dot_row<R, 4>(key, dim, q + h * q_stride, q_stride, out + h * out_stride, out_stride);
-  if (h + 2 <= group) {
-    dot_row<R, 2>(key, dim, q + h * q_stride, q_stride, out + h * out_stride, out_stride);
-    h += 2;
+inline void score_group(const typename R::E* key, int64_t dim, const typename R::X* q, int64_t q_stride, int64_t group,
+                        float* out, int64_t out_stride) {
+  for (int64_t h = 0; h < group; ++h) out[h * out_stride] = dot<R>(key, dim, q + h * q_stride);
+}
+
+// out[h * out_stride] = key[h] . q[h] for 4 heads with a key each, lying one after another
+template <class R>
+inline void score4(const typename R::E* key, int64_t dim, const typename R::X* q, int64_t q_stride, float* out,
+                   int64_t out_stride) {
+  V acc0 = v_zero(), acc1 = v_zero(), acc2 = v_zero(), acc3 = v_zero();
+  int64_t i = 0;
+  for (; i + R::step <= dim; i += R::step) {
+    acc0 = R::mac(acc0, R::load(key + i), q + i);
+    acc1 = R::mac(acc1, R::load(key + dim + i), q + q_stride + i);
+    acc2 = R::mac(acc2, R::load(key + 2 * dim + i), q + 2 * q_stride + i);
+    acc3 = R::mac(acc3, R::load(key + 3 * dim + i), q + 3 * q_stride + i);
   }
-  if (h < group) dot_row<R, 1>(key, dim, q + h * q_stride, q_stride, out + h * out_stride, out_stride);
+  if (i < dim) {
+    int n = (int)(dim - i);
+    acc0 = R::mac(acc0, R::load_part(key + i, n), q + i);
+    acc1 = R::mac(acc1, R::load_part(key + dim + i, n), q + q_stride + i);
+    acc2 = R::mac(acc2, R::load_part(key + 2 * dim + i, n), q + 2 * q_stride + i);
+    acc3 = R::mac(acc3, R::load_part(key + 3 * dim + i, n), q + 3 * q_stride + i);
+  }
+  float sums[4];
+  v_sum4(acc0, acc1, acc2, acc3, sums);
+  for (int h = 0; h < 4; ++h) out[h * out_stride] = sums[h];
+}
+
+// Scores of one cached token's keys (K, D) for all heads: s[h * kDecodeKeys]
+template <class R>
+inline void score(const typename R::E* keys, int64_t dim, int64_t kv, int64_t group, const typename R::X* q,
+                  int64_t q_stride, float* s) {
+  int64_t g = 0;
+  if (group == 1)
+    for (; g + 4 <= kv; g += 4) score4<R>(keys + g * dim, dim, q + g * q_stride, q_stride, s + g * kDecodeKeys, kDecodeKeys);
+  for (; g < kv; ++g)
+    score_group<R>(keys + g * dim, dim, q + g * group * q_stride, q_stride, group, s + g * group * kDecodeKeys,
+                   kDecodeKeys);
 }
 
 // acc[d] += sum_j p[j * p_stride] * values[j * stride + d] for 4 keys
@@ -111,10 +141,7 @@ void decode_piece(Team& team, const float* q, int64_t heads, Paged paged, int64_
     if (count > end - at) count = end - at;
     const auto* keys = (const typename R::E*)cache.k + paged.offset(at);
     const auto* values = (const typename R::E*)cache.v + paged.offset(at);
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t g = 0; g < kv; ++g)
-        score<R>(keys + (j * kv + g) * dim, dim, qs + g * group * q_stride, q_stride, group,
-                 s + g * group * kDecodeKeys + j, kDecodeKeys);
+    for (int64_t j = 0; j < count; ++j) score<R>(keys + j * kv * dim, dim, kv, group, qs, q_stride, s + j);
     for (int64_t h = 0; h < heads; ++h) {
       float* row = s + h * kDecodeKeys;
       for (int64_t j = count; j < kDecodeKeys; ++j) row[j] = kMinusInfinity;
@@ -254,6 +281,7 @@ void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, 
   memset(o, 0, rows * o_stride * sizeof(float));
   V scale = v_set(1.0f / __builtin_sqrtf((float)dim));
   int64_t last = position + tokens;
+  Ahead nothing;
   for (int64_t key = 0; key < last; key += kKeys) {
     int count = last - key < kKeys ? (int)(last - key) : kKeys;
     // Rows before `first` see none of these keys.
@@ -268,7 +296,7 @@ void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, 
       int left = count - n < kTileVecs * W ? count - n : kTileVecs * W, vecs = (left + W - 1) / W;
       Packer<R>::pack(k_rows + n, left, dim, vecs, panel);
       multiply_panel<T>(qs + first * a_stride, a_stride, rows - first, panel, vecs, dim, s + first * kKeys + n, kKeys,
-                        false);
+                        false, nothing);
     }
     for (int64_t r = first; r < rows; ++r) {
       float* row = s + r * kKeys;
@@ -299,7 +327,7 @@ void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, 
       int vecs = (int)((left + W - 1) / W);
       pack_values<R>(v_rows, count, dim, d, vecs, panel);
       multiply_panel<T>(p + first * kKeys, kKeys, rows - first, panel, vecs, count, o + first * o_stride + d, o_stride,
-                        true);
+                        true, nothing);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {

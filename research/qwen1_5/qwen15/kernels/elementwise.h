@@ -57,9 +57,14 @@ void prepare(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64
 }
 
 // Turn one head in place.
-inline void rotate(float* head, const float* cos, const float* sin, int64_t dim) {
-  int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
+inline void rotate(float* head, const float* __restrict cos, const float* __restrict sin, int64_t dim) {
+  int64_t half = dim / 2, i = 0;
+  for (; i + W <= half; i += W) {
+    V a = v_load(head + i), b = v_load(head + i + half);
+    v_store(head + i, v_sub(v_mul(a, v_load(cos + i)), v_mul(b, v_load(sin + i))));
+    v_store(head + i + half, v_add(v_mul(b, v_load(cos + i + half)), v_mul(a, v_load(sin + i + half))));
+  }
+  for (; i < half; ++i) {
     float a = head[i], b = head[i + half];
     head[i] = a * cos[i] - b * sin[i];
     head[i + half] = b * cos[i + half] + a * sin[i + half];
@@ -68,6 +73,12 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t dim)
 
 inline void write_cache_row(void* cache, DType dtype, int64_t offset, const float* values, int64_t n) {
   int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    V v = v_load(values + i);
+    if (dtype == DType::f32) v_store((float*)cache + offset + i, v);
+    else if (dtype == DType::f16) v_store_f16((uint16_t*)cache + offset + i, v);
+    else v_store_bf16((uint16_t*)cache + offset + i, v);
+  }
   for (; i < n; i += W) {
     int count = n - i < W ? (int)(n - i) : W;
     V v = count == W ? v_load(values + i) : v_load_part(values + i, count);

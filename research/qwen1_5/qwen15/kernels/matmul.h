@@ -3,8 +3,9 @@
 //   x (T, I) activations; W (O, I) f32/f16/bf16; y (T, O) float32; products accumulated in float32.
 //   plain:  out = y + bias + residual      gated:  act = silu(x W^T) * (x U^T)
 //
-// Few tokens: one row of W at a time against all of x, rows in address order. That is what lets the memory prefetcher run
-// at full speed; several rows at once halve it. Each thread owns a contiguous range of rows.
+// One token: one row of W at a time, in address order. That is what lets the memory prefetcher run at full speed; several
+// rows at once halve it. Few tokens: kDotRows rows against kDotTokens tokens in registers, with software prefetch in
+// address order. Each thread owns a contiguous range of rows.
 // Many tokens: threads take panels of 64 rows, pack one into [I][64] (bf16: [I/2][64][2]) in their L2, and run a register
 // tile of kTileRows tokens x kTileVecs vectors over it, with the activations broadcast.
 #pragma once
@@ -12,39 +13,16 @@
 namespace {
 
 constexpr int kRowBlock = 64;         // rows handed to the epilogue at a time when tokens are few
-constexpr int64_t kPackFrom = 16;     // tokens from which packing pays
+constexpr int64_t kRowsTogetherFrom = 4;  // tokens from which reading several rows at once pays
+constexpr int64_t kPackFrom = 40;     // tokens from which packing pays
 constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
 constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
 
-// ---------------------------------------------------------------- one row against few tokens
+// ---------------------------------------------------------------- rows against few tokens
 
-template <class R, int N>
-inline void reduce(const V (&acc)[N], float* out, int64_t out_stride) {
-  for (int t = 0; t < N; ++t) out[t * out_stride] = v_sum(acc[t]);
-}
-
-// out[t * out_stride] = sum_i w[i] x[t, i] for N tokens
-template <class R, int N>
-inline void dot_row(const typename R::E* w, int64_t cols, const typename R::X* x, int64_t x_stride, float* out,
-                    int64_t out_stride) {
-  V acc[N];
-  for (int t = 0; t < N; ++t) acc[t] = v_zero();
-  int64_t i = 0;
-  for (; i + R::step <= cols; i += R::step) {
-    typename R::L l = R::load(w + i);
-#pragma GCC unroll 16
-    for (int t = 0; t < N; ++t) acc[t] = R::mac(acc[t], l, x + t * x_stride + i);
-  }
-  if (i < cols) {
-    typename R::L l = R::load_part(w + i, (int)(cols - i));
-    for (int t = 0; t < N; ++t) acc[t] = R::mac(acc[t], l, x + t * x_stride + i);
-  }
-  reduce<R, N>(acc, out, out_stride);
-}
-
-// The same for one token, with four chains so that the latency of an addition does not show.
+// One row against one token, with four chains so that the latency of an addition does not show.
 template <class R>
-inline float dot_row1(const typename R::E* w, int64_t cols, const typename R::X* x) {
+inline float dot(const typename R::E* w, int64_t cols, const typename R::X* x) {
   V acc0 = v_zero(), acc1 = v_zero(), acc2 = v_zero(), acc3 = v_zero();
   int64_t i = 0;
   for (; i + 4 * R::step <= cols; i += 4 * R::step) {
@@ -58,29 +36,90 @@ inline float dot_row1(const typename R::E* w, int64_t cols, const typename R::X*
   return v_sum(v_add(v_add(acc0, acc1), v_add(acc2, acc3)));
 }
 
+// out[t * out_stride + r] = w[r] . x[t] for M rows and N tokens. `ahead` is memory that will be read next, `ahead_lines`
+// cache lines per vector step of it: with more than one row the hardware's prefetcher no longer sees one stream.
+template <class R, int M, int N>
+__attribute__((noinline)) void dot_tile(const typename R::E* w, int64_t cols, const typename R::X* x, int64_t x_stride,
+                                        float* out, int64_t out_stride, const char* ahead) {
+  constexpr int kLineStep = M * R::step * (int)sizeof(typename R::E);  // bytes of weights per step
+  V acc[M * N];
+#pragma GCC unroll 32
+  for (int a = 0; a < M * N; ++a) acc[a] = v_zero();
+  int64_t i = 0;
+  for (; i + R::step <= cols; i += R::step) {
+    typename R::L l[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) l[m] = R::load(w + m * cols + i);
+    if (ahead != nullptr) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kLineStep; b += 64) __builtin_prefetch(ahead + b, 0, 2);
+      ahead += kLineStep;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < N; ++t)
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) acc[m * N + t] = R::mac(acc[m * N + t], l[m], x + t * x_stride + i);
+  }
+  if (i < cols) {
+    typename R::L l[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) l[m] = R::load_part(w + m * cols + i, (int)(cols - i));
+#pragma GCC unroll 8
+    for (int t = 0; t < N; ++t)
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) acc[m * N + t] = R::mac(acc[m * N + t], l[m], x + t * x_stride + i);
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    int t = 0;
+#pragma GCC unroll 2
+    for (; t + 4 <= N; t += 4) {
+      float sums[4];
+      v_sum4(acc[m * N + t], acc[m * N + t + 1], acc[m * N + t + 2], acc[m * N + t + 3], sums);
+      for (int s = 0; s < 4; ++s) out[(t + s) * out_stride + m] = sums[s];
+    }
+#pragma GCC unroll 4
+    for (; t < N; ++t) out[t * out_stride + m] = v_sum(acc[m * N + t]);
+  }
+}
+
+// M rows against all tokens; the weights come from memory for the first tokens and from the cache for the others.
+template <class R, int M>
+void dot_rows(const typename R::E* w, int64_t cols, const typename R::X* x, int64_t x_stride, int64_t tokens, float* out,
+              int64_t out_stride, const char* ahead) {
+  int64_t t = 0;
+  for (; t + kDotTokens <= tokens; t += kDotTokens, ahead = nullptr)
+    dot_tile<R, M, kDotTokens>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, ahead);
+  x += t * x_stride;
+  out += t * out_stride;
+  switch (tokens - t) {
+    case 7: return dot_tile<R, M, (7 < kDotTokens ? 7 : 1)>(w, cols, x, x_stride, out, out_stride, ahead);
+    case 6: return dot_tile<R, M, (6 < kDotTokens ? 6 : 1)>(w, cols, x, x_stride, out, out_stride, ahead);
+    case 5: return dot_tile<R, M, (5 < kDotTokens ? 5 : 1)>(w, cols, x, x_stride, out, out_stride, ahead);
+    case 4: return dot_tile<R, M, (4 < kDotTokens ? 4 : 1)>(w, cols, x, x_stride, out, out_stride, ahead);
+    case 3: return dot_tile<R, M, 3>(w, cols, x, x_stride, out, out_stride, ahead);
+    case 2: return dot_tile<R, M, 2>(w, cols, x, x_stride, out, out_stride, ahead);
+    case 1: return dot_tile<R, M, 1>(w, cols, x, x_stride, out, out_stride, ahead);
+    default: return;
+  }
+}
+
 // out[t * out_stride + r - begin] for rows [begin, end) and all tokens
 template <class R>
-void dot_rows(const typename R::E* w, int64_t cols, int64_t begin, int64_t end, const typename R::X* x,
-              int64_t x_stride, int64_t tokens, float* out, int64_t out_stride) {
-  for (int64_t r = begin; r < end; ++r) {
-    const typename R::E* row = w + r * cols;
-    float* y = out + (r - begin);
-    int64_t t = 0;
-    if (tokens == 1) {
-      y[0] = dot_row1<R>(row, cols, x);
-      continue;
-    }
-    for (; t + 8 <= tokens; t += 8) dot_row<R, 8>(row, cols, x + t * x_stride, x_stride, y + t * out_stride, out_stride);
-    if (t + 4 <= tokens) {
-      dot_row<R, 4>(row, cols, x + t * x_stride, x_stride, y + t * out_stride, out_stride);
-      t += 4;
-    }
-    if (t + 2 <= tokens) {
-      dot_row<R, 2>(row, cols, x + t * x_stride, x_stride, y + t * out_stride, out_stride);
-      t += 2;
-    }
-    if (t < tokens) y[t * out_stride] = dot_row1<R>(row, cols, x + t * x_stride);
+void dot_range(const typename R::E* w, int64_t cols, int64_t begin, int64_t end, const typename R::X* x,
+               int64_t x_stride, int64_t tokens, float* out, int64_t out_stride) {
+  const typename R::E* row = w + begin * cols;
+  if (tokens == 1) {
+    for (int64_t r = begin; r < end; ++r, row += cols) out[r - begin] = dot<R>(row, cols, x);
+    return;
   }
+  int64_t r = begin;
+  if (tokens >= kRowsTogetherFrom)
+    for (; r + kDotRows <= end; r += kDotRows, row += kDotRows * cols)
+      dot_rows<R, kDotRows>(row, cols, x, x_stride, tokens, out + (r - begin), out_stride,
+                            (const char*)(row + kDotRows * cols));
+  for (; r < end; ++r, row += cols)
+    dot_rows<R, 1>(row, cols, x, x_stride, tokens, out + (r - begin), out_stride, nullptr);
 }
 
 // ---------------------------------------------------------------- packed panels and register tiles
@@ -136,12 +175,29 @@ __attribute__((noinline)) void tile(const typename T::A* a, int64_t a_stride, co
     for (int n = 0; n < N; ++n) v_store(c + m * c_stride + n * W, acc[m][n]);
 }
 
+// Rows of memory that will be packed next; `fetch` asks for a share of them, so that they are in L2 by then.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0, row_lines = 0, lines = 0, at = 0;
+
+  Ahead() {}
+  Ahead(const void* rows, int64_t count, int64_t row_stride, int64_t row_bytes)
+      : data((const char*)rows), stride(row_stride), row_lines((row_bytes + 63) / 64), lines(count * row_lines) {}
+  void fetch(int64_t count) {
+    for (int64_t end = at + count < lines ? at + count : lines; at < end; ++at)
+      __builtin_prefetch(data + at / row_lines * stride + at % row_lines * 64, 0, 2);
+  }
+};
+
 template <class T, int N>
 void tile_rows(const typename T::A* a, int64_t a_stride, int64_t rows, const typename T::P* panel, int64_t k, float* c,
-               int64_t c_stride, bool accumulate) {
-  int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
+               int64_t c_stride, bool accumulate, Ahead& ahead) {
+  int64_t m = 0, share = (ahead.lines - ahead.at) / (rows / kTileRows + 1) + 1;
+  for (; m + kTileRows <= rows; m += kTileRows) {
+    ahead.fetch(share);
     tile<T, kTileRows, N>(a + m * a_stride, a_stride, panel, k, c + m * c_stride, c_stride, accumulate);
+  }
+  ahead.fetch(ahead.lines);
   a += m * a_stride;
   c += m * c_stride;
   switch (rows - m) {
@@ -157,12 +213,12 @@ void tile_rows(const typename T::A* a, int64_t a_stride, int64_t rows, const typ
 // c (rows, vecs vectors) (+)= a panel, for a panel of 1 to kTileVecs vectors
 template <class T>
 void multiply_panel(const typename T::A* a, int64_t a_stride, int64_t rows, const typename T::P* panel, int vecs,
-                    int64_t k, float* c, int64_t c_stride, bool accumulate) {
+                    int64_t k, float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
   switch (vecs) {
-    case 1: return tile_rows<T, 1>(a, a_stride, rows, panel, k, c, c_stride, accumulate);
-    case 2: return tile_rows<T, 2>(a, a_stride, rows, panel, k, c, c_stride, accumulate);
-    case 3: return tile_rows<T, (3 < kTileVecs ? 3 : kTileVecs)>(a, a_stride, rows, panel, k, c, c_stride, accumulate);
-    default: return tile_rows<T, kTileVecs>(a, a_stride, rows, panel, k, c, c_stride, accumulate);
+    case 1: return tile_rows<T, 1>(a, a_stride, rows, panel, k, c, c_stride, accumulate, ahead);
+    case 2: return tile_rows<T, 2>(a, a_stride, rows, panel, k, c, c_stride, accumulate, ahead);
+    case 3: return tile_rows<T, (3 < kTileVecs ? 3 : kTileVecs)>(a, a_stride, rows, panel, k, c, c_stride, accumulate, ahead);
+    default: return tile_rows<T, kTileVecs>(a, a_stride, rows, panel, k, c, c_stride, accumulate, ahead);
   }
 }
 
@@ -249,12 +305,13 @@ void finish(const Job& job, int64_t token, int64_t tokens, int64_t row, int64_t 
   for (int64_t t = 0; t < tokens; ++t) {
     float* out = job.out + (token + t) * job.out_stride + row;
     const float* y = c + t * c_stride;
-    if (job.residual == nullptr) {
-      for (int64_t j = 0; j < n; ++j) out[j] = y[j] + bias[j];
-    } else {
-      const float* residual = job.residual + (token + t) * job.out_stride + row;
-      for (int64_t j = 0; j < n; ++j) out[j] = y[j] + bias[j] + residual[j];
+    const float* residual = job.residual == nullptr ? nullptr : job.residual + (token + t) * job.out_stride + row;
+    int64_t j = 0;
+    for (; j + W <= n; j += W) {
+      V v = v_add(v_load(y + j), v_load(bias + j));
+      v_store(out + j, residual == nullptr ? v : v_add(v, v_load(residual + j)));
     }
+    for (; j < n; ++j) out[j] = y[j] + bias[j] + (residual == nullptr ? 0.0f : residual[j]);
   }
 }
 
@@ -270,42 +327,80 @@ void few_tokens(Team& team, const Job& job, Activations x, int64_t tokens, bool 
   team.share(job.w.rows, W, &begin, &end);
   for (int64_t r = begin; r < end; r += kRowBlock) {
     int64_t n = end - r < kRowBlock ? end - r : kRowBlock;
-    dot_rows<R>(w, job.w.cols, r, r + n, xs, x.stride, tokens, c, kRowBlock);
-    if (up != nullptr) dot_rows<R>(up, job.w.cols, r, r + n, xs, x.stride, tokens, c_up, kRowBlock);
+    dot_range<R>(w, job.w.cols, r, r + n, xs, x.stride, tokens, c, kRowBlock);
+    if (up != nullptr) dot_range<R>(up, job.w.cols, r, r + n, xs, x.stride, tokens, c_up, kRowBlock);
     finish(job, 0, tokens, r, n, c, c_up, kRowBlock, round_bf16);
   }
 }
 
+// One item of a matmul over many tokens: a panel of a job's rows against a block of tokens. `next` is the item after it,
+// or null: its first rows are fetched meanwhile.
+struct Item {
+  const Job* job;
+  int64_t row, token, tokens;
+};
+
+constexpr int64_t kPanelRows = kTileVecs * W;
+
 template <class R>
-void one_panel(Team& team, const Job& job, int64_t panel_index, int64_t token, int64_t tokens, Activations x,
-               bool round_bf16) {
+Ahead rows_ahead(const Job& job, const void* w, int64_t row, int64_t k0) {
+  int64_t cols = job.w.cols, count = job.w.rows - row < kPanelRows ? job.w.rows - row : kPanelRows;
+  int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth, size = sizeof(typename R::E);
+  return Ahead((const typename R::E*)w + row * cols + k0, count, cols * size, k * size);
+}
+
+template <class R>
+void one_panel(Team& team, const Item& item, const Item* next, Activations x, bool round_bf16) {
   typedef typename Packer<R>::Tile T;
-  constexpr int kRows = kTileVecs * W;
-  static_assert(kRows <= kRowBlock, "finish() holds the bias of one panel");
-  int64_t row = panel_index * kRows, cols = job.w.cols;
-  int n = job.w.rows - row < kRows ? (int)(job.w.rows - row) : kRows;
+  static_assert(kPanelRows <= kRowBlock, "finish() holds the bias of one panel");
+  const Job& job = *item.job;
+  int64_t row = item.row, cols = job.w.cols;
+  int n = job.w.rows - row < kPanelRows ? (int)(job.w.rows - row) : (int)kPanelRows;
   int vecs = (n + W - 1) / W;
   bool gated = job.up.data != nullptr;
   int64_t depth = cols < kPanelDepth ? padded(cols) : kPanelDepth;
-  int64_t panel_bytes = depth * kRows * sizeof(typename T::P), c_bytes = tokens * kRows * sizeof(float);
+  int64_t panel_bytes = depth * kPanelRows * sizeof(typename T::P), c_bytes = item.tokens * kPanelRows * sizeof(float);
   char* memory = (char*)team.scratch(panel_bytes + (gated ? 2 : 1) * c_bytes);
   auto* panel = (typename T::P*)memory;
   float* c[2] = {(float*)(memory + panel_bytes), (float*)(memory + panel_bytes + c_bytes)};
-  const auto* xs = (const typename T::A*)x.data + token * x.stride;
+  const auto* xs = (const typename T::A*)x.data + item.token * x.stride;
   for (int part = 0; part <= (gated ? 1 : 0); ++part) {
-    const auto* w = (const typename R::E*)(part == 0 ? job.w.data : job.up.data);
+    const void* source = part == 0 ? job.w.data : job.up.data;
+    const auto* w = (const typename R::E*)source;
     for (int64_t k0 = 0; k0 < cols; k0 += kPanelDepth) {
       int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth;
-      const typename R::E* rows[kRows];
+      const typename R::E* rows[kPanelRows];
       for (int r = 0; r < n; ++r) rows[r] = w + (row + r) * cols + k0;
       Packer<R>::pack(rows, n, k, vecs, panel);
-      multiply_panel<T>(xs + k0, x.stride, tokens, panel, vecs, k, c[part], kRows, k0 > 0);
+      Ahead ahead;
+      if (k0 + kPanelDepth < cols) ahead = rows_ahead<R>(job, source, row, k0 + kPanelDepth);
+      else if (part == 0 && gated) ahead = rows_ahead<R>(job, job.up.data, row, 0);
+      else if (next != nullptr) ahead = rows_ahead<R>(*next->job, next->job->w.data, next->row, 0);
+      multiply_panel<T>(xs + k0, x.stride, item.tokens, panel, vecs, k, c[part], kPanelRows, k0 > 0, ahead);
     }
   }
-  finish(job, token, tokens, row, n, c[0], c[1], kRows, round_bf16);
+  finish(job, item.token, item.tokens, row, n, c[0], c[1], kPanelRows, round_bf16);
 }
 
-int64_t panels(const Job& job) { return (job.w.rows + kTileVecs * W - 1) / (kTileVecs * W); }
+int64_t panels(const Job& job) { return (job.w.rows + kPanelRows - 1) / kPanelRows; }
+
+struct Items {
+  const Job* jobs;
+  int64_t per_block = 0, block = kTokenBlock, tokens, count;
+
+  Items(const Job* all, int job_count, int64_t token_count, int threads) : jobs(all), tokens(token_count) {
+    for (int j = 0; j < job_count; ++j) per_block += panels(jobs[j]);
+    // Few panels for many threads: cut the tokens finer, at the price of packing more often.
+    while (block > 8 * kTileRows && per_block * ((tokens + block - 1) / block) < 4 * threads) block /= 2;
+    count = per_block * ((tokens + block - 1) / block);
+  }
+  Item operator[](int64_t i) const {
+    int64_t token = i / per_block * block, panel = i % per_block;
+    const Job* job = jobs;
+    for (; panel >= panels(*job); ++job) panel -= panels(*job);
+    return {job, panel * kPanelRows, token, tokens - token < block ? tokens - token : block};
+  }
+};
 
 void matmul(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
   if (tokens < kPackFrom) {
@@ -317,23 +412,15 @@ void matmul(Team& team, const Job* jobs, int job_count, Activations x, int64_t t
     }
     return;
   }
-  int64_t total = 0;
-  for (int j = 0; j < job_count; ++j) total += panels(jobs[j]);
-  // Few panels for many threads: cut the tokens finer, at the price of packing more often.
-  int64_t block = kTokenBlock;
-  while (block > 4 * kTileRows && total * ((tokens + block - 1) / block) < 4 * team.size() &&
-         block / 2 < tokens)
-    block /= 2;
-  int64_t blocks = (tokens + block - 1) / block;
-  for (int64_t item = team.take(); item < total * blocks; item = team.take()) {
-    int64_t token = item / total * block, panel = item % total;
-    int j = 0;
-    for (; panel >= panels(jobs[j]); ++j) panel -= panels(jobs[j]);
-    const Job& job = jobs[j];
-    int64_t count = tokens - token < block ? tokens - token : block;
-    if (job.w.dtype == DType::f32) one_panel<F32Row>(team, job, panel, token, count, x, false);
-    else if (job.w.dtype == DType::f16) one_panel<F16Row>(team, job, panel, token, count, x, false);
-    else one_panel<PairRow>(team, job, panel, token, count, x, true);
+  Items items(jobs, job_count, tokens, team.size());
+  for (int64_t i = team.take(); i < items.count;) {
+    int64_t after = team.take();
+    Item item = items[i], next = items[after < items.count ? after : 0];
+    const Item* coming = after < items.count ? &next : nullptr;
+    if (item.job->w.dtype == DType::f32) one_panel<F32Row>(team, item, coming, x, false);
+    else if (item.job->w.dtype == DType::f16) one_panel<F16Row>(team, item, coming, x, false);
+    else one_panel<PairRow>(team, item, coming, x, true);
+    i = after;
   }
 }
 

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int W = 8;
 constexpr int kTileRows = 6, kTileVecs = 2;  // 12 of 16 registers accumulate
+constexpr int kDotRows = 2, kDotTokens = 4;   // 8
 typedef __m256 V;
 
 inline V v_zero() { return _mm256_setzero_ps(); }
@@ -24,6 +25,11 @@ inline float v_sum(V v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// out[i] = sum of v_i
+inline void v_sum4(V v0, V v1, V v2, V v3, float* out) {
+  V lanes = _mm256_hadd_ps(_mm256_hadd_ps(v0, v1), _mm256_hadd_ps(v2, v3));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1)));
 }
 inline float v_highest(V v) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

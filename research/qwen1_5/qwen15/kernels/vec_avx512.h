@@ -6,6 +6,7 @@ namespace {
 
 constexpr int W = 16;  // floats per vector
 constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
+constexpr int kDotRows = 3, kDotTokens = 8;   // 24 as well
 typedef __m512 V;
 
 inline V v_zero() { return _mm512_setzero_ps(); }
@@ -20,6 +21,16 @@ inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V v_max(V a, V b) { return _mm512_max_ps(a, b); }
 inline V v_min(V a, V b) { return _mm512_min_ps(a, b); }
 inline float v_sum(V v) { return _mm512_reduce_add_ps(v); }
+// out[i] = sum of v_i
+inline void v_sum4(V v0, V v1, V v2, V v3, float* out) {
+  V a = _mm512_add_ps(_mm512_unpacklo_ps(v0, v1), _mm512_unpackhi_ps(v0, v1));
+  V b = _mm512_add_ps(_mm512_unpacklo_ps(v2, v3), _mm512_unpackhi_ps(v2, v3));
+  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+  V lanes = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 inline float v_highest(V v) { return _mm512_reduce_max_ps(v); }
 inline V v_round(V v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // v * 2^n, n a whole number

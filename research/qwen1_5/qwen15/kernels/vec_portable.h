@@ -7,8 +7,10 @@ namespace {
 constexpr int W = 4;
 #ifdef __aarch64__
 constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
+constexpr int kDotRows = 3, kDotTokens = 8;   // 24 as well
 #else
 constexpr int kTileRows = 4, kTileVecs = 2;  // 8 of 16 registers accumulate
+constexpr int kDotRows = 2, kDotTokens = 4;   // 8 as well
 #endif
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
@@ -31,6 +33,13 @@ inline V v_fma(V a, V b, V c) { return a * b + c; }
 inline V v_max(V a, V b) { return a > b ? a : b; }
 inline V v_min(V a, V b) { return a < b ? a : b; }
 inline float v_sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+// out[i] = sum of v_i
+inline void v_sum4(V v0, V v1, V v2, V v3, float* out) {
+  out[0] = v_sum(v0);
+  out[1] = v_sum(v1);
+  out[2] = v_sum(v2);
+  out[3] = v_sum(v3);
+}
 inline float v_highest(V v) {
   float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
   return a > b ? a : b;
