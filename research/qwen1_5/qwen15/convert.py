@@ -141,7 +141,7 @@ def _missing_hint(source: Checkpoint, missing: Sequence[str], head: str, side: s
     if list(missing) == [head]:
         return f"If the head is the embedding, {config.where} must say tie_word_embeddings true."
     other = naming.ms_to_hf if side == "hf" else naming.hf_to_ms
-    if any(other(name) for name in source.infos):
+    if any(other(name) not in (None, name) for name in source.infos):
         return ("These are MindSpore's names: convert_reversed.py goes from there to Hugging Face." if side == "hf" else
                 "These are Hugging Face's names: convert_weight.py goes from there to MindSpore.")
     concatenated = next((name for name in source.infos if "w_qkv" in name or "w_gate_hidden" in name), None)
@@ -270,6 +270,7 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
     form = _form(options, "hf")
     ranks, slicing, config, folder = open_slices(source_path, config_path, vocab_emb_dp)
     try:
+        check_contents(ranks)
         if config is None:
             if form == "folder":
                 raise UserError(f"no {CONFIG_FILE} beside it, without which a model folder cannot be loaded", source_path,
@@ -281,9 +282,6 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
             slicing.check(config.dims)
             plan.notes.append(f"{source_path}: {slicing.parts} slices with vocab_emb_dp {slicing.vocab_emb_dp} are merged")
         found = account_slices(ranks, weights, slicing, config, plan)
-        for rank in ranks:
-            for file in rank.files:
-                file.check_contents()
         dtypes = _dtypes(ranks[0], found, weights, options.dtype)
         moves = [Move(weight.ms, weight.shape, ranks[0].infos[weight.ms].dtype, dtypes[weight.ms],
                       tuple(Part(rank, weight.ms, region_of(weight.shape, slicing.axis(weight), number, slicing.parts))
@@ -295,6 +293,13 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
         for rank in ranks:
             rank.close()
         raise
+
+
+def check_contents(ranks: Sequence[Checkpoint]) -> None:
+    """Compare every file that carries a checksum with it: before its names and shapes are believed."""
+    for rank in ranks:
+        for file in rank.files:
+            file.check_contents()
 
 
 def _hf_sidecars(folder: str, config_path: Optional[str], options: Options, dtypes: Mapping[str, str]) -> Dict[str, bytes]:

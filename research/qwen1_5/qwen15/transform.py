@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import naming
-from .convert import account_slices
+from .convert import account_slices, check_contents
 from .errors import UserError
 from .hf_config import CONFIG_FILE, HfConfig
 from .job import OutFile, Plan, aligned, sidecars
@@ -67,9 +67,7 @@ def plan_transform(request: Request) -> Plan:
     ranks, slicing, config, folder = open_slices(request.source, request.config_path, request.source_vocab_emb_dp,
                                                  strict=before is None)
     try:
-        for rank in ranks:
-            for file in rank.files:
-                file.check_contents()
+        check_contents(ranks)
         plan = Plan(request.target, False, ranks, [], [], notes=[note for rank in ranks for note in rank.notes])
         if before is None and after is None:
             cuts = _cuts_by_table(request, ranks, slicing, config, plan)
