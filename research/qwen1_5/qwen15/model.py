@@ -28,7 +28,9 @@ class Weight(nn.Cell):
     def __init__(self, source: Source, path: str, names: Tuple[str, ...] = ("weight",)):
         super().__init__(auto_prefix=False)
         for name in names:
-            setattr(self, name, Parameter(source(f"{path}.{name}"), name=f"{path}.{name}", requires_grad=False))
+            # By position, and straight from the call: Parameter takes over the Tensor's memory only when nothing else
+            # refers to it, and a keyword argument (or a variable) makes it copy.
+            setattr(self, name, Parameter(source(f"{path}.{name}"), f"{path}.{name}", False))
 
 
 class Attention(nn.Cell):
@@ -44,8 +46,8 @@ class Attention(nn.Cell):
         self.wo = Weight(source, f"{path}.wo")
         cache = (*cache_shape, kv_heads, dims.head_dim)  # (num_blocks, block_size, K, D)
         dtype = operators.cache_dtype(compute_dtype)
-        self.key_cache = Parameter(zeros(cache, dtype), name=f"{path}.key_cache", requires_grad=False)
-        self.value_cache = Parameter(zeros(cache, dtype), name=f"{path}.value_cache", requires_grad=False)
+        self.key_cache = Parameter(zeros(cache, dtype), f"{path}.key_cache", False)
+        self.value_cache = Parameter(zeros(cache, dtype), f"{path}.value_cache", False)
         self.qkv = operators.Qkv(eps, heads, kv_heads, dims.head_dim, compute_dtype)
         self.attend = operators.Attention(heads, kv_heads, dims.head_dim)
         self.project = _Residual(operators, ranks)
@@ -117,8 +119,7 @@ class Embedding(nn.Cell):
 
     def __init__(self, source: Source, path: str, operators: ModuleType, split: bool, rank: int, rows: int):
         super().__init__(auto_prefix=False)
-        self.embedding_weight = Parameter(source(f"{path}.embedding_weight"), name=f"{path}.embedding_weight",
-                                          requires_grad=False)
+        self.embedding_weight = Parameter(source(f"{path}.embedding_weight"), f"{path}.embedding_weight", False)
         self.look_up = operators.Embed()
         self.split = split
         if split:
