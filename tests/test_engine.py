@@ -247,3 +247,44 @@ def test_logprobs_are_reported_for_the_chosen_token_and_the_most_probable_ones()
         assert step.logprobs.top[0] == (step.token, step.logprobs.chosen)
         assert len(step.logprobs.top) == 3
         assert step.logprobs.chosen == pytest.approx(1 - np.log(np.e + VOCABULARY - 1))
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_interrupt_ends_what_runs_and_what_waits_on_every_rank(after):
+    told = []
+
+    class First(Recalling):
+        def agree(self, ids):
+            told.append(ids.copy())
+            return ids
+
+    class Second(Recalling):
+        rank = 1
+
+        def agree(self, ids):
+            return told.pop(0)
+
+    requests = [Request((1, 2), 20), Request((3, 4, 5), 20), Request((6,), 20)]
+    first = Engine(First(), limits(), max_batch=2)
+    seen = []
+    for step in first.generate(requests):
+        seen.append(step)
+        if len(seen) == after + 1:
+            first.interrupt()
+    assert [step.request for step in seen if step.finish_reason == CANCELLED] == [0, 1]
+    assert all(step.request < 2 for step in seen)
+    assert first.pool.free_blocks == 16
+    followed = list(Engine(Second(), limits(), max_batch=2).generate(requests))
+    assert [(s.request, s.token, s.finish_reason) for s in followed] == [(s.request, s.token, s.finish_reason) for s in seen]
+
+
+def test_an_interrupted_conversation_keeps_its_cache():
+    engine = Engine(Recalling(), limits())
+    kept = KeptCache(engine)
+    tokens = []
+    for step in engine.generate([Request((1, 2), 40, kept=kept)]):
+        tokens.append(step.token)
+        if len(tokens) == 4:
+            engine.interrupt()
+    assert kept.ids == [1, 2, *tokens[:4]][:len(kept.ids)] and len(kept.ids) >= 5
+    assert list(engine.generate([Request((1,), 3)]))[-1].finish_reason == LENGTH  # the next one runs as ever

@@ -185,6 +185,15 @@ class Engine:
         self.max_batch = max_batch
         self.selection = selection
         self._cancelled: set = set()
+        self._interrupt_wanted = False
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """End the running `generate`: requests that run say 'cancelled' with their last step, waiting ones never start.
+
+        For rank 0, from a signal handler too; the other ranks learn of it with the next tokens.
+        """
+        self._interrupt_wanted = True
 
     def cancel(self, request: int) -> None:
         """End this request of the running `generate` before its next token; its last step says 'cancelled'."""
@@ -202,16 +211,17 @@ class Engine:
         for request in requests:
             self.limits.check(request)
         self._cancelled = set()
+        self._interrupt_wanted = self._interrupted = False
         waiting: Deque[Tuple[int, Request]] = deque(enumerate(requests))
         running: List[_Sequence] = []
         try:
-            while waiting or running:
+            while (waiting and not self._interrupted) or running:
                 started = self._start(waiting, running)
                 running.extend(started)
                 if started:
                     yield from self._prefill(started)
                 for sequence in running:
-                    if sequence.index in self._cancelled and not sequence.done:
+                    if (self._interrupted or sequence.index in self._cancelled) and not sequence.done:
                         sequence.done = True
                         yield Step(sequence.index, None, CANCELLED, self._usage(sequence))
                 running = self._drop_done(running)
@@ -225,7 +235,7 @@ class Engine:
     def _start(self, waiting: Deque[Tuple[int, Request]], running: List[_Sequence]) -> List[_Sequence]:
         """Take requests from the queue while there is room for them."""
         started: List[_Sequence] = []
-        while waiting and (self.max_batch is None or len(running) + len(started) < self.max_batch):
+        while waiting and not self._interrupted and (self.max_batch is None or len(running) + len(started) < self.max_batch):
             index, request = waiting[0]
             kept = request.kept
             table = BlockTable(self.pool) if kept is None else kept.table
@@ -256,7 +266,7 @@ class Engine:
     def _prefill(self, sequences: List[_Sequence]) -> Iterator[Step]:
         """Bring the prompts into the cache, in calls of bounded size, and yield each one's first token."""
         pending = deque(sequences)
-        while pending:
+        while pending and not self._interrupted:
             batch, room = [], PREFILL_CHUNK_TOKENS
             while pending and room > 0:
                 sequence = pending[0]
@@ -302,15 +312,14 @@ class Engine:
     def _choose(self, sequences: List[_Sequence], logits: np.ndarray, rows: Sequence[int]
                 ) -> List[Tuple[_Sequence, int, Optional[LogProbs]]]:
         """The next token of each sequence from its row of logits: chosen on rank 0, the same on every rank."""
-        if not sequences:
-            return []
-        ids = np.zeros(len(sequences), np.int32)
+        ids = np.zeros(len(sequences) + 1, np.int32)
+        ids[-1] = self._interrupt_wanted
         logprobs: List[Optional[LogProbs]] = [None] * len(sequences)
-        if self.network.rank == 0:
+        if self.network.rank == 0 and sequences:
             plain = [i for i, s in enumerate(sequences) if s.sampler.is_plain_greedy]
             try:
                 if len(plain) == len(logits):
-                    ids[:] = self.selection.argmax(logits)
+                    ids[:-1] = self.selection.argmax(logits)
                 elif plain:
                     ids[plain] = self.selection.argmax(np.ascontiguousarray(logits[[rows[i] for i in plain]]))
                 for i, sequence in enumerate(sequences):
@@ -319,11 +328,12 @@ class Engine:
                     if sequence.request.logprobs:
                         logprobs[i] = self._logprobs(logits[rows[i]], int(ids[i]), sequence.request.logprobs)
             except NonFiniteLogits:
-                ids[:] = -1  # every rank has to learn of it, or the others would wait for a token for ever
-        ids = self.network.agree(ids)
-        if ids[0] < 0:
+                ids[:-1] = -1  # every rank has to learn of it, or the others would wait for a token for ever
+        *ids, interrupted = self.network.agree(ids).tolist()
+        self._interrupted = bool(interrupted)
+        if ids and ids[0] < 0:
             raise self._non_finite(sequences)
-        return [(sequence, int(token), logprob) for sequence, token, logprob in zip(sequences, ids, logprobs)]
+        return list(zip(sequences, ids, logprobs))
 
     def _logprobs(self, row: np.ndarray, token: int, count: int) -> LogProbs:
         top_ids, top = sampling.most_probable(row, count, self.selection)
