@@ -71,7 +71,7 @@ class CpuNetwork(Network):
     def __init__(self, config: Config, checkpoint: str, tell: Callable[[str], None]):
         import mindspore as ms
 
-        from . import ops, weights
+        from . import cluster, ops, weights
         from .model import LlamaForCausalLM
 
         self._ms = ms
@@ -81,8 +81,7 @@ class CpuNetwork(Network):
         model = config.model
         self.ranks = config.parallel.model_parallel if config.parallel.use_parallel else 1
         if self.ranks > 1:
-            ms.communication.init()
-            self.rank = ms.communication.get_rank()
+            self.rank, _ = cluster.join()
         self.vocab_size = model.dims.vocab_size
         split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
         self._source = weights.Source(checkpoint, model, operators, self.rank, self.ranks, config.parallel.vocab_emb_dp,
