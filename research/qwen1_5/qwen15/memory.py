@@ -225,10 +225,9 @@ def _held(config: Config) -> Dict[str, object]:
         return {}
     from . import ops
 
-    operators, _ = ops.select()
-    return {"held_dtype": operators.weight_dtype(config.model.param_init_type),
-            "held_cache_dtype": operators.cache_dtype(config.model.compute_dtype),
-            "plain_attention": operators.__name__.endswith(".reference")}
+    if ops.decide()[0] == "cpu":
+        return {}
+    return {"held_dtype": "float32", "held_cache_dtype": "float32", "plain_attention": True}
 
 
 def _meminfo(path: str) -> Dict[str, int]:

@@ -31,8 +31,8 @@ CHOICES = ("avx512_bf16", "avx512", "avx2", "portable", "reference")
 """Values of the environment variable QWEN15_KERNELS; unset chooses the best this machine runs."""
 
 
-def select() -> Tuple[ModuleType, str]:
-    """The operator set for this process and one line on which it is and why.
+def decide() -> Tuple[str, str]:
+    """The operator set for this process, 'cpu' or 'reference', and one line on why; without importing MindSpore.
 
     Raises:
         UserError: QWEN15_KERNELS names a path that does not exist or that this machine cannot run.
@@ -41,11 +41,32 @@ def select() -> Tuple[ModuleType, str]:
     if forced and forced not in CHOICES:
         raise UserError(f"{forced!r} is not a kernel path", where="QWEN15_KERNELS", fix=f"Choose one of {', '.join(CHOICES)}.")
     if forced == "reference":
-        return importlib.import_module(".reference", __name__), "reference operators (QWEN15_KERNELS=reference)"
-    cpu = importlib.import_module(".cpu", __name__)
-    available, why = cpu.available()
+        return "reference", "reference operators (QWEN15_KERNELS=reference)"
+    available, why = kernels_available()
     if available:
-        return cpu, f"fused kernels, {why}"
+        return "cpu", f"fused kernels, {why}"
     if forced:
         raise UserError(f"{forced} kernels cannot be used: {why}", where="QWEN15_KERNELS")
-    return importlib.import_module(".reference", __name__), f"reference operators, slow ({why})"
+    return "reference", f"reference operators, slow ({why})"
+
+
+def select() -> Tuple[ModuleType, str]:
+    """The operator set that `decide` names, imported, and its line."""
+    name, note = decide()
+    return importlib.import_module(f".{name}", __name__), note
+
+
+def kernels_available() -> Tuple[bool, str]:
+    """Whether the kernel library can be used here, and one line on which kernels it runs or why not."""
+    from ..kernels import library
+
+    forced = os.environ.get("QWEN15_KERNELS", "")
+    try:
+        kernels = library.load()
+    except UserError as error:
+        return False, str(error)
+    if forced:
+        if not kernels.can_run(forced):
+            return False, f"this CPU cannot run {forced}"
+        kernels.use_kernels(forced)
+    return True, f"{kernels.kernels}, {kernels.threads} threads"

@@ -1,27 +1,10 @@
 """The operators as fused C++ kernels (qwen15/kernels), called through MindSpore's `ops.Custom` on the parameters' own memory."""
 
-import os
-from typing import Tuple
-
 import mindspore as ms
 from mindspore import nn, ops
 
-from ..errors import UserError
 from ..kernels import library
-
-
-def available() -> Tuple[bool, str]:
-    """Whether these operators can run here, and one line on which kernels they are or why not."""
-    try:
-        kernels = library.load()
-    except UserError as error:
-        return False, str(error)
-    forced = os.environ.get("QWEN15_KERNELS", "")
-    if forced:
-        if not kernels.can_run(forced):
-            return False, f"this CPU cannot run {forced}"
-        kernels.use_kernels(forced)
-    return True, f"{kernels.kernels}, {kernels.threads} threads"
+from . import kernels_available as available  # noqa: F401  (whether this set can run here)
 
 
 def weight_dtype(param_init_type: str) -> str:
