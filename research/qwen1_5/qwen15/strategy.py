@@ -14,6 +14,7 @@ of that grid along which it is cut, counted from the right, and -1 for an axis t
 """
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -23,6 +24,7 @@ from .transfer import Region, whole
 
 _LARGEST_BYTES = 64 * 2 ** 20
 _MOST_DEVICES = 2 ** 16
+_MERGED = re.compile(r"^(\d+)-(.+)$")
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,10 @@ def _parse(content: bytes) -> Dict[str, Layout]:
             raise wire.WireError(f"it is of pipeline stage {_stage(value)}, and stages are not sliced here")
         if number == 3:
             name, layout = _layout_item(value)
+            stage = _MERGED.match(name)  # MindSpore's merge of all stages puts the stage in front of the name
+            if stage and stage[1] != "0":
+                raise wire.WireError(f"it holds pipeline stage {stage[1]}, and stages are not sliced here")
+            name = stage[2] if stage else name
             if name in layouts:
                 raise wire.WireError(f"{name} appears twice")
             layouts[name] = layout
