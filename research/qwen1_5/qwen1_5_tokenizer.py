@@ -26,14 +26,17 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-try:
-    import qwen15  # noqa: F401
-except ImportError:
-    # MindFormers' auto_register runs a copy of this one file from its cache; the rest is where REGISTER_PATH points.
+# MindFormers' auto_register runs a copy of this one file from its cache; the rest is where REGISTER_PATH points.
+if importlib.util.find_spec("qwen15") is None:
     sys.path.append(os.environ.get("REGISTER_PATH") or os.path.dirname(os.path.abspath(__file__)))
-from qwen15.bpe import BytePairEncoder
-from qwen15.errors import UserError
-from qwen15.template import CHATML, render
+try:
+    from qwen15.bpe import BytePairEncoder
+    from qwen15.errors import UserError
+    from qwen15.template import CHATML, render
+except ImportError as missing:
+    # (Besides, MindFormers looks for imports outside of `try` before it knows about REGISTER_PATH.)
+    raise ImportError("qwen1_5_tokenizer needs the package qwen15 from its own folder: put research/qwen1_5 on "
+                      "PYTHONPATH") from missing
 
 __all__ = ["AddedToken", "Encoding", "Qwen2Tokenizer", "register"]
 
@@ -382,7 +385,10 @@ class Qwen2Tokenizer:
             max_length: Optional[int] = None, pad_to_multiple_of: Optional[int] = None,
             return_tensors: Optional[str] = None, return_attention_mask: Optional[bool] = None, **unsupported: Any
             ) -> Encoding:
-        """Bring the rows of `encoded["input_ids"]` to one length with `pad_token` and make the attention mask."""
+        """Bring the rows of `encoded["input_ids"]` to one length with `pad_token` and make the attention mask.
+
+        A single empty text stays empty, as in Hugging Face's and MindFormers' tokenizers.
+        """
         _refuse(unsupported)
         if not isinstance(encoded, Mapping):
             encoded = {key: [row[key] for row in encoded] for key in encoded[0]}
@@ -392,7 +398,7 @@ class Qwen2Tokenizer:
         given = encoded.get("attention_mask")
         masks = [[1] * len(row) for row in rows] if given is None else [list(given)] if single else list(map(list, given))
         length = self._padded_length(rows, padding, max_length, pad_to_multiple_of)
-        if length is not None:
+        if length is not None and not (single and not rows[0]):
             pad_id = self.pad_token_id
             if pad_id is None:
                 raise UserError("padding needs a pad_token, and this tokenizer has none", self.vocab_file,
