@@ -147,7 +147,7 @@ def test_options_set_any_key_with_yaml_types(write):
     assert config.model.eos_token_id == (7, 9)
     assert config.generation.top_p == 0.5
     assert config.effective["context"]["save_graphs"] is False
-    assert config.sources["model.model_config.num_blocks"] == "--options model.model_config.num_blocks"
+    assert config.sources["model.model_config.num_blocks"] == "--options"
 
 
 @pytest.mark.parametrize("option, words", [
@@ -200,7 +200,7 @@ def test_print_config_says_where_each_value_came_from(write):
     assert f"# {path}:8" in text
     rotary = next(line for line in text.splitlines() if "rotary_pct" in line)
     assert rotary.endswith("(no effect)")
-    assert "# device: CPU (asked for)" in text
+    assert "# device: CPU, asked for" in text
 
 
 # --- what is refused, with file and line

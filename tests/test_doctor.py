@@ -114,14 +114,14 @@ def machine(tmp_path, monkeypatch):
 def test_a_machine_without_ascend_is_fine(machine):
     ascend, target = doctor.check_ascend(*machine())
     assert (ascend.status, ascend.fix) == ("info", None)
-    assert target.detail.startswith("a run computes on CPU (auto: no card")
+    assert target.detail.startswith("a run computes on CPU, chosen by auto: no card")
 
 
 def test_a_whole_ascend_machine_is_used(machine):
     ascend, target = doctor.check_ascend(*machine(cards=12, cann=True))
     assert ascend.status == "ok" and "12 card(s)" in ascend.detail
     assert ascend.detail.index("davinci9,") < ascend.detail.index("davinci10")
-    assert target.detail.startswith("a run computes on Ascend (auto: 12 card(s)")
+    assert target.detail.startswith("a run computes on Ascend, chosen by auto: 12 card(s)")
 
 
 @pytest.mark.parametrize("parts, fix", [
@@ -132,7 +132,7 @@ def test_a_whole_ascend_machine_is_used(machine):
 def test_half_an_ascend_machine_gets_a_warning_and_the_cpu(machine, parts, fix):
     ascend, target = doctor.check_ascend(*machine(**parts))
     assert ascend.status == "warn" and fix in ascend.fix
-    assert target.detail.startswith("a run computes on CPU (auto: ")
+    assert target.detail.startswith("a run computes on CPU, chosen by auto: ")
 
 
 def test_asking_for_ascend_where_there_is_none_is_refused_when_it_matters(machine):
@@ -144,7 +144,7 @@ def test_asking_for_ascend_where_there_is_none_is_refused_when_it_matters(machin
     assert str(caught.value).startswith("predict.yaml:70: device_target Ascend, but this machine has no card")
     device.require("CPU", None, environ, root)
     device.require("Ascend", None, *machine(cards=1, cann=True))
-    assert device.resolve("CPU", *machine(cards=1, cann=True)) == ("CPU", "CPU (asked for)")
+    assert device.resolve("CPU", *machine(cards=1, cann=True)) == ("CPU", "CPU, asked for")
 
 
 # --- launching

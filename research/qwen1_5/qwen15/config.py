@@ -195,7 +195,7 @@ class _Values:
                 value, plain = yaml_lines.scalar(text)
             except ValueError as error:
                 raise UserError(f"{key}: {text!r} {error}", "--options") from None
-            self._take_once(given, key, value, f"--options {key}", plain)
+            self._take_once(given, key, value, "--options", plain)
 
     def _take_once(self, given: Dict[str, Tuple[str, Any]], key: str, value: Any, where: str, plain: bool) -> None:
         if key in given and given[key][1] != value:

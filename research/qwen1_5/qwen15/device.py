@@ -48,12 +48,12 @@ def find_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/") ->
     plugin = _plugin()
     missing = []
     if not cards:
-        missing.append("no card (/dev/davinci*)")
+        missing.append("no card in /dev (davinci*)")
     if cann is None:
-        missing.append("no CANN (ASCEND_HOME_PATH is unset; source its set_env.sh)")
+        missing.append("no CANN in ASCEND_HOME_PATH")
     if cards and cann and plugin is None:
         missing.append("no Ascend plugin in the installed MindSpore")
-    return Ascend(cards, cann, plugin, " and ".join(missing) or None)
+    return Ascend(cards, cann, plugin, ", ".join(missing) or None)
 
 
 def _plugin() -> Optional[str]:
@@ -74,14 +74,14 @@ def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str 
     machine; `require` refuses to compute on it.
     """
     if target == CPU:
-        return CPU, "CPU (asked for)"
+        return CPU, "CPU, asked for"
     ascend = find_ascend(environ, root)
     if target == ASCEND:
         found = f"but {ascend.missing}" if ascend.missing else f"{len(ascend.cards)} card(s), CANN {ascend.cann}"
-        return ASCEND, f"Ascend (asked for; {found})"
+        return ASCEND, f"Ascend, asked for; {found}"
     if ascend.missing is None:
-        return ASCEND, f"Ascend (auto: {len(ascend.cards)} card(s), CANN {ascend.cann})"
-    return CPU, f"CPU (auto: {ascend.missing})"
+        return ASCEND, f"Ascend, chosen by auto: {len(ascend.cards)} card(s), CANN {ascend.cann}"
+    return CPU, f"CPU, chosen by auto: {ascend.missing}"
 
 
 def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
@@ -96,4 +96,4 @@ def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[
     missing = find_ascend(environ, root).missing
     if missing:
         raise UserError(f"device_target Ascend, but this machine has {missing}", where,
-                        "Use --device_target CPU (or auto) here.")
+                        "Source CANN's set_env.sh if it is installed; otherwise use --device_target CPU (or auto).")
