@@ -13,11 +13,9 @@ from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import device, memory
 from .errors import EXIT_FAILED, EXIT_OK, UserError, run_main
+from .launch import DEFAULT_PORT
 
 OK, WARN, FAIL, INFO = "ok", "warn", "fail", "info"
-MASTER_PORT = 8118
-"""Where msrun_launcher.sh's scheduler listens unless it is told otherwise."""
-
 _PYTHON = ((3, 9), (3, 11))
 _PAIRS = {"2.9": "1.9", "2.7": "1.8"}
 """MindSpore's minor version -> the MindFormers made for it."""
@@ -171,19 +169,18 @@ def check_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Check:
 
 
 def check_msrun(path: Optional[str] = None) -> Check:
-    """msrun starts the workers of a multi-card run; the launcher looks for it beside the interpreter first."""
+    """MindSpore's own launcher, for those who use it; scripts/msrun_launcher.sh does without."""
     beside = os.path.join(os.path.dirname(sys.executable), "msrun")
     found = beside if os.access(beside, os.X_OK) else shutil.which("msrun", path=path)
     if found is None:
-        return Check("msrun", WARN, "not found; several workers cannot be started",
-                     "It comes with MindSpore: pip install mindspore")
+        return Check("msrun", INFO, "not found; scripts/msrun_launcher.sh does without")
     if found != beside:
         return Check("msrun", WARN, f"{found} belongs to another Python than {sys.executable}",
                      "Activate the environment that has MindSpore.")
     return Check("msrun", OK, found)
 
 
-def check_port(port: int = MASTER_PORT) -> Check:
+def check_port(port: int = DEFAULT_PORT) -> Check:
     """Whether the scheduler's default port can be listened on."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As the scheduler does: a port in TIME_WAIT counts as free.
@@ -192,7 +189,7 @@ def check_port(port: int = MASTER_PORT) -> Check:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             return Check("port", WARN, f"{port} cannot be used ({error.strerror})",
-                         "End the run that has it, or give msrun_launcher.sh another MASTER_PORT.")
+                         "msrun_launcher.sh takes a free one unless it is given this one; msrun wants --master_port.")
     return Check("port", OK, f"{port} is free")
 
 
@@ -227,7 +224,7 @@ def check_mindspore() -> Check:
     return Check("mindspore runs", OK if total == 3.0 else FAIL, f"1 + 2 = {total:g} on the CPU")
 
 
-def examine(vocab_file: Optional[str] = None, merges_file: Optional[str] = None, port: int = MASTER_PORT,
+def examine(vocab_file: Optional[str] = None, merges_file: Optional[str] = None, port: int = DEFAULT_PORT,
             deep: bool = False) -> List[Check]:
     """All findings, in the order in which they are read."""
     checks = [check_python(), *check_packages(), check_cpu(), check_kernels(), *check_ascend(), check_memory(),
@@ -268,7 +265,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--vocab_file", metavar="FILE", help="examine this vocab.json ...")
     parser.add_argument("--merges_file", metavar="FILE", help="... with this merges.txt")
-    parser.add_argument("--port", type=int, default=MASTER_PORT, help=f"the scheduler's port (default {MASTER_PORT})")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"the scheduler's port (default {DEFAULT_PORT})")
     parser.add_argument("--deep", action="store_true", help="also import MindSpore and run one operator (some seconds)")
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
