@@ -1,0 +1,137 @@
+"""Run MindFormers' own LlamaForCausalLM on a CPU: its Ascend primitives, and nothing else, replaced by their plain definitions.
+
+Each replacement takes its constants (eps, head counts, scale, layout) from the primitive it stands in for, so a network that
+builds its primitives wrongly computes wrongly here too.
+"""
+
+import sys
+
+import numpy as np
+
+import mindspore as ms
+from qwen15 import ascend_operators as plain
+
+
+def values(tensor) -> np.ndarray:
+    """A Tensor's contents as a NumPy array; floats as float32."""
+    return tensor.astype(ms.float32).asnumpy() if tensor.dtype in (ms.float16, ms.bfloat16) else tensor.asnumpy()
+
+
+def rounded(array: np.ndarray, like) -> ms.Tensor:
+    """The result of an operator: computed in float32, rounded once to the dtype of its input `like`."""
+    return ms.Tensor(np.ascontiguousarray(array, np.float32)).astype(like.dtype)
+
+
+def emulate(cell) -> dict:
+    """Replace the Ascend primitives of `cell` (PyNative mode) and return how many of each were replaced."""
+    counts = {}
+    for _, part in cell.cells_and_names():
+        for name, primitive in list(part._primitives.items()):
+            make = _REPLACEMENTS.get(primitive.name)
+            if make is not None:
+                object.__setattr__(part, name, _Standin(primitive, make(primitive)))
+                counts[primitive.name] = counts.get(primitive.name, 0) + 1
+    _emulate_cumsum(cell)
+    return counts
+
+
+class _Standin:
+    """Called like the primitive, with the primitive's name for whoever looks."""
+
+    def __init__(self, primitive, compute):
+        self.name = primitive.name
+        self._compute = compute
+
+    def __call__(self, *inputs):
+        return self._compute(*inputs)
+
+
+def _rms_norm(primitive):
+    def compute(x, gamma):
+        return rounded(plain.rms_norm(values(x), values(gamma), primitive.epsilon), x), None
+    return compute
+
+
+def _silu(_):
+    return lambda x: rounded(plain.silu(values(x)), x)
+
+
+def _rotary(primitive):
+    if primitive.cos_format != 2:
+        raise ValueError(f"cos_format {primitive.cos_format} is not the half-split rotation")
+
+    def compute(query, key, cos, sin, lengths):
+        turned = plain.apply_rotary_pos_emb(*(values(x) for x in (query, key, cos, sin, lengths)))
+        return rounded(turned[0], query), rounded(turned[1], key)
+    return compute
+
+
+def _reshape_and_cache(_):
+    def compute(key, value, key_cache, value_cache, slots):
+        caches = [values(cache).copy() for cache in (key_cache, value_cache)]
+        plain.reshape_and_cache(values(key), values(value), *caches, values(slots))
+        for parameter, cache in zip((key_cache, value_cache), caches):
+            parameter.set_data(rounded(cache, parameter))
+        return key
+    return compute
+
+
+def _flash_attention(primitive):
+    if primitive.init_attrs["input_layout"] != "TH":
+        raise ValueError(f"layout {primitive.init_attrs['input_layout']} is not TH")
+
+    def compute(query, key, value, real_shift, drop_mask, padding_mask, mask, prefix, query_lens, kv_lens):
+        if any(x is not None for x in (real_shift, drop_mask, padding_mask, prefix)):
+            raise ValueError("an input that prediction does not use is given")
+        out = plain.flash_attention(*(values(x) for x in (query, key, value, mask, query_lens, kv_lens)),
+                                    primitive.head_num, primitive.scale_value)
+        return None, None, None, rounded(out, query)
+    return compute
+
+
+def _paged_attention(primitive):
+    def compute(query, key_cache, value_cache, tables, lengths):
+        out = plain.paged_attention(*(values(x) for x in (query, key_cache, value_cache, tables, lengths)),
+                                    primitive.head_num, primitive.kv_head_num, primitive.scale_value)
+        return rounded(out, query)
+    return compute
+
+
+def _matmul(primitive):
+    """MatMul has no bfloat16 kernel on a CPU; the sum is float32, as on Ascend. Other dtypes use the real one."""
+    def compute(x, weight):
+        if x.dtype != ms.bfloat16:
+            return primitive(x, weight)
+        right = values(weight).T if primitive.transpose_b else values(weight)
+        return rounded(values(x) @ right, x)
+    return compute
+
+
+def _gather(primitive):
+    """Gather has no bfloat16 kernel on a CPU; going through float32 is exact. Other dtypes use the real one."""
+    def compute(table, indices, axis):
+        if table.dtype != ms.bfloat16:
+            return primitive(table, indices, axis)
+        return primitive(table.astype(ms.float32), indices, axis).astype(ms.bfloat16)
+    return compute
+
+
+_REPLACEMENTS = {"RmsNorm": _rms_norm, "SiLU": _silu, "ApplyRotaryPosEmb": _rotary, "ReshapeAndCache": _reshape_and_cache,
+                 "FlashAttentionScore": _flash_attention, "PagedAttention": _paged_attention, "MatMul": _matmul, "Gather": _gather}
+
+
+def _emulate_cumsum(cell) -> None:
+    """`mint.cumsum` picks each prompt's last token in prefill; it has no CPU kernel."""
+    module = sys.modules[type(cell).__module__]
+    if not hasattr(module, "mint"):
+        return
+
+    class Mint:
+        def __getattr__(self, name):
+            return getattr(ms.mint, name)
+
+        @staticmethod
+        def cumsum(x, axis):
+            return ms.Tensor(np.cumsum(x.asnumpy(), axis).astype(np.int32))
+
+    module.mint = Mint()

@@ -1,0 +1,245 @@
+"""Compile MindFormers' network for 910B on a CPU, up to kernel selection, and say what the graphs are made of.
+
+With several ranks MindSpore's auto-parallel front end runs behind `ascend_shim.cpp`: it cuts the parameters, inserts the
+communication and writes the strategy file, for one pretended rank, as it would on a card.
+"""
+
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
+from collections import Counter
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import context
+from mindspore._c_expression import MSContext, ms_ctx_param
+from mindspore.train import mind_ir_pb2
+
+import ascend_emulation
+import convert_weight
+from qwen15 import ascend_check
+from qwen15 import config as configuration
+from qwen15 import mindformers_network, naming, strategy, weights
+
+DYNAMIC = ms.Tensor(shape=[None, None], dtype=ms.int32)
+COUNTED = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul", "AllReduce",
+           "AllGather", "Split", "Concat", "Gather", "CumsumExt", "ReduceScatter", "AlltoAll", "Broadcast")
+
+
+def _executor():
+    try:
+        from mindspore.graph.api import _cell_graph_executor
+    except ImportError:  # before MindSpore 2.9
+        from mindspore.common.api import _cell_graph_executor
+    return _cell_graph_executor
+
+
+@functools.lru_cache(maxsize=None)
+def _load_shim() -> None:
+    libraries = os.path.join(os.path.dirname(ms.__file__), "lib")
+    folder = tempfile.mkdtemp()
+    library = os.path.join(folder, "shim.so")
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ascend_shim.cpp")
+    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", "-D_GLIBCXX_USE_CXX11_ABI=0", source, "-o", library,
+                    f"-L{libraries}", "-l:libmindspore_core.so", "-l:libmindspore_common.so"], check=True)
+    ms.Tensor(np.ones(1)).asnumpy()  # the CPU's runtime exists before there seems to be another device
+    ctypes.CDLL(library)
+    _set_target("CPU")
+    executor = _executor()
+    executor._graph_executor = _OnAscend(executor._graph_executor)
+    ms.Tensor.asnumpy = _on_cpu(ms.Tensor.asnumpy)
+
+
+def _set_target(target: str) -> str:
+    """Switch MindSpore's device target and return the one before."""
+    settings = MSContext.get_instance()
+    before = settings.get_param(ms_ctx_param.device_target)
+    settings.set_param(ms_ctx_param.device_target, target)
+    return before
+
+
+class _OnAscend:
+    """MindSpore's compiler, with Ascend as the target while it compiles."""
+
+    def __init__(self, compiler):
+        self._compiler = compiler
+
+    def __getattr__(self, name):
+        return getattr(self._compiler, name)
+
+    def compile(self, *arguments):
+        _set_target("Ascend")
+        try:
+            return self._compiler.compile(*arguments)
+        finally:
+            _set_target("CPU")
+
+
+def _on_cpu(function):
+    """Constant folding reads tensors' contents during the compilation: those are in the CPU's memory."""
+    @functools.wraps(function)
+    def call(*arguments):
+        before = _set_target("CPU")
+        try:
+            return function(*arguments)
+        finally:
+            _set_target(before)
+    return call
+
+
+def build(yaml_path: str, options=(), ranks: int = 1, rank: int = 0, strategy_file: str = ""):
+    """(config, cell): the network of a YAML with overrides, its parameters without contents; cut for `rank` of `ranks`."""
+    for name, value in (("RANK_SIZE", ranks), ("RANK_ID", rank)):
+        os.environ[name] = str(value)
+    flags = [configuration.Flag("context.device_target", "--device_target", "CPU")]
+    config = configuration.load_config(yaml_path, flags, options)
+    settings = mindformers_network.mindformers_config(config)
+    settings.context.mode = 0
+    settings.use_parallel = False
+    mindformers_network.start(settings)
+    context.reset_auto_parallel_context()
+    if ranks > 1:
+        _start_parallel(settings, ranks, rank)
+        context.set_auto_parallel_context(strategy_ckpt_save_file=strategy_file)
+    cell = mindformers_network.build(settings)
+    # Without cards there is nobody to give 100 GB of parameters their contents for.
+    object.__setattr__(cell, "init_parameters_data", lambda auto_parallel_mode=False: {})
+    return config, cell
+
+
+def _start_parallel(settings, ranks: int, rank: int) -> None:
+    """What build_context does with `use_parallel: True`, by MindFormers' own code, without any communication."""
+    from mindformers.core.context import parallel
+    from mindformers.core.context.build_context import build_parallel_context
+
+    _load_shim()
+    parallel.init, parallel.get_group_size, parallel.get_rank = (lambda: None), (lambda: ranks), (lambda: rank)
+    settings.use_parallel = True
+    build_parallel_context(settings).init_communication()
+    context.set_auto_parallel_context(global_rank=rank)
+
+
+def compile_phase(cell, phase: str) -> dict:
+    """Compile the 'prefill' or 'increment' graph with dynamic shapes, as `MindFormersNetwork` has it compiled on Ascend.
+
+    Returns:
+        operators: how many of each of COUNTED the graph has.
+        output: its shape, -1 where it is dynamic.
+        inputs: name -> shape.
+    """
+    cell.add_flags_custom(is_first_iteration=phase == "prefill")
+    cell.phase = f"export.{phase}"
+    none = (None,)
+    inputs = (DYNAMIC, *none * 6, DYNAMIC, *none * 2, DYNAMIC, ms.Tensor(shape=[None], dtype=ms.int32), *none * 7)
+    executor = _executor()
+    full_phase, _ = executor.compile(cell, *inputs, phase=cell.phase, do_convert=False)
+    model = mind_ir_pb2.ModelProto()
+    model.ParseFromString(executor._get_func_graph_proto(cell, full_phase, "mind_ir"))
+    names = {f"REF::{primitive.name}": primitive.op_type for primitive in model.primitives}
+    found = Counter(names.get(node.op_type, node.op_type) for node in model.graph.node)
+    return {"operators": {name: found[name] for name in COUNTED if found[name]},
+            "output": [list(tensor.dims) for value in model.graph.output for tensor in value.tensor],
+            "inputs": {value.name.rsplit(":", 1)[-1]: [list(tensor.dims) for tensor in value.tensor] for value in model.graph.input}}
+
+
+def graphs(yaml_path: str, options=(), ranks: int = 1) -> dict:
+    """Both graphs of a YAML's network, as `compile_phase` tells, under 'prefill' and 'increment'."""
+    _, cell = build(yaml_path, options, ranks)
+    return {phase: compile_phase(cell, phase) for phase in ("prefill", "increment")}
+
+
+def refused(yaml_path: str, options=()) -> str:
+    """The compiler's words about a network that it must not accept."""
+    _, cell = build(yaml_path, options)
+    try:
+        compile_phase(cell, "prefill")
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    raise AssertionError("the network compiles")
+
+
+def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: int = 0, whole: bool = True) -> dict:
+    """Cut the network as production does, fill it, and say what the front end made of it.
+
+    Args:
+        yaml_path, options: the configuration.
+        checkpoint: a folder that `ascend_model.save` made, the truth about the contents.
+        ranks, rank: whose slices.
+        whole: `auto_trans_ckpt`: cut the slices from `checkpoint` while loading. Otherwise they are read from rank folders that
+            convert_weight.py makes.
+
+    Returns:
+        shapes: parameter -> shape after the cut.
+        wrong: parameters whose contents are not this rank's slice as NumPy cuts it.
+        strategy: parameter -> (device matrix, tensor map) in the strategy file MindSpore wrote.
+        prefill, increment: see `compile_phase`.
+        account: the line about the weights.
+        left_behind: files that compiling without a strategy file leaves in the working directory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        strategy_file = os.path.join(folder, "strategy.ckpt")
+        options = [*options, f"parallel_config.model_parallel={ranks}", "use_parallel=True"]
+        config, cell = build(yaml_path, options, ranks, rank, strategy_file)
+        mindformers_network.cut(cell, config.model)
+        layouts = {name: [list(layout.devices), list(layout.tensor_map)]
+                   for name, layout in strategy.read_strategy(strategy_file).items()}
+        context.set_auto_parallel_context(strategy_ckpt_save_file="")
+        shapes = {parameter.name: list(parameter.shape) for parameter in cell.get_parameters()}
+        before = set(os.listdir())
+        result = {"shapes": shapes, "strategy": layouts}
+        result.update({phase: compile_phase(cell, phase) for phase in ("prefill", "increment")})
+        result["left_behind"] = sorted(set(os.listdir()) - before)
+        object.__delattr__(cell, "init_parameters_data")
+        read_from = checkpoint
+        if not whole:
+            read_from = os.path.join(folder, "sliced")
+            convert_weight.main(["--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path", read_from, "--model_parallel", str(ranks),
+                                 "--vocab_emb_dp", str(config.parallel.vocab_emb_dp)])
+        source = weights.Source(weights.resolve(read_from, rank, ranks, whole), config.model,
+                                mindformers_network.SimpleNamespace(weight_dtype=str), rank, ranks,
+                                config.parallel.vocab_emb_dp, whole=whole)
+        told = []
+        mindformers_network.fill(cell, source, config, ranks, told.append)
+        result["wrong"] = _compare_contents(cell, checkpoint, config, ranks, rank)
+        result["account"] = told[-1]
+    return result
+
+
+def _compare_contents(cell, checkpoint: str, config, ranks: int, rank: int) -> list:
+    from safetensors.numpy import load_file
+
+    whole = {naming.hf_to_ms(name): array for name, array in load_file(os.path.join(checkpoint, "model.safetensors")).items()}
+    wrong = []
+    for parameter in cell.get_parameters():
+        held = parameter.asnumpy()
+        if parameter.name not in whole:
+            if held.any():
+                wrong.append(parameter.name)
+            continue
+        expected = whole[parameter.name]
+        for axis, (size, part) in enumerate(zip(expected.shape, held.shape)):
+            if size != part:
+                expected = np.split(expected, ranks, axis)[rank]
+        if not np.array_equal(held, expected.astype(held.dtype)):
+            wrong.append(parameter.name)
+    return wrong
+
+
+def check_graphs(dtype: str) -> list:
+    """Compile every operator graph of `ascend_check`, then let its plain definition answer: names and errors."""
+    context.reset_auto_parallel_context()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    executor = _executor()
+
+    def prepare(cell):
+        def compile_and_run(*inputs, **named):
+            cell.phase = "export.operator"
+            executor.compile(cell, *inputs, phase=cell.phase, do_convert=False, **named)
+            ascend_emulation.emulate(cell)
+            return cell.construct(*inputs, **named)
+        object.__setattr__(cell, "compile_and_run", compile_and_run)
+
+    return [[result.name, result.error] for result in ascend_check.check_operators(dtype, prepare)]

@@ -1,0 +1,105 @@
+"""The 910B graphs compile up to kernel selection with the fused operators they should have, whole and cut over cards."""
+
+import shutil
+
+import pytest
+
+from ascend_worker import Worker
+from qwen15 import ascend_model, naming, strategy
+from qwen15.config import load_config
+
+pytest.importorskip("mindformers")
+
+LAYERS = 2
+TWO_LAYERS = [f"model.model_config.num_layers={LAYERS}"]
+DEFAULT_YAMLS = ("0_5b", "14b", "72b", "32b_chat")
+ALL_YAMLS = [f"{size}{chat}" for size in ("0_5b", "1_8b", "4b", "7b", "14b", "32b", "72b", "110b") for chat in ("", "_chat")]
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory):
+    """number of cards -> a worker that compiles for so many: MindSpore takes the first number it meets for good."""
+    workers = {}
+
+    def worker(count: int) -> Worker:
+        if count > 1 and shutil.which("g++") is None:
+            pytest.skip("no g++ to build the shim")
+        if count not in workers:
+            workers[count] = Worker(tmp_path_factory.mktemp(f"cards_{count}"))
+        return workers[count]
+
+    yield worker
+    for started in workers.values():
+        started.close()
+
+
+def expected_operators(phase: str, ranks: int, vocab_emb_dp: bool) -> dict:
+    """What the docs say the graph of `LAYERS` layers is made of."""
+    attention = "FlashAttentionScore" if phase == "prefill" else "PagedAttention"
+    operators = {"RmsNorm": 2 * LAYERS + 1, "ApplyRotaryPosEmb": LAYERS, "ReshapeAndCache": LAYERS, attention: LAYERS,
+                 "SiLU": LAYERS, "MatMul": 7 * LAYERS + 1, "Gather": 2 if phase == "prefill" else 3}
+    if phase == "prefill":
+        operators["CumsumExt"] = 1
+    if ranks > 1:
+        operators["AllReduce"] = 2 * LAYERS + (0 if vocab_emb_dp else 1)
+        if not vocab_emb_dp:
+            operators.update(AllGather=1, Split=1, Concat=1)
+    return operators
+
+
+@pytest.mark.parametrize("name, dtype", [
+    pytest.param(name, dtype, marks=() if name in DEFAULT_YAMLS and (dtype == "bfloat16" or name == "14b") else pytest.mark.slow)
+    for name in ALL_YAMLS for dtype in ("bfloat16", "float16")])
+def test_shipped_yaml_compiles(cards, module_dir, name, dtype):
+    yaml_path = str(module_dir / f"predict_qwen1_5_{name}.yaml")
+    options = TWO_LAYERS + [f"model.model_config.{key}={dtype}" for key in ("compute_dtype", "rotary_dtype", "param_init_type")]
+    config = load_config(yaml_path, options=options + ["context.device_target=CPU"])
+    ranks = config.parallel.model_parallel
+    found = cards(ranks).call("ascend_graphs.graphs", yaml_path=yaml_path, options=options, ranks=ranks)
+    for phase in ("prefill", "increment"):
+        assert found[phase]["operators"] == expected_operators(phase, ranks, config.parallel.vocab_emb_dp)
+        assert found[phase]["output"] == [[-1, config.model.dims.vocab_size]]
+        assert found[phase]["inputs"] == {"tokens": [[-1, -1]], "batch_valid_length": [[-1, -1]], "block_tables": [[-1, -1]],
+                                          "slot_mapping": [[-1]]}
+
+
+def test_float32_is_refused_by_the_operators_themselves(cards, module_dir):
+    """The reason for our own refusal of float32 on Ascend."""
+    said = cards(1).call("ascend_graphs.refused", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"),
+                         options=TWO_LAYERS + [f"model.model_config.{key}=float32" for key in ("compute_dtype", "rotary_dtype")])
+    assert "ApplyRotaryPosEmb" in said and "Float32" in said
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_operator_graphs_of_the_check_compile(cards, dtype):
+    found = cards(1).call("ascend_graphs.check_graphs", dtype=dtype)
+    assert len(found) == 10
+
+
+@pytest.mark.parametrize("ranks, vocab_emb_dp, tied, whole", (
+    (2, True, True, False), (4, False, False, True), (8, False, True, True),
+    pytest.param(2, False, False, True, marks=pytest.mark.slow), pytest.param(4, True, False, False, marks=pytest.mark.slow),
+    pytest.param(8, True, False, True, marks=pytest.mark.slow), pytest.param(8, False, False, False, marks=pytest.mark.slow)))
+def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp, tied, whole):
+    sizes = ascend_model.dims(ranks, tied)
+    yaml_path = ascend_model.save(str(tmp_path), sizes, ascend_model.random_weights(sizes), ranks, vocab_emb_dp, "bfloat16", "CPU")
+    rank = ranks - 1
+    found = cards(ranks).call("ascend_graphs.slices", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks, rank=rank,
+                               whole=whole, options=["model.model_config.param_init_type=float32"])
+
+    weights = {weight.ms: weight for weight in naming.weights(sizes)}
+    caches = {name: shape for name, shape in found["shapes"].items() if name.endswith("_cache")}
+    assert {name: tuple(shape) for name, shape in found["shapes"].items() if name not in caches} == {
+        name: weight.slice_shape(ranks, vocab_emb_dp) for name, weight in weights.items()}
+    assert len(caches) == 2 * sizes.num_layers
+    assert set(map(tuple, caches.values())) == {
+        (ascend_model.NUM_BLOCKS, ascend_model.BLOCK_SIZE, sizes.num_kv_heads // ranks, sizes.head_dim)}
+
+    ours = {name: strategy.layout_of(len(weight.shape), weight.axis(ranks, vocab_emb_dp), ranks) for name, weight in weights.items()}
+    assert found["strategy"] == {name: [list(layout.devices), list(layout.tensor_map)] for name, layout in ours.items()}
+
+    for phase in ("prefill", "increment"):
+        assert found[phase]["operators"] == expected_operators(phase, ranks, vocab_emb_dp)
+    assert found["wrong"] == []
+    assert found["account"].startswith(f"weights: loaded {len(weights)} of {len(weights)}, missing 0, unexpected 0")
+    assert found["left_behind"] == []

@@ -1,0 +1,66 @@
+"""The adapter to MindFormers refuses what it cannot run before anything heavy happens, and the check says when there is no card."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from qwen15 import mindformers_network
+from qwen15.config import load_config
+from qwen15.errors import UserError
+
+
+@pytest.fixture
+def config(module_dir):
+    def load(*options):
+        return load_config(str(module_dir / "predict_qwen1_5_14b.yaml"), options=["context.device_target=Ascend", *options])
+    return load
+
+
+@pytest.mark.parametrize("options, key", (
+    (["model.model_config.qkv_concat=True"], "qkv_concat"), (["model.model_config.is_dynamic=False"], "is_dynamic"),
+    (["model.model_config.compute_dtype=float32"], "compute_dtype"), (["model.model_config.rotary_dtype=float32"], "rotary_dtype")))
+def test_what_ascend_cannot_do_is_named_with_its_fix(config, options, key):
+    with pytest.raises(UserError) as caught:
+        mindformers_network.check(config(*options).model, "Ascend")
+    assert caught.value.where == f"model.model_config.{key}" and f"Set {key}" in caught.value.fix
+
+
+def test_no_card_is_one_line(config):
+    with pytest.raises(UserError, match="no card"):
+        mindformers_network.MindFormersNetwork(config(), "nowhere", print)
+
+
+def test_another_parallel_mode_is_refused(config):
+    pytest.importorskip("mindformers")
+    with pytest.raises(UserError, match="parallel_mode"):
+        mindformers_network.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0"))
+
+
+def test_a_network_with_other_parameters_is_refused(config):
+    parameter = SimpleNamespace(name="model.layers.0.attention.w_qkv.weight")
+    with pytest.raises(UserError, match="w_qkv"):
+        mindformers_network.fill(SimpleNamespace(get_parameters=lambda: [parameter]), None, config(), 1, print)
+
+
+def test_partly_cached_sequences_are_not_prefilled():
+    network = mindformers_network.MindFormersNetwork.__new__(mindformers_network.MindFormersNetwork)
+    assert not network.supports_cached_prefill
+    ones = np.ones(1, np.int32)
+    with pytest.raises(ValueError, match="partly in the cache"):
+        network.prefill(ones, ones, ones + 1, ones[None], ones)
+
+
+def test_a_full_card_is_explained():
+    error = mindformers_network._explain(RuntimeError("Device(id:0) memory isn't enough and alloc failed, kernel name: X"))
+    assert isinstance(error, UserError) and "num_blocks" in error.fix
+    other = RuntimeError("something else")
+    assert mindformers_network._explain(other) is other
+
+
+def test_check_without_a_card_says_so(module_dir):
+    result = subprocess.run([sys.executable, "-m", "qwen15.ascend_check"], cwd=module_dir, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "no card" in result.stderr and "Traceback" not in result.stderr and not result.stdout
