@@ -207,21 +207,39 @@ def atomic_file(target: str) -> Iterator[Tuple[int, str]]:
     A killed process leaves the scratch file, never the target; the next run takes it over.
     """
     partial = partial_path(target)
-    with told(target):
-        os.makedirs(os.path.dirname(partial), exist_ok=True)
-        fd = _take(partial)
+    fd = -1
     try:
+        with told(target):
+            os.makedirs(os.path.dirname(partial), exist_ok=True)
+            fd = _take(partial)
         yield fd, partial
         with told(target):
             os.fsync(fd)
             os.rename(partial, target)
             _sync_folder(os.path.dirname(partial))
     except BaseException:
-        if os.path.exists(partial) and os.path.samestat(os.fstat(fd), os.stat(partial)):
-            os.unlink(partial)
+        _discard(partial, fd)
         raise
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _discard(partial: str, fd: int) -> None:
+    """Remove a scratch file, if it is still one and nobody else's; `fd` is -1 when Ctrl-C came while it was being opened."""
+    try:
+        if fd >= 0:
+            if os.path.samestat(os.fstat(fd), os.stat(partial)):
+                os.unlink(partial)
+            return
+        other = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(partial)
+        finally:
+            os.close(other)
+    except OSError:
+        pass  # not there, or another conversion's
 
 
 def write_small(target: str, content: bytes) -> None:

@@ -9,7 +9,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from . import format_bin, format_ckpt, format_safetensors
-from .errors import UserError
+from .errors import EXIT_FAILED, UserError
 from .hf_config import read_json
 from .shard import join
 from .tensors import NUMPY_DTYPES, Scan, Stored, TensorInfo, itemsize
@@ -175,10 +175,10 @@ class TensorFile(Checkpoint):
                 try:
                     got = os.preadv(self._fd, [view[done:done + nbytes]], at)
                 except OSError as error:
-                    raise UserError(f"reading {name} failed: {error.strerror}", self.path, exit_code=1) from None
+                    raise UserError(f"reading {name} failed: {error.strerror}", self.path, exit_code=EXIT_FAILED) from None
                 if got == 0:
                     raise UserError(f"the file ended at byte {at}, inside {name}: it became shorter while it was read",
-                                    self.path, "Is it still being downloaded or written?")
+                                    self.path, "Is it still being downloaded or written?", exit_code=EXIT_FAILED)
                 done, at, nbytes = done + got, at + got, nbytes - got
         if done != len(view):
             raise ValueError(f"{name} has no bytes {offset}..{offset + len(view)}")
