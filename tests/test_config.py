@@ -272,7 +272,23 @@ def test_a_file_that_is_not_there_or_not_yaml(write, tmp_path):
     assert "not a list of `key: value`" in complaint(write("- a\n", "list.yaml"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in complaint(str(tmp_path / "binary.yaml"))
-    assert "nested more than" in complaint(write("trainer: &a\n  b: *a\n", "loop.yaml"))
+    assert "too many sections" in complaint(write("trainer: &a\n  b: *a\n", "loop.yaml"))
+
+
+def test_aliases_that_multiply_are_refused(write):
+    lines = ["trainer:", "  a0: &a0 {x: {y: 1}}"]
+    lines += [f"  a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}, r: *a{i - 1}}}" for i in range(1, 25)]
+    assert "too many sections, more than 10000 in all" in complaint(write("\n".join(lines)))
+    lists = ["trainer:", "  a0: &a0 [1]", *(f"  a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
+    text = complaint(write("\n".join([*lists, "seed: *a59"])))
+    assert "seed wants a whole number, not list [[[" in text and len(text) < 1000
+
+
+@pytest.mark.parametrize("value", ["!!float x", "!!int x", "!!timestamp x", "!!binary é", "!!python/name:os.system",
+                                   "=", "!!set {a, b}", "1_0:99999", "2024-13-45", "0x", "9" * 5000, "[" * 3000, "\x00"])
+def test_odd_yaml_is_refused_in_one_line_like_anything_else(write, value):
+    path = write(with_line("    num_layers: 2", f"    batch_size: {value}"))
+    assert path in complaint(path)
 
 
 # --- contradictions

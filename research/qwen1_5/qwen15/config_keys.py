@@ -1,5 +1,6 @@
 """THE table of configuration keys: name, type, what reads it, default."""
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Sequence, Tuple
 
@@ -12,6 +13,8 @@ FIXED: only the listed values are supported. INERT: accepted because files of th
 does not read it."""
 
 DTYPES = ("float32", "float16", "bfloat16")
+_LARGEST_INT = 2 ** 31 - 1
+_LARGEST_FLOAT = 1e30
 MODEL = "model.model_config."
 TOKENIZER = "processor.tokenizer."
 
@@ -281,7 +284,7 @@ def size_bytes(text: str) -> int:
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         return f"the text {value!r}"
-    return str(value) if isinstance(value, (bool, int, float)) else f"{type(value).__name__} {value!r}"
+    return str(value) if isinstance(value, (bool, int, float)) else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def _to_float(value: Any, plain: bool) -> float:
@@ -291,7 +294,7 @@ def _to_float(value: Any, plain: bool) -> float:
             value = float(value)
         except ValueError:
             pass
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_FLOAT:
         raise ValueError(f"wants a number, not {_shown(value)}")
     return float(value)
 
@@ -305,9 +308,10 @@ def _to_ids(value: Any) -> Tuple[int, ...]:
 
 def _check_bounds(key: Key, value: float) -> None:
     if key.low is not None and value < key.low:
-        raise ValueError(f"must be at least {key.low:g}, not {value:g}")
+        raise ValueError(f"must be at least {key.low}, not {value}")
     if key.above is not None and value <= key.above:
         hint = "; for the likeliest token always, set do_sample False" if key.name.endswith(".temperature") else ""
-        raise ValueError(f"must be above {key.above:g}, not {value:g}{hint}")
-    if key.high is not None and value > key.high:
-        raise ValueError(f"must be at most {key.high:g}, not {value:g}")
+        raise ValueError(f"must be above {key.above}, not {value:g}{hint}")
+    high = key.high if key.high is not None or key.kind == "float" else _LARGEST_INT
+    if high is not None and value > high:
+        raise ValueError(f"must be at most {high}, not {value}")

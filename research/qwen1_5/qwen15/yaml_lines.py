@@ -9,8 +9,10 @@ import yaml
 from .errors import UserError, did_you_mean
 
 _DEEPEST = 32
+_MOST_SECTIONS = 10000
 _LARGEST_FILE_BYTES = 4 * 2 ** 20
 _MERGE = "tag:yaml.org,2002:merge"
+_WORD = "tag:yaml.org,2002:str"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,21 @@ def read(path: str) -> Document:
 
 def parse(text: str, path: str) -> Document:
     """Parse YAML `text`; `path` is only for messages. Raises like `read`."""
+    try:
+        return _parse(text, path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = path if mark is None else f"{path}:{mark.line + 1}"
+        raise UserError(f"not valid YAML: {error.problem or error.context}", where, _yaml_hint(text, mark)) from None
+    except yaml.reader.ReaderError as error:
+        where = f"{path}:{text.count(chr(10), 0, error.position) + 1}"
+        raise UserError(f"not valid YAML: the character U+{error.character:04X} is not allowed", where,
+                        "Remove it.") from None
+    except RecursionError:
+        raise UserError("brackets nested too deeply", path, "Is this the right file?") from None
+
+
+def _parse(text: str, path: str) -> Document:
     loader = yaml.SafeLoader(text)
     try:
         root = loader.get_single_node()
@@ -75,12 +92,6 @@ def parse(text: str, path: str) -> Document:
         sections: Dict[str, str] = {}
         entries = tuple(_walk(loader, root, path, "", sections, 0))
         return Document(path, entries, sections)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = path if mark is None else f"{path}:{mark.line + 1}"
-        raise UserError(f"not valid YAML: {error.problem or error.context}", where, _yaml_hint(text, mark)) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {error}", path, "Is this the right file?") from None
     finally:
         loader.dispose()
 
@@ -91,25 +102,35 @@ def scalar(text: str) -> Tuple[Any, bool]:
     Raises:
         ValueError: `text` is not YAML, or is a mapping.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, True
         if isinstance(node, yaml.MappingNode):
             raise ValueError("is a section, not a value")
-        return loader.construct_object(node, deep=True), _is_plain(node)
+        return _construct(loader, node), _is_plain(node)
     except yaml.YAMLError as error:
         raise ValueError(f"is not valid YAML ({getattr(error, 'problem', None) or error})") from None
-    finally:
-        loader.dispose()
+    except RecursionError:
+        raise ValueError("has brackets nested too deeply") from None
+
+
+def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """The Python value of a node. Raises ValueError where a tag such as `!!float` and the text do not go together."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
+        # PyYAML's constructors take for granted that the text has the form of its tag, and fail in as many ways.
+        raise ValueError(f"{getattr(node, 'value', '')!r} is not a {node.tag.rpartition(':')[2]}") from None
 
 
 def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str, prefix: str, sections: Dict[str, str],
           depth: int) -> Iterator[Entry]:
-    if depth > _DEEPEST:
-        raise UserError(f"sections nested more than {_DEEPEST} deep", _where(path, node),
-                        "Does an alias point at itself?")
+    # Aliases can make a short file endless or enormous.
+    if depth > _DEEPEST or len(sections) > _MOST_SECTIONS:
+        limit = f"{_DEEPEST} deep" if depth > _DEEPEST else f"{_MOST_SECTIONS} in all"
+        raise UserError(f"too many sections, more than {limit}", _where(path, node), "Does an alias point at itself?")
     for name, name_node, value_node in _pairs(loader, node, path):
         key = f"{prefix}{name}"
         where = _where(path, name_node)
@@ -120,7 +141,11 @@ def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str, prefix: st
             sections[key] = where
             yield Entry(key, {}, where, True)
         else:
-            yield Entry(key, loader.construct_object(value_node, deep=True), where, _is_plain(value_node))
+            try:
+                value = _construct(loader, value_node)
+            except ValueError as error:
+                raise UserError(f"{key}: {error}", where) from None
+            yield Entry(key, value, where, _is_plain(value_node))
 
 
 def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str) -> List[Tuple[str, yaml.Node, yaml.Node]]:
@@ -129,9 +154,10 @@ def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str) -> List[T
     for name_node, _ in node.value:
         if name_node.tag == _MERGE:
             continue
-        name = loader.construct_object(name_node) if isinstance(name_node, yaml.ScalarNode) else None
-        if not isinstance(name, str):
-            raise UserError(f"the key {getattr(name_node, 'value', name)} is not a word", _where(path, name_node),
+        name = name_node.value
+        if name_node.tag != _WORD:
+            shown = name if isinstance(name_node, yaml.ScalarNode) else "in brackets"
+            raise UserError(f"the key {shown} is not a word", _where(path, name_node),
                             "Put it in quotes if it is meant.")
         if name in seen:
             raise UserError(f"{name} is given twice; the first is on line {seen[name]}", _where(path, name_node),
@@ -140,7 +166,7 @@ def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str) -> List[T
     if any(name_node.tag == _MERGE for name_node, _ in node.value):
         loader.flatten_mapping(node)
     # Merged pairs come first, so a later pair of the same name is the section's own and wins.
-    merged = {loader.construct_object(name_node): (name_node, value_node) for name_node, value_node in node.value}
+    merged = {str(name_node.value): (name_node, value_node) for name_node, value_node in node.value}
     return [(name, name_node, value_node) for name, (name_node, value_node) in merged.items()]
 
 
