@@ -146,7 +146,7 @@ def checkpoint_folders(path: str) -> List[str]:
     return folders
 
 
-def load_config(yaml_path: str, flags: Sequence[Flag] = (), options: Sequence[str] = (),
+def load_config(yaml_path: Optional[str], flags: Sequence[Flag] = (), options: Sequence[str] = (),
                 environ: Optional[Mapping[str, str]] = None) -> Config:
     """Read and check a configuration.
 
@@ -154,7 +154,7 @@ def load_config(yaml_path: str, flags: Sequence[Flag] = (), options: Sequence[st
     the YAML, the command line.
 
     Args:
-        yaml_path: the YAML file.
+        yaml_path: the YAML file; None when the checkpoint's own config.json and the flags say it all.
         flags: flags that were given.
         options: `dotted.key=value` settings; the value is YAML.
         environ: the launcher's variables (MS_WORKER_NUM, RANK_SIZE, DEVICE_ID); by default this process's environment.
@@ -163,7 +163,10 @@ def load_config(yaml_path: str, flags: Sequence[Flag] = (), options: Sequence[st
         UserError: an unknown key, a wrong type, a contradiction; with file and line or the flag, and what to do.
     """
     environ = os.environ if environ is None else environ
-    document = yaml_lines.read(os.path.expanduser(yaml_path))
+    if yaml_path is None:
+        document = yaml_lines.Document("no --config", (), {})
+    else:
+        document = yaml_lines.read(os.path.expanduser(yaml_path))
     values = _Values(document)
     values.take_command_line(flags, options)
     return _Builder(values, environ).build()

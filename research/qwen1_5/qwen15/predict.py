@@ -1,39 +1,50 @@
 """What run_qwen1_5.py does: configuration, prompts, checkpoint, engine, and the answer on stdout."""
 
 import argparse
-import json
-import os
 import sys
 import time
-from typing import IO, Dict, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 from . import config as configuration
-from . import device, memory, sampling, weights
 from .config import Config
-from .engine import CANCELLED, STOP, Engine, Limits, Request, Step, Usage
+from .engine import Usage
 from .errors import UserError
-from .network import Network, build_network
-from .sampling import SamplingParams, Selection
-from .stream import TextStream
+from .reporting import LEVELS, Reporter, quiet_frameworks, set_encoding
+from .results import JsonLines, Text, summary
+from .session import Prompt, Session, Settings, mismatch, numbered
 
 
 def parser() -> argparse.ArgumentParser:
     """Every flag of run_qwen1_5.py."""
     made = argparse.ArgumentParser(
-        prog="run_qwen1_5.py", description="Continue texts with Qwen1.5 on MindSpore: on the CPU, or on Ascend cards.",
+        prog="run_qwen1_5.py", description="Continue texts, or chat, with Qwen1.5 on MindSpore: on the CPU, or on Ascend cards.",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="exit codes: 0 fine, 1 failed, 2 usage or bad input, 130 interrupted")
     configuration.add_flags(made)
-    group = made.add_argument_group("input and output")
+    group = made.add_argument_group("input")
     group.add_argument("--predict_data", nargs="+", default=[], metavar="TEXT", help="one or more texts to continue")
-    group.add_argument("--output_format", choices=("text", "jsonl"), default="text",
-                       help="text streams to stdout; jsonl prints one object per prompt")
+    group.add_argument("--predict_file", metavar="FILE",
+                       help="prompts, one a line, or JSON lines with settings of their own; - reads standard input")
+    group.add_argument("--chat", action="store_true", help="ask as a conversation; without texts, an interactive one")
+    group.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     group.add_argument("--control_tokens", type=configuration.boolean, default=True, metavar="True|False",
-                       help="whether <|im_start|> and the like in a text become control tokens (default True)")
+                       help="whether <|im_start|> and the like in a text become control tokens (default True; never with --chat)")
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer before any of these strings")
-    group.add_argument("--logprobs", type=int, default=0, metavar="N", help="with jsonl: log probabilities of the N likeliest tokens")
+    group.add_argument("--max_batch", type=int, metavar="N",
+                       help="most sequences that run at once (default: 16 with --predict_file, else what the KV cache holds)")
     group.add_argument("--task", default="text_generation", choices=("text_generation",), help="accepted for the original's sake")
-    group.add_argument("--debug", action="store_true", help="show tracebacks and MindSpore's own log")
+    group = made.add_argument_group("output")
+    group.add_argument("--output_format", choices=("text", "jsonl"),
+                       help="text streams to stdout (default); jsonl prints one object per prompt (default with --predict_file)")
+    group.add_argument("--output_file", metavar="FILE",
+                       help="JSON lines, written as results come; the same command again continues where it ended")
+    group.add_argument("--echo", nargs="?", const=True, type=configuration.boolean, metavar="True|False",
+                       help="whether the prompt is printed before its continuation (default True, False with --chat)")
+    group.add_argument("--no-echo", dest="echo", action="store_const", const=False, help="the same as --echo False")
+    group.add_argument("--logprobs", type=int, default=0, metavar="N", help="in JSON: log probabilities of the N likeliest tokens")
+    group.add_argument("--dry_run", action="store_true", help="check prompts, memory and checkpoint without loading, and stop")
+    group.add_argument("--log_level", choices=LEVELS, help="what is said on stderr (default info)")
+    group.add_argument("--debug", action="store_true", help="show tracebacks; log level debug")
     return made
 
 
@@ -44,285 +55,131 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: whatever the user can mend.
     """
     args = parser().parse_args(argv)
-    if not args.config:
-        raise UserError("no configuration is given", where="--config", fix="Pass one of the predict_qwen1_5_*.yaml beside this script.")
-    config = configuration.load_config(args.config, configuration.flags_from(args), args.options)
+    level = args.log_level or ("debug" if args.debug else "info")
+    report = Reporter(level)
+    config = _load_config(args)
     if args.print_config:
         print(configuration.describe(config))
         return 0
-    report = Reporter()
+    interactive = args.chat and not args.predict_data and not args.predict_file
+    _check_flags(args, interactive)
     for note in config.notes:
-        report(note)
-    if not args.predict_data:
-        raise UserError("no text is given", where="--predict_data", fix='Pass --predict_data "your text".')
-    _quiet_frameworks(args.debug)
-    session = Session.prepare(config)
-    requests = session.requests(_repeat(args.predict_data, config), args)
-    session.open(report)
-    return session.answer(requests, args)
+        report.warning(note)
+    settings = _settings(config, args)
+    quiet_frameworks(level)
+    set_encoding(json=not interactive and _format(args) == "jsonl")
+    if interactive and not args.dry_run:
+        from . import repl
 
+        return repl.run(Session.prepare(config), settings, args.system, report)
+    if args.predict_file or args.output_file:
+        from . import batch
 
-class Reporter:
-    """Says things on stderr, on rank 0 only: the other ranks would say the same."""
+        return batch.run(config, settings, args, report)
+    session = Session.prepare(config, launched=not args.dry_run)
+    texts = _repeat(args.predict_data, config)
+    prompts = make_prompts(session, texts, settings, args)
+    _point_out(session, args, prompts, report)
+    if args.dry_run:
+        from . import dry_run
 
-    def __init__(self):
-        self._quiet = os.environ.get("RANK_ID", "0") not in ("", "0")
-
-    def __call__(self, line: str) -> None:
-        if not self._quiet:
-            print(line, file=sys.stderr, flush=True)
-
-
-def _quiet_frameworks(debug: bool) -> None:
-    """Keep MindSpore's warnings off the terminal unless they are asked for."""
-    if not debug:
-        os.environ.setdefault("GLOG_v", "3")
-
-
-def _repeat(prompts: Sequence[str], config: Config) -> List[str]:
-    """The original's --batch_size: a single prompt is run that many times side by side."""
-    return list(prompts) * config.model.batch_size if len(prompts) == 1 else list(prompts)
-
-
-class Session:
-    """A configuration with its tokenizer, and, once open, its network and engine.
-
-    Attributes:
-        config, tokenizer, limits: known before anything big is loaded.
-        engine: None until `open`.
-    """
-
-    def __init__(self, config: Config, tokenizer, checkpoint: str):
-        self.config = config
-        self.tokenizer = tokenizer
-        self.checkpoint = checkpoint
-        model = config.model
-        self.limits = Limits(model.dims.vocab_size, model.seq_length, model.num_blocks, model.block_size)
-        self.engine: Optional[Engine] = None
-
-    @classmethod
-    def prepare(cls, config: Config) -> "Session":
-        """Find the checkpoint's files and read the tokenizer.
-
-        Raises:
-            UserError: files are missing or do not belong together, or the number of workers contradicts the configuration.
-        """
-        _check_launch(config)
-        rank = int(os.environ.get("RANK_ID") or 0) if config.parallel.use_parallel else 0
-        checkpoint = weights.resolve(config.load_checkpoint, rank, config.parallel.model_parallel, config.auto_trans_ckpt)
-        return cls(config, load_tokenizer(config), checkpoint)
-
-    def open(self, report) -> None:
-        """Load the network. Raises a UserError when it does not fit in memory or the checkpoint does not fit it."""
-        start_s = time.perf_counter()
-        memory.check(self.config)
-        if self.config.threads:
-            os.environ["QWEN15_THREADS"] = str(self.config.threads)
-        network = build_network(self.config, self.checkpoint, report)
-        self.engine = Engine(network, self.limits, selection=selection())
-        report(f"{network.note}; ready in {time.perf_counter() - start_s:.1f} s")
-
-    def requests(self, prompts: Sequence[str], args: argparse.Namespace) -> List[Request]:
-        """Encode the prompts and check that each can run.
-
-        Raises:
-            UserError: an empty or too long prompt, with the numbers.
-        """
-        generation = self.config.generation
-        seed = sampling.pick_seed(generation.seed)
-        copies: Dict[str, int] = {}
-        made = []
-        for number, prompt in enumerate(prompts, 1):
-            stream = copies.get(prompt, 0)  # equal prompts of one run get different random numbers
-            copies[prompt] = stream + 1
-            params = SamplingParams(generation.do_sample, generation.temperature, generation.top_k, generation.top_p,
-                                    generation.repetition_penalty, seed, stream)
-            ids = self.tokenizer.encode(prompt, control_tokens=args.control_tokens)
-            made.append(Request(tuple(ids), generation.max_length, generation.max_new_tokens,
-                                frozenset(self.config.model.eos_token_id), params, args.logprobs,
-                                label="the prompt" if len(prompts) == 1 else f"prompt {number}"))
-            self.limits.check(made[-1])
-        self._prompts = list(prompts)
-        return made
-
-    def answer(self, requests: Sequence[Request], args: argparse.Namespace) -> int:
-        """Generate, print on rank 0, and return the exit code."""
-        assert self.engine is not None
-        writer_class = JsonLines if args.output_format == "jsonl" else Text
-        printing = self.engine.network.rank == 0
-        writer = writer_class(sys.stdout if printing else None, self._prompts)
-        answers = [Answer(self.tokenizer, args.stop) for _ in requests]
-        start_s = time.perf_counter()
-        usages: List[Usage] = []
-        for step in self.engine.generate(requests):
-            answer = answers[step.request]
-            piece = answer.take(step, self.config.model.eos_token_id)
-            if answer.stopped and step.finish_reason is None:
-                self.engine.cancel(step.request)
-            writer.piece(step.request, piece)
-            if step.finish_reason is not None:
-                usages.append(step.usage)
-                writer.finish(step.request, answer, step.usage)
-        if printing:
-            print(summary(usages, time.perf_counter() - start_s), file=sys.stderr)
+        print(dry_run.describe(session, prompts))
         return 0
+    session.requests(prompts)  # refused before anything is loaded
+    session.open(report.info, args.max_batch)
+    return _answer(session, prompts, texts, args, report)
 
 
-class Answer:
-    """One request's continuation as it grows: text and token ids, and why it ended."""
-
-    def __init__(self, tokenizer, stop_strings: Sequence[str]):
-        self._stream = TextStream(tokenizer.token_bytes, tokenizer.control_token_ids, stop_strings)
-        self.pieces: List[str] = []
-        self.token_ids: List[int] = []
-        self.logprobs: List[dict] = []
-        self.finish_reason = ""
-
-    @property
-    def stopped(self) -> bool:
-        """A stop string was met."""
-        return self._stream.stopped
-
-    @property
-    def text(self) -> str:
-        """The continuation so far."""
-        return "".join(self.pieces)
-
-    def take(self, step: Step, eos: Sequence[int]) -> str:
-        """Add a step and return the text that has become certain."""
-        piece = ""
-        if step.token is not None and not self.stopped:
-            self.token_ids.append(step.token)
-            if step.token not in eos:
-                piece = self._stream.feed(step.token)
-            if step.logprobs is not None:
-                self.logprobs.append({"token_id": step.token, "logprob": step.logprobs.chosen, "top": [
-                    {"token_id": token, "logprob": value} for token, value in step.logprobs.top]})
-        if step.finish_reason is not None:
-            piece += self._stream.end()
-            self.finish_reason = STOP if step.finish_reason == CANCELLED else step.finish_reason
-        self.pieces.append(piece)
-        return piece
+def _load_config(args: argparse.Namespace) -> Config:
+    flags = configuration.flags_from(args)
+    if not args.config and not any(flag.key == "load_checkpoint" for flag in flags):
+        raise UserError("no configuration is given", where="--config",
+                        fix="Pass one of the predict_qwen1_5_*.yaml beside this script, or --load_checkpoint with a config.json in it.")
+    return configuration.load_config(args.config, flags, args.options)
 
 
-class Text:
-    """Prompt and continuation, streamed. One prompt's text is never mixed with another's: the others wait their turn."""
-
-    def __init__(self, out: Optional[IO[str]], prompts: Sequence[str]):
-        self._out, self._prompts = out, prompts
-        self._waiting = [prompt for prompt in prompts]
-        self._finished = [False] * len(prompts)
-        self._turn = 0
-        self._write()
-
-    def piece(self, request: int, text: str) -> None:
-        """More of a request's continuation."""
-        self._waiting[request] += text
-        if request == self._turn and text:
-            self._write()
-
-    def finish(self, request: int, answer: Answer, usage: Usage) -> None:
-        """A request has ended."""
-        self._waiting[request] += "\n"
-        self._finished[request] = True
-        while self._turn < len(self._prompts):
-            self._write()
-            if not self._finished[self._turn]:
-                break
-            self._turn += 1
-
-    def _write(self) -> None:
-        if self._out is not None:
-            self._out.write(self._waiting[self._turn])
-            self._out.flush()
-        self._waiting[self._turn] = ""
+def _format(args: argparse.Namespace) -> str:
+    return args.output_format or ("jsonl" if args.predict_file or args.output_file else "text")
 
 
-class JsonLines:
-    """One JSON object per prompt, in the order of the prompts; text and token_ids are the continuation's."""
-
-    def __init__(self, out: Optional[IO[str]], prompts: Sequence[str]):
-        self._out, self._prompts = out, prompts
-        self._ready: Dict[int, str] = {}
-        self._turn = 0
-
-    def piece(self, request: int, text: str) -> None:
-        """Nothing is printed before a request has ended."""
-
-    def finish(self, request: int, answer: Answer, usage: Usage) -> None:
-        """Print the request's object, and those that waited for it."""
-        record = {"prompt": self._prompts[request], "text": answer.text, "token_ids": answer.token_ids,
-                  "prompt_tokens": usage.prompt_tokens, "generated_tokens": len(answer.token_ids),
-                  "finish_reason": answer.finish_reason, "prefill_s": round(usage.prefill_s, 6),
-                  "decode_s": round(usage.decode_s, 6)}
-        if answer.logprobs:
-            record["logprobs"] = answer.logprobs
-        # A lone surrogate in a prompt has no UTF-8 form; \u escapes carry it.
-        line = json.dumps(record, ensure_ascii=False)
-        self._ready[request] = line if line.isprintable() or _encodable(line) else json.dumps(record)
-        while self._turn in self._ready:
-            if self._out is not None:
-                self._out.write(self._ready.pop(self._turn) + "\n")
-                self._out.flush()
-            self._turn += 1
+def _check_flags(args: argparse.Namespace, interactive: bool) -> None:
+    """Refuse flags that contradict each other or would have no effect."""
+    if args.predict_data and args.predict_file:
+        raise UserError("both --predict_data and --predict_file are given", where="command line", fix="Keep one of them.")
+    if not interactive and not args.predict_data and not args.predict_file and not args.dry_run:
+        raise UserError("no text is given", where="--predict_data",
+                        fix='Pass --predict_data "your text", --predict_file FILE, or --chat.')
+    if args.system is not None and not args.chat:
+        raise UserError("a system message needs a conversation", where="--system", fix="Add --chat.")
+    if interactive:
+        for flag, given in (("--output_format", args.output_format == "jsonl"), ("--output_file", args.output_file),
+                            ("--logprobs", args.logprobs), ("--echo", args.echo is not None), ("--max_batch", args.max_batch)):
+            if given:
+                raise UserError("has no effect in an interactive conversation", where=flag, fix="Pass the message with --predict_data.")
+    elif _format(args) == "text":
+        if args.output_file:
+            raise UserError("an output file holds JSON lines", where="--output_format", fix="Leave --output_format text away.")
+        if args.logprobs:
+            raise UserError("log probabilities need JSON", where="--logprobs", fix="Add --output_format jsonl.")
+    elif args.echo is not None:
+        raise UserError("has no effect on JSON: the prompt is a field of its own", where="--echo", fix="Leave it away.")
+    if args.max_batch is not None and args.max_batch < 1:
+        raise UserError(f"must be at least 1, not {args.max_batch}", where="--max_batch")
 
 
-def _encodable(text: str) -> bool:
+def _settings(config: Config, args: argparse.Namespace) -> Settings:
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        return Settings.of(config).changed({"stop": args.stop, "logprobs": args.logprobs})
+    except ValueError as error:
+        raise UserError(str(error), where="command line") from None
 
 
-def summary(usages: Sequence[Usage], total_s: float) -> str:
-    """The timing line. Requests of a batch share their calls, so the longest times are those of the calls."""
-    prompt = sum(u.prompt_tokens - u.cached_tokens for u in usages)
-    # The first token comes out of prefill; decode makes the rest.
-    decoded = sum(u.generated_tokens - 1 for u in usages)
-    prefill_s = max(u.prefill_s for u in usages)
-    decode_s = max(u.decode_s for u in usages)
-    line = f"prefill {prompt} tokens in {prefill_s:.2f} s ({prompt / max(prefill_s, 1e-9):.1f} tokens/s)"
-    if decoded:
-        line += f", decode {decoded} tokens in {decode_s:.2f} s ({decoded / max(decode_s, 1e-9):.1f} tokens/s)"
-    return f"{line}, {total_s:.2f} s in all"
+def _repeat(texts: Sequence[str], config: Config) -> List[str]:
+    """The original's --batch_size: a single prompt is run that many times side by side."""
+    return list(texts) * config.model.batch_size if len(texts) == 1 else list(texts)
 
 
-def selection() -> Selection:
-    """The searches over the vocabulary: the kernel library's where it can be used, NumPy's otherwise."""
-    from .kernels import library
-
-    if os.environ.get("QWEN15_KERNELS") == "reference":
-        return sampling.PLAIN
-    try:
-        return sampling.accelerated(library.load())
-    except UserError:  # not built; the network's note has said so
-        return sampling.PLAIN
-
-
-def load_tokenizer(config: Config):
-    """The tokenizer of the configuration's vocab.json and merges.txt.
-
-    Raises:
-        UserError: the files are not given, damaged, or not of this model.
-    """
-    files = config.tokenizer
-    for name, path in (("vocab_file", files.vocab_file), ("merges_file", files.merges_file)):
-        if path is None:
-            raise UserError("is not set and there is no such file beside the checkpoint", where=f"processor.tokenizer.{name}",
-                            fix=f"Pass --{name}, or set it in the YAML.")
-    from qwen1_5_tokenizer import Qwen2Tokenizer
-
-    tokenizer = Qwen2Tokenizer.from_files(files.vocab_file, files.merges_file, files.options)
-    if len(tokenizer) > config.model.dims.vocab_size:
-        raise UserError(f"has {len(tokenizer)} tokens, the model's vocabulary only {config.model.dims.vocab_size}",
-                        where=files.vocab_file, fix="Use the tokenizer files of this checkpoint.")
-    return tokenizer
+def make_prompts(session: Session, texts: Sequence[str], settings: Settings, args: argparse.Namespace) -> List[Prompt]:
+    """The texts as they stand, or with --chat as the message of a conversation each."""
+    made = []
+    for number, text in enumerate(texts, 1):
+        label = "the prompt" if len(texts) == 1 else f"prompt {number}"
+        if args.chat:
+            if not text.strip():
+                raise UserError(f"{label} is empty", where="--predict_data", fix="Write a message.")
+            made.append(session.chat_prompt(messages(text, args.system), settings, label))
+        else:
+            made.append(session.prompt(text, settings, args.control_tokens, label))
+    return numbered(made)
 
 
-def _check_launch(config: Config) -> None:
-    parallel = config.parallel
-    if parallel.use_parallel and parallel.model_parallel > 1 and not os.environ.get("MS_ROLE"):
-        raise UserError(f"model_parallel {parallel.model_parallel} needs {parallel.model_parallel} workers and this is one process",
-                        where="use_parallel", fix=f'Start them: bash scripts/msrun_launcher.sh "python run_qwen1_5.py ..." '
-                        f"{parallel.model_parallel}, or pass --use_parallel False.")
+def messages(text: str, system: Optional[str]) -> List[dict]:
+    """A conversation of one question."""
+    return [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": text}]
+
+
+def _point_out(session: Session, args: argparse.Namespace, prompts: Sequence[Prompt], report: Reporter) -> None:
+    hint = mismatch(session.tokenizer, args.chat, prompts)
+    if hint:
+        report.warning(hint)
+    for name in sorted({name for prompt in prompts for name in prompt.settings.idle}):
+        if session.config.sources.get(f"model.model_config.{name}", "").startswith("--"):
+            report.warning(f"note: --{name} has no effect without --do_sample True")
+
+
+def _answer(session: Session, prompts: Sequence[Prompt], texts: Sequence[str], args: argparse.Namespace, report: Reporter) -> int:
+    """Generate, print on rank 0, and return the exit code."""
+    out = sys.stdout if session.rank == 0 else None
+    if _format(args) == "jsonl":
+        writer = JsonLines(out, texts)
+    else:
+        echo = not args.chat if args.echo is None else args.echo
+        writer = Text(out, texts if echo else [""] * len(texts))
+    start_s = time.perf_counter()
+    usages: List[Usage] = []
+    for piece in session.run(prompts):
+        writer.take(piece)
+        if piece.usage is not None:
+            usages.append(piece.usage)
+    report.info(summary(usages, time.perf_counter() - start_s))
+    return 0

@@ -1,0 +1,66 @@
+"""What a run says on stderr beside its answer, by level; MindSpore's own chatter is kept out of it."""
+
+import os
+import sys
+import warnings
+from typing import Callable
+
+from .session import env_rank
+
+LEVELS = ("error", "warning", "info", "debug")
+"""Values of --log_level. info adds what was loaded and how fast it ran; debug what MindSpore itself has to say."""
+
+
+class Reporter:
+    """Says things on stderr, on rank 0 only: the other ranks would say the same.
+
+    Args:
+        level: one of `LEVELS`; lines below it are dropped.
+    """
+
+    def __init__(self, level: str = "info"):
+        self._most = LEVELS.index(level)
+        self._said = set()
+
+    def info(self, line: str) -> None:
+        """What was done, and numbers."""
+        self._say("info", line)
+
+    def warning(self, line: str) -> None:
+        """What the user may not have meant. The same line is said once."""
+        if line not in self._said:
+            self._said.add(line)
+            self._say("warning", line)
+
+    def debug(self, line: str) -> None:
+        """Details for whoever looks for the cause of something."""
+        self._say("debug", line)
+
+    def shows(self, level: str) -> bool:
+        """Whether lines of this level are shown on this rank."""
+        return LEVELS.index(level) <= self._most and env_rank() == 0
+
+    def _say(self, level: str, line: str) -> None:
+        if self.shows(level):
+            print(line, file=sys.stderr, flush=True)
+
+
+def quiet_frameworks(level: str) -> None:
+    """Keep what MindSpore, MindFormers and NumPy warn about off the terminal, except at level debug.
+
+    Acts before they are imported. What the user has set (GLOG_v, -W, PYTHONWARNINGS) stays.
+    """
+    if level == "debug":
+        return
+    os.environ.setdefault("GLOG_v", "3")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def set_encoding(json: bool) -> None:
+    """Let stdout take any text: JSON is UTF-8 always, text becomes `?` where the terminal's encoding has no such character."""
+    reconfigure: Callable[..., None] = getattr(sys.stdout, "reconfigure", lambda **_: None)
+    if json:
+        reconfigure(encoding="utf-8")
+    else:
+        reconfigure(errors="replace")
