@@ -173,6 +173,7 @@ _ROWS = [
                "infer_precision_sync postprocess_use_numpy exclude_cann_cpu balanced_load "
                "use_legacy_format", "any", INERT),
     Key("moe_config.expert_num", "int", FIXED, allowed=(1,)),
+    Key("trainer.type", "str", DEVICE),  # MindFormers' Trainer needs it
     *_each("", "trainer runner_config runner_wrapper optimizer lr_schedule train_dataset train_dataset_task "
                "eval_dataset eval_dataset_task metric recompute_config swap_config monitor_config moe_config",
            "section", INERT),

@@ -225,7 +225,7 @@ def _held(config: Config) -> Dict[str, object]:
         return {}
     from . import ops
 
-    if ops.decide()[0] == "cpu":
+    if ops.decide()[0] != "reference":
         return {}
     return {"held_dtype": "float32", "held_cache_dtype": "float32", "plain_attention": True}
 
