@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -210,3 +212,57 @@ def test_the_table_has_every_size_and_every_number_of_cards():
     rows = re.findall(r"^\| (\S+) \| (\d)", memory.table(MODULE), re.M)
     sizes = ("0.5B", "1.8B", "4B", "7B", "14B", "32B", "72B", "110B")
     assert rows == [(size, count) for size in sizes for count in "1248"]
+
+
+# --- the arithmetic against a process
+
+MEASURE = """
+import sys
+from qwen15.config import Flag, load_config
+from qwen15.network import build_network
+
+def anonymous_bytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+import mindspore
+folder = sys.argv[1]
+options = ["model.model_config.seq_length=4096", "model.model_config.num_blocks=4096", "context.device_target=CPU"]
+config = load_config(None, [Flag("load_checkpoint", "--load_checkpoint", folder)], options, {})
+before = anonymous_bytes()
+network = build_network(config, folder, lambda line: None)
+print(anonymous_bytes() - before)
+"""
+
+
+def test_weights_are_mapped_and_an_empty_cache_costs_nothing(tmp_path):
+    """86 MB of weights and 268 MB of KV cache: building the network copies neither."""
+    from qwen15 import ops
+    from qwen15.bench.make_checkpoint import make_checkpoint
+
+    if ops.decide()[0] == "reference":
+        pytest.skip("the reference operators hold weights and cache in float32")
+    dims = naming.Dims(hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
+                       vocab_size=151936, tie_word_embeddings=True)
+    folder = str(tmp_path / "checkpoint")
+    stored = make_checkpoint(folder, dims)
+    done = subprocess.run([sys.executable, "-c", MEASURE, folder], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": MODULE, "GLOG_v": "3"})
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout.split()[-1])
+    assert stored > 80e6
+    assert grown < 0.5 * stored, f"{grown / 1e6:.0f} MB for {stored / 1e6:.0f} MB of weights"
+
+
+def test_the_operators_that_will_run_decide_without_importing_mindspore():
+    program = ("import sys; from qwen15 import memory; from qwen15.config import load_config; "
+               f"config = load_config({os.path.join(MODULE, 'predict_qwen1_5_0_5b.yaml')!r}, environ={{}}); "
+               "print(memory.check(config)); assert 'mindspore' not in sys.modules")
+    lines = {}
+    for kernels in ("reference", "portable"):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
+                              env={**os.environ, "PYTHONPATH": MODULE, "QWEN15_KERNELS": kernels})
+        lines[kernels] = done.stdout + done.stderr
+    assert "weights 1.73 GiB + KV cache 3.00 GiB" in lines["reference"]
+    if "weights 1.73" not in lines["portable"]:  # as it would be where the kernels are not built
+        assert "weights 0.86 GiB + KV cache 1.50 GiB" in lines["portable"]

@@ -176,7 +176,7 @@ class Session:
             UserError: it does not fit in memory, or the checkpoint does not fit it.
         """
         start_s = time.perf_counter()
-        memory.check(self.config)
+        tell(memory.check(self.config))
         if self.config.threads:
             os.environ["QWEN15_THREADS"] = str(self.config.threads)
         with _stdout_to_stderr():
