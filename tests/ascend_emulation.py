@@ -116,8 +116,18 @@ def _gather(primitive):
     return compute
 
 
+def _elementwise(primitive):
+    """Mul and Add, which MindSpore 2.7 lacks in bfloat16 on a CPU: float32 rounded once. Other dtypes use the real one."""
+    def compute(*inputs):
+        if all(x.dtype != ms.bfloat16 for x in inputs):
+            return primitive(*inputs)
+        return primitive(*(x.astype(ms.float32) for x in inputs)).astype(ms.bfloat16)
+    return compute
+
+
 _REPLACEMENTS = {"RmsNorm": _rms_norm, "SiLU": _silu, "ApplyRotaryPosEmb": _rotary, "ReshapeAndCache": _reshape_and_cache,
-                 "FlashAttentionScore": _flash_attention, "PagedAttention": _paged_attention, "MatMul": _matmul, "Gather": _gather}
+                 "FlashAttentionScore": _flash_attention, "PagedAttention": _paged_attention, "MatMul": _matmul, "Gather": _gather,
+                 "Mul": _elementwise, "Add": _elementwise}
 
 
 def _emulate_cumsum(cell) -> None:
