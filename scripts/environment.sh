@@ -1,4 +1,4 @@
-# The virtual environment that quickstart.sh and test.sh share; sourced by both.
+# The virtual environment that quickstart.sh and test.sh share, and how packages get in; sourced, not run.
 #
 #   QWEN15_PYTHON  the interpreter to make it with (3.9 to 3.11; default: the first that python3, python3.11, ... offers)
 #   QWEN15_VENV    where it is (default: .venv in the checkout)
@@ -38,4 +38,16 @@ install() {
         printf '%s' "$wanted" > "$stamp"
     fi
     export PATH=$venv/bin:$PATH
+}
+
+# torch is the judge of many tests, and only a CPU build will do: the default one brings gigabytes of CUDA.
+install_torch() {
+    python -c 'import torch' 2>/dev/null && return
+    say "torch (CPU build)"
+    if python -m pip install --quiet --dry-run --no-deps --report - torch==2.13.0 2>/dev/null | grep -q '"version": "2.13.0+cpu"'; then
+        python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+    elif ! python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 20 \
+            --index-url https://download.pytorch.org/whl/cpu 'torch>=2.4,<2.14' 2>/dev/null; then
+        echo "warning: no CPU build of torch could be installed; tests that compare with it are skipped by name" >&2
+    fi
 }

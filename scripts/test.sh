@@ -3,18 +3,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# torch is the judge of many tests, and only a CPU build will do: the default one brings gigabytes of CUDA.
-install_torch() {
-    python -c 'import torch' 2>/dev/null && return
-    say "torch (CPU build)"
-    if python -m pip install --quiet --dry-run --no-deps --report - torch==2.13.0 2>/dev/null | grep -q '"version": "2.13.0+cpu"'; then
-        python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-    elif ! python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 20 \
-            --index-url https://download.pytorch.org/whl/cpu 'torch>=2.4,<2.14' 2>/dev/null; then
-        echo "warning: no CPU build of torch could be installed; tests that compare with it are skipped by name" >&2
-    fi
-}
-
 install test
 install_torch
 export QWEN15_TEST_DATA=${QWEN15_TEST_DATA:-$root/models}
