@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_tensorfile import write
 
 from qwen15 import naming
-from qwen15.convert import Options, parse_size, plan_to_hugging_face, plan_to_mindspore
+from qwen15.conversion import Options, parse_size, plan_to_hugging_face, plan_to_mindspore
 from qwen15.errors import UserError
 from qwen15.job import run, shape_files
 from qwen15.slices import Slicing

@@ -14,7 +14,7 @@ from checkpoint_fixtures import dims, model_contents, read_contents, run_script,
 from test_convert import to_hugging_face, to_mindspore
 
 from qwen15 import job, output
-from qwen15.convert import Options, plan_to_mindspore
+from qwen15.conversion import Options, plan_to_mindspore
 from qwen15.errors import UserError
 from qwen15.job import run
 from qwen15.output import partial_path
@@ -48,7 +48,7 @@ def contents_of(form, target, sizes):
 def convert(form, source, target, overwrite=False):
     """Make one form of result."""
     if form == "bin":
-        from qwen15.convert import plan_to_hugging_face
+        from qwen15.conversion import plan_to_hugging_face
         plan = plan_to_hugging_face(str(source), Options(str(target)))
     else:
         plan = plan_to_mindspore(str(source), Options(str(target), **FORMS[form]))

@@ -73,8 +73,8 @@ def test_the_engine_knows_no_text_and_the_model_no_kernel():
 
 HEAVY = ("mindspore", "mindformers", "torch", "transformers")
 LIGHT = {
-    "converting to MindSpore": "import convert_weight, qwen15.convert",
-    "converting back": "import convert_reversed, qwen15.convert",
+    "converting to MindSpore": "import convert_weight, qwen15.conversion",
+    "converting back": "import convert_reversed, qwen15.conversion",
     "slicing": "import transform_ckpt, qwen15.transform",
     "the command line": "import qwen15.predict",
     "the tokenizer": "import qwen1_5_tokenizer",

@@ -413,7 +413,7 @@ def test_files_that_claim_to_be_huge_allocate_nothing(tmp_path):
 
 
 def test_opening_safetensors_and_bin_and_ckpt_imports_no_framework():
-    program = ("import sys; import qwen15.tensorfile, qwen15.convert, qwen15.transform\n"
+    program = ("import sys; import qwen15.tensorfile, qwen15.conversion, qwen15.transform\n"
                "print([m for m in ('mindspore', 'torch', 'transformers', 'mindformers', 'safetensors') if m in sys.modules])")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tensorfile.__file__))}
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, universal_newlines=True, env=environment, timeout=60)

@@ -23,7 +23,7 @@ def main(argv=None):
                         help="how slices hold embedding and head; found out if not given")
     add_common_flags(parser)
     args = parser.parse_args(argv)
-    from qwen15.convert import plan_to_hugging_face
+    from qwen15.conversion import plan_to_hugging_face
 
     plan = plan_to_hugging_face(args.mindspore_ckpt_path, options_from(args, args.torch_ckpt_path), args.config_path,
                                 args.vocab_emb_dp)

@@ -23,7 +23,7 @@ def main(argv=None):
                         help="with --model_parallel: every rank keeps embedding and head whole (default True)")
     add_common_flags(parser)
     args = parser.parse_args(argv)
-    from qwen15.convert import plan_to_mindspore, yaml_lines
+    from qwen15.conversion import plan_to_mindspore, yaml_lines
 
     options = options_from(args, args.mindspore_ckpt_path, args.model_parallel, args.vocab_emb_dp)
     plan = plan_to_mindspore(args.torch_ckpt_dir, options)

@@ -31,8 +31,8 @@ def add_common_flags(parser: argparse.ArgumentParser, dtype: bool = True) -> Non
 
 
 def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True) -> Any:
-    """The `convert.Options` that the flags say."""
-    from .convert import Options, parse_size
+    """The `conversion.Options` that the flags say."""
+    from .conversion import Options, parse_size
     from .slices import Slicing
 
     if parts is not None and parts < 1:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import naming
-from .convert import account_slices, check_contents
+from .conversion import account_slices, check_contents
 from .errors import UserError
 from .hf_config import CONFIG_FILE, HfConfig
 from .job import OutFile, Plan, aligned, sidecars
