@@ -31,6 +31,8 @@ if [ "$(have)" != "$wanted" ]; then
         'safetensors>=0.5.3,<0.8' 'tiktoken>=0.7' 'jinja2>=3.1' 'hypothesis>=6' 'pytest>=7' pytest-timeout
     install_torch
 fi
+export QWEN15_TEST_DATA=${QWEN15_TEST_DATA:-$root/models}
+python "$root/scripts/get_vocabulary.py" "$QWEN15_TEST_DATA/qwen-vocabulary"
 say "$(have): tests"
 cd "$root"
 if [ $# -eq 0 ]; then

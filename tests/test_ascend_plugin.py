@@ -1,0 +1,39 @@
+"""MindFormers' Trainer predicts with a shipped YAML, this module's tokenizer and a checkpoint this module converted."""
+
+import pytest
+
+import convert_weight
+from ascend_worker import PACKAGES, Worker
+from qwen15 import ascend_model
+from qwen15.naming import Dims
+from qwen1_5_tokenizer import Qwen2Tokenizer
+
+pytest.importorskip("mindformers")
+
+SIZES = Dims(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, vocab_size=151936,
+             tie_word_embeddings=False)
+PROMPT, LENGTH = "Hello world", 10
+
+
+@pytest.mark.parametrize("auto_register", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("imported", "REGISTER_PATH"))
+def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, tmp_path, auto_register):
+    tensors = ascend_model.random_weights(SIZES)
+    ascend_model.save(str(tmp_path), SIZES, tensors, dtype="float32", device_target="CPU")
+    checkpoint = str(tmp_path / "ms.ckpt")
+    convert_weight.main(["--torch_ckpt_dir", str(tmp_path), "--mindspore_ckpt_path", checkpoint])
+    worker = Worker(tmp_path, **({"REGISTER_PATH": PACKAGES} if auto_register else {}))
+    try:
+        without_argument, found = worker.call(
+            "ascend_plugin.predict", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"), vocabulary=str(qwen_vocabulary),
+            checkpoint=checkpoint, prompt=PROMPT, max_length=LENGTH, auto_register=auto_register,
+            sizes={"seq_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "n_kv_heads": 2, "intermediate_size": 48,
+                   "vocab_size": 151936, "rms_norm_eps": ascend_model.RMS_NORM_EPS, "theta": ascend_model.THETA})
+    finally:
+        worker.close()
+    tokenizer = Qwen2Tokenizer(str(qwen_vocabulary / "vocab.json"), str(qwen_vocabulary / "merges.txt"))
+    ids = tokenizer.encode(PROMPT)
+    while len(ids) < LENGTH:
+        ids.append(int(ascend_model.logits(SIZES, tensors, ids)[-1].argmax()))
+    assert found == tokenizer.decode(ids, skip_special_tokens=True)
+    # MindFormers ignores a checkpoint that only the configuration names and goes on with random weights; docs/ascend.md warns.
+    assert without_argument != found
