@@ -1,5 +1,6 @@
 """The adapter to MindFormers refuses what it cannot run before anything heavy happens, and the check says when there is no card."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -33,7 +34,13 @@ def test_no_card_is_one_line(config):
         mindformers_network.MindFormersNetwork(config(), "nowhere", print)
 
 
-def test_another_parallel_mode_is_refused(config):
+def test_saving_the_strategy_is_refused(config):
+    with pytest.raises(UserError, match="saves no strategy"):
+        mindformers_network.mindformers_config(config("only_save_strategy=True"))
+
+
+def test_another_parallel_mode_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
     pytest.importorskip("mindformers")
     with pytest.raises(UserError, match="parallel_mode"):
         mindformers_network.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0"))
@@ -58,6 +65,30 @@ def test_a_full_card_is_explained():
     assert isinstance(error, UserError) and "num_blocks" in error.fix
     other = RuntimeError("something else")
     assert mindformers_network._explain(other) is other
+
+
+RANK = """
+import sys
+import numpy as np
+import mindspore as ms
+from qwen15.mindformers_network import broadcast
+ms.set_device("CPU")
+ms.set_context(mode=ms.GRAPH_MODE)
+ms.communication.init()
+rank = ms.communication.get_rank()
+with open(f"{sys.argv[1]}/{rank}", "w") as file:
+    file.write(str(broadcast(np.asarray([7, 8, 9], np.int32) + 10 * rank).tolist()))
+"""
+
+
+def test_every_rank_learns_the_token_of_rank_0(module_dir, tmp_path):
+    """In graph mode, as on Ascend, where the same call goes through HCCL."""
+    pytest.importorskip("mindspore")
+    (tmp_path / "rank.py").write_text(RANK, encoding="utf-8")
+    result = subprocess.run([sys.executable, "-m", "qwen15.launch", f"{sys.executable} {tmp_path / 'rank.py'} {tmp_path}", "2"],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(module_dir)})
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["[7, 8, 9]"] * 2
 
 
 def test_check_without_a_card_says_so(module_dir):

@@ -134,8 +134,11 @@ def mindformers_config(config: Config) -> Any:
     """`config.effective` as a MindFormerConfig, with MindFormers' own weight loading switched off and its mode made explicit.
 
     Raises:
-        UserError: MindFormers is not installed, or the YAML asks for a parallel mode that prediction cannot use.
+        UserError: MindFormers is not installed, or the YAML asks for what prediction cannot do.
     """
+    if config.effective.get("only_save_strategy"):
+        raise UserError("a prediction run saves no strategy", "only_save_strategy",
+                        "Remove it: convert_weight.py --model_parallel N writes strategy files beside the slices, without a card.")
     MindFormerConfig = _import_mindformers().MindFormerConfig
 
     settings = MindFormerConfig(**config.effective)
@@ -238,10 +241,10 @@ def fill(cell, source: weights.Source, config: Config, ranks: int, tell: Callabl
 def broadcast(ids: np.ndarray) -> np.ndarray:
     """Rank 0's `ids` (N,) int32 on every rank."""
     import mindspore as ms
-    from mindspore.communication import comm_func
+    from mindspore.communication import GlobalComm, comm_func
 
     tensor = ms.Tensor.from_numpy(np.ascontiguousarray(ids, np.int32))
-    return comm_func.broadcast(tensor, src=0).asnumpy()
+    return comm_func.broadcast(tensor, src=0, group=GlobalComm.WORLD_COMM_GROUP).asnumpy()
 
 
 @contextlib.contextmanager
