@@ -39,11 +39,12 @@ def test_saving_the_strategy_is_refused(config):
         mindformers_network.mindformers_config(config("only_save_strategy=True"))
 
 
-def test_another_parallel_mode_is_refused(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("option, key", (("parallel.parallel_mode=0", "parallel_mode"), ("context.mode=1", "mode 1")))
+def test_modes_that_cannot_cut_the_weights_are_refused(config, tmp_path, monkeypatch, option, key):
     monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
     pytest.importorskip("mindformers")
-    with pytest.raises(UserError, match="parallel_mode"):
-        mindformers_network.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0"))
+    with pytest.raises(UserError, match=key):
+        mindformers_network.mindformers_config(config("use_parallel=True", option))
 
 
 def test_a_network_with_other_parameters_is_refused(config):
@@ -95,3 +96,5 @@ def test_check_without_a_card_says_so(module_dir):
     result = subprocess.run([sys.executable, "-m", "qwen15.ascend_check"], cwd=module_dir, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "no card" in result.stderr and "Traceback" not in result.stderr and not result.stdout
+    if "ASCEND_HOME_PATH" not in os.environ:
+        assert result.stderr.strip() in (module_dir.parent.parent / "docs" / "ascend.md").read_text(encoding="utf-8")

@@ -153,6 +153,8 @@ def mindformers_config(config: Config) -> Any:
         mode = settings.parallel.setdefault("parallel_mode", SEMI_AUTO_PARALLEL[0])
         if mode not in SEMI_AUTO_PARALLEL:
             raise UserError(f"parallel_mode {mode} cannot cut the weights", "parallel.parallel_mode", "Set parallel_mode: 1.")
+        if settings.context.mode == 1:
+            raise UserError("mode 1 (PyNative) cannot cut the weights over cards", "context.mode", "Set mode: 0.")
         settings.parallel.setdefault("full_batch", True)
     return settings
 
