@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
 
+from . import interrupts  # noqa: F401  (before NumPy, see there)
 from .chat import Message
 from .config import Config, Flag, load_config
 from .config_keys import KEYS, MODEL, TOKENIZER

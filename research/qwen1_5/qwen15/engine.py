@@ -7,7 +7,7 @@ from typing import Deque, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import sampling
+from . import interrupts, sampling
 from .blocks import BlockPool, BlockTable, table_array
 from .errors import EXIT_FAILED, UserError
 from .network import Network
@@ -278,12 +278,13 @@ class Engine:
                     break
                 pending.popleft()
             start_s = time.perf_counter()
-            logits = self.network.prefill(
-                np.concatenate([np.asarray(s.ids[s.cached:stop], np.int32) for s, stop in batch]),
-                np.asarray([stop - s.cached for s, stop in batch], np.int32),
-                np.asarray([stop for _, stop in batch], np.int32),
-                table_array([s.table for s, _ in batch], [stop for _, stop in batch], self.pool.block_size),
-                np.concatenate([s.table.slots(s.cached, stop) for s, stop in batch]))
+            with interrupts.held():
+                logits = self.network.prefill(
+                    np.concatenate([np.asarray(s.ids[s.cached:stop], np.int32) for s, stop in batch]),
+                    np.asarray([stop - s.cached for s, stop in batch], np.int32),
+                    np.asarray([stop for _, stop in batch], np.int32),
+                    table_array([s.table for s, _ in batch], [stop for _, stop in batch], self.pool.block_size),
+                    np.concatenate([s.table.slots(s.cached, stop) for s, stop in batch]))
             for sequence, stop in batch:
                 sequence.cached = stop
             whole = [row for row, (s, stop) in enumerate(batch) if stop == len(s.ids)]
@@ -297,10 +298,11 @@ class Engine:
         """One more token for every running sequence."""
         start_s = time.perf_counter()
         lengths = [len(s.ids) for s in sequences]
-        logits = self.network.decode(
-            np.asarray([s.ids[-1] for s in sequences], np.int32), np.asarray(lengths, np.int32),
-            table_array([s.table for s in sequences], lengths, self.pool.block_size),
-            np.concatenate([s.table.slots(len(s.ids) - 1, len(s.ids)) for s in sequences]))
+        with interrupts.held():
+            logits = self.network.decode(
+                np.asarray([s.ids[-1] for s in sequences], np.int32), np.asarray(lengths, np.int32),
+                table_array([s.table for s in sequences], lengths, self.pool.block_size),
+                np.concatenate([s.table.slots(len(s.ids) - 1, len(s.ids)) for s in sequences]))
         for sequence in sequences:
             sequence.cached = len(sequence.ids)
         steps = self._choose(sequences, logits, range(len(sequences)))
@@ -329,7 +331,8 @@ class Engine:
                         logprobs[i] = self._logprobs(logits[rows[i]], int(ids[i]), sequence.request.logprobs)
             except NonFiniteLogits:
                 ids[:-1] = -1  # every rank has to learn of it, or the others would wait for a token for ever
-        *ids, interrupted = self.network.agree(ids).tolist()
+        with interrupts.held():
+            *ids, interrupted = self.network.agree(ids).tolist()
         self._interrupted = bool(interrupted)
         if ids and ids[0] < 0:
             raise self._non_finite(sequences)

@@ -6,6 +6,7 @@ import time
 from typing import List, Optional, Sequence
 
 from . import config as configuration
+from . import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
 from .config import Config
 from .engine import Usage
 from .errors import UserError

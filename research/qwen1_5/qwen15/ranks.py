@@ -6,6 +6,7 @@ from typing import Iterator, Optional
 
 import numpy as np
 
+from . import interrupts
 from .network import Network
 
 HEARTBEAT_S = 20.0
@@ -35,7 +36,7 @@ class Shared:
         """On rank 0: give the other ranks `message`."""
         if self._network.ranks == 1:
             return
-        with self._sending:
+        with self._sending, interrupts.held():
             self._network.agree(np.array([len(message)], np.int32))
             if message:
                 self._network.agree(_padded(message))
@@ -72,7 +73,8 @@ class Shared:
                         self._network.agree(np.array([_IDLE], np.int32))
 
         thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
+        with interrupts.held():
+            thread.start()
         try:
             yield
         finally:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from . import chat, memory, sampling, weights
+from . import chat, interrupts, memory, sampling, weights
 from .config import Config
 from .config_keys import KEYS, MODEL, convert
 from .engine import STOP, Engine, KeptCache, Limits, Request, Step, Usage
@@ -179,7 +179,7 @@ class Session:
         tell(memory.check(self.config))
         if self.config.threads:
             os.environ["QWEN15_THREADS"] = str(self.config.threads)
-        with _stdout_to_stderr():
+        with interrupts.held(), _stdout_to_stderr():
             from .network import build_network
 
             network = build_network(self.config, self.checkpoint, tell)

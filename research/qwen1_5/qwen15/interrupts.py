@@ -1,0 +1,28 @@
+"""Keep Ctrl-C for Python: MindSpore puts a handler of its own in place when a graph runs, which ends the process with SIGTERM.
+
+Held back, SIGINT stays pending; afterwards Python's handler is put back and gets it. The system hands a signal to any thread that
+does not hold it back, so every thread has to be started while it is held: MindSpore's are, and so are NumPy's when this module is
+imported first.
+"""
+
+import signal
+import threading
+from contextlib import contextmanager
+from typing import Iterator
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Hold SIGINT back, in this thread and in those that are started within."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        handler = signal.getsignal(signal.SIGINT)  # Python's, whatever is in place now
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+with held():
+    import numpy  # noqa: F401  (its linear algebra library starts threads)
