@@ -12,12 +12,13 @@ import mindspore as ms
 from qwen15 import ascend_check
 from qwen15 import config as configuration
 from qwen15 import weights
-from qwen15.engine import Engine, Limits, Request
+from qwen15.engine import Engine, KeptCache, Limits, Request
 from qwen15.mindformers_network import MindFormersNetwork
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160}
 THETA, EPS = 1e6, 1e-6
 SEQ_LENGTH, BLOCK_SIZE, NUM_BLOCKS = 64, 8, 32
+LIMITS = Limits(SIZES["vocab_size"], SEQ_LENGTH, NUM_BLOCKS, BLOCK_SIZE)
 
 
 def make_hugging_face(folder: str, kv_heads: int, tied: bool, seed: int = 0):
@@ -96,18 +97,8 @@ class Recorded:
         return logits
 
 
-def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = "", generations: int = 2) -> dict:
-    """Generate with MindFormers' network under emulation, driven by the engine, and compare with Hugging Face.
-
-    Hugging Face runs in float32 on the same weights, which are rounded to `dtype` first.
-
-    Returns:
-        largest_error: of any logit of any step, Hugging Face given the same tokens.
-        logits_scale: largest absolute logit.
-        same_tokens: greedy continuations equal those of Hugging Face's own generate.
-        replaced: primitives emulated, by name.
-        account: the line about the weights.
-    """
+def _both(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = ""):
+    """(Hugging Face's model, MindFormers' network, lines told) from one checkpoint, the latter converted by convert_weight.py."""
     import torch
 
     model = make_hugging_face(folder, kv_heads, tied)
@@ -122,10 +113,27 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
     convert_weight.main(["--torch_ckpt_dir", folder, "--mindspore_ckpt_path", converted, "--overwrite"])
     config = configuration.load_config(path, [configuration.Flag("load_checkpoint", "--load_checkpoint", converted)])
     told = []
-    network = MindFormersNetwork(config, weights.resolve(config.load_checkpoint), told.append)
+    return model, MindFormersNetwork(config, weights.resolve(config.load_checkpoint), told.append), told
+
+
+def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = "", generations: int = 2) -> dict:
+    """Generate with MindFormers' network under emulation, driven by the engine, and compare with Hugging Face.
+
+    Hugging Face runs in float32 on the same weights, which are rounded to `dtype` first.
+
+    Returns:
+        largest_error: of any logit of any step, Hugging Face given the same tokens.
+        logits_scale: largest absolute logit.
+        same_tokens: greedy continuations equal those of Hugging Face's own generate.
+        replaced: primitives emulated, by name.
+        account: the line about the weights.
+    """
+    import torch
+
+    model, network, told = _both(folder, kv_heads, tied, dtype, mutation)
     replaced = ascend_emulation.emulate(network._cell)
     recorded = Recorded(network)
-    engine = Engine(recorded, Limits(SIZES["vocab_size"], SEQ_LENGTH, NUM_BLOCKS, BLOCK_SIZE))
+    engine = Engine(recorded, LIMITS)
     blocks = engine.pool.take(NUM_BLOCKS)
     random.Random(1).shuffle(blocks)
     engine.pool.give_back(blocks)
@@ -150,6 +158,25 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
     return {"largest_error": largest, "logits_scale": scale, "same_tokens": same, "replaced": replaced,
             "account": told[-1], "scattered": bool(scattered)}
 
+
+
+def conversation(folder: str) -> list:
+    """Two turns of a conversation that keeps its KV cache: (our tokens, Hugging Face's) of each."""
+    import torch
+
+    model, network, _ = _both(folder, 2, False, "float32")
+    ascend_emulation.emulate(network._cell)
+    engine = Engine(network, LIMITS)
+    kept = KeptCache(engine)
+    ids, turns = [5, 17, 99], []
+    for question in ([], [3, 42, 7, 8, 120]):
+        ids = ids + question
+        request = Request(tuple(ids), SEQ_LENGTH, max_new_tokens=6, kept=kept)
+        ours = [step.token for step in engine.generate([request])]
+        theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+        turns.append([ours, theirs[0, len(ids):].tolist()])
+        ids = ids + ours
+    return turns
 
 
 def check(folder: str, dtype: str, tied: bool) -> dict:

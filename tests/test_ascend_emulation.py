@@ -37,6 +37,11 @@ def test_half_precision_stays_within_its_rounding(worker, tmp_path, dtype):
     assert found["largest_error"] < LIMITS[dtype] * found["logits_scale"]
 
 
+def test_a_conversation_that_keeps_its_cache_is_prefilled_whole(worker, tmp_path):
+    turns = worker.call("ascend_cases.conversation", folder=str(tmp_path))
+    assert len(turns) == 2 and all(ours == theirs and len(ours) == 6 for ours, theirs in turns)
+
+
 @pytest.mark.parametrize("mutation", ("gate_up", "theta", "eps", "q_bias", "k_bias", "v_bias"))
 def test_the_comparison_notices(worker, tmp_path, mutation):
     """Each fault moves the logits by far more than the limits, also that of bfloat16: agreement above is not an accident."""
