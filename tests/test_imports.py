@@ -20,6 +20,9 @@ LAYERS = [
     ["model", "weights"],
     ["network"],
     ["engine"],
+    ["ranks", "session"],
+    ["results", "reporting", "dry_run"],
+    ["batch", "repl"],
     ["predict"],
 ]
 """From the bottom up: a module imports only from layers below its own. Modules that are not listed are free."""
@@ -76,7 +79,8 @@ LIGHT = {
     "converting to MindSpore": "import convert_weight, qwen15.conversion",
     "converting back": "import convert_reversed, qwen15.conversion",
     "slicing": "import transform_ckpt, qwen15.transform",
-    "the command line": "import qwen15.predict",
+    "the command line": "import qwen15.predict, qwen15.batch, qwen15.repl, qwen15.dry_run",
+    "the Python interface": "from qwen15 import load, generate, convert",
     "the tokenizer": "import qwen1_5_tokenizer",
     "the launcher": "import qwen15.launch",
     "configuration": "import qwen15.config, qwen15.memory, qwen15.make_yaml",
