@@ -394,20 +394,18 @@ class Qwen2Tokenizer:
             encoded = {key: [row[key] for row in encoded] for key in encoded[0]}
         rows = encoded["input_ids"]
         single = not len(rows) or not isinstance(rows[0], (list, tuple))
-        rows = [list(rows)] if single else [list(row) for row in rows]
+        rows = [rows] if single else rows
         given = encoded.get("attention_mask")
-        masks = [[1] * len(row) for row in rows] if given is None else [list(given)] if single else list(map(list, given))
+        masks = [[1] * len(row) for row in rows] if given is None else [given] if single else given
         length = self._padded_length(rows, padding, max_length, pad_to_multiple_of)
         if length is not None and not (single and not rows[0]):
             pad_id = self.pad_token_id
             if pad_id is None:
                 raise UserError("padding needs a pad_token, and this tokenizer has none", self.vocab_file,
                                 "Set pad_token, e.g. to <|endoftext|>.")
-            for row, mask in zip(rows, masks):
-                missing = length - len(row)
-                place = 0 if self.padding_side == "left" else len(row)
-                row[place:place] = [pad_id] * missing
-                mask[place:place] = [0] * missing
+            rows, masks = ([[filler] * (length - len(row)) + list(row) if self.padding_side == "left"
+                            else list(row) + [filler] * (length - len(row)) for row in values]
+                           for values, filler in ((rows, pad_id), (masks, 0)))
         result = Encoding(input_ids=rows[0] if single else rows)
         if return_attention_mask is not False:
             result["attention_mask"] = masks[0] if single else masks
