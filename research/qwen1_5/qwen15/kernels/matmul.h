@@ -4,8 +4,8 @@
 //   plain:  out = y + bias + residual      gated:  act = silu(x W^T) * (x U^T)
 //
 // One token: one row of W at a time, in address order. That is what lets the memory prefetcher run at full speed; several
-// rows at once halve it. Few tokens: kDotRows rows against kDotTokens tokens in registers, with software prefetch in
-// address order. Each thread owns a contiguous range of rows.
+// rows at once halve it. Few tokens: four rows against kDotTokens tokens in registers, the rows after them
+// prefetched. Each thread owns a contiguous range of rows.
 // Many tokens: threads take panels of 64 rows, pack one into [I][64] (bf16: [I/2][64][2]) in their L2, and run a register
 // tile of kTileRows tokens x kTileVecs vectors over it, with the activations broadcast.
 #pragma once
@@ -13,8 +13,21 @@
 namespace {
 
 constexpr int kRowBlock = 64;         // rows handed to the epilogue at a time when tokens are few
-constexpr int64_t kRowsTogetherFrom = 4;  // tokens from which reading several rows at once pays
-constexpr int64_t kPackFrom = 40;     // tokens from which packing pays
+#ifndef AH
+#define AH 4
+#endif
+#ifndef PFL
+#define PFL 3
+#endif
+#ifndef DC
+#define DC 1408
+#endif
+constexpr int64_t kAheadRows = AH;    // distance at which rows are prefetched when tokens are few
+constexpr int64_t kDotCols = DC;    // inputs of a row taken at once when tokens are few
+#ifndef KPF
+#define KPF 96
+#endif
+constexpr int64_t kPackFrom = KPF;     // tokens from which packing pays
 constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
 constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
 
@@ -36,90 +49,112 @@ inline float dot(const typename R::E* w, int64_t cols, const typename R::X* x) {
   return v_sum(v_add(v_add(acc0, acc1), v_add(acc2, acc3)));
 }
 
-// out[t * out_stride + r] = w[r] . x[t] for M rows and N tokens. `ahead` is memory that will be read next, `ahead_lines`
-// cache lines per vector step of it: with more than one row the hardware's prefetcher no longer sees one stream.
+constexpr int kDotRows = 4;
+
+// out[t * out_stride + r] (+)= w[r] . x[t] for M = 1 or 4 rows and N tokens. `ahead_rows` rows at `ahead` are asked for
+// meanwhile: with more than one row at a time the hardware's prefetcher does not keep up.
 template <class R, int M, int N>
-__attribute__((noinline)) void dot_tile(const typename R::E* w, int64_t cols, const typename R::X* x, int64_t x_stride,
-                                        float* out, int64_t out_stride, const char* ahead) {
-  constexpr int kLineStep = M * R::step * (int)sizeof(typename R::E);  // bytes of weights per step
-  V acc[M * N];
+__attribute__((noinline)) void dot_tile(const typename R::E* w, int64_t stride, int64_t cols, const typename R::X* x,
+                                        int64_t x_stride, float* out, int64_t out_stride, bool accumulate,
+                                        const typename R::E* ahead, int ahead_rows) {
+  static_assert(M == 1 || M == 4, "sums are stored for one row or for four");
+  V acc[N * M];
 #pragma GCC unroll 32
   for (int a = 0; a < M * N; ++a) acc[a] = v_zero();
   int64_t i = 0;
   for (; i + R::step <= cols; i += R::step) {
     typename R::L l[M];
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) l[m] = R::load(w + m * cols + i);
-    if (ahead != nullptr) {
-#pragma GCC unroll 4
-      for (int b = 0; b < kLineStep; b += 64) __builtin_prefetch(ahead + b, 0, 2);
-      ahead += kLineStep;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) l[m] = R::load(w + m * stride + i);
+    if (ahead_rows > 0) __builtin_prefetch(ahead + i, 0, PFL);
+    if (ahead_rows > 1) __builtin_prefetch(ahead + stride + i, 0, PFL);
+    if (ahead_rows > 2) {
+      __builtin_prefetch(ahead + 2 * stride + i, 0, PFL);
+      __builtin_prefetch(ahead + 3 * stride + i, 0, PFL);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < N; ++t)
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) acc[m * N + t] = R::mac(acc[m * N + t], l[m], x + t * x_stride + i);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[t * M + m] = R::mac(acc[t * M + m], l[m], x + t * x_stride + i);
   }
   if (i < cols) {
     typename R::L l[M];
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) l[m] = R::load_part(w + m * cols + i, (int)(cols - i));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) l[m] = R::load_part(w + m * stride + i, (int)(cols - i));
 #pragma GCC unroll 8
     for (int t = 0; t < N; ++t)
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) acc[m * N + t] = R::mac(acc[m * N + t], l[m], x + t * x_stride + i);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[t * M + m] = R::mac(acc[t * M + m], l[m], x + t * x_stride + i);
   }
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) {
-    int t = 0;
-#pragma GCC unroll 2
-    for (; t + 4 <= N; t += 4) {
+#pragma GCC unroll 8
+  for (int t = 0; t < N; ++t) {
+    float* y = out + t * out_stride;
+    if (M == 1) {
+      y[0] = (accumulate ? y[0] : 0.0f) + v_sum(acc[t]);
+    } else {
       float sums[4];
-      v_sum4(acc[m * N + t], acc[m * N + t + 1], acc[m * N + t + 2], acc[m * N + t + 3], sums);
-      for (int s = 0; s < 4; ++s) out[(t + s) * out_stride + m] = sums[s];
+      v_sum4(acc[t * M], acc[t * M + 1], acc[t * M + M - 2], acc[t * M + M - 1], sums);
+      if (accumulate)
+        for (int m = 0; m < 4; ++m) sums[m] += y[m];
+      memcpy(y, sums, sizeof sums);
     }
-#pragma GCC unroll 4
-    for (; t < N; ++t) out[t * out_stride + m] = v_sum(acc[m * N + t]);
   }
 }
 
-// M rows against all tokens; the weights come from memory for the first tokens and from the cache for the others.
+// M rows against all tokens, in groups of nearly equal size: the weights come from memory for the first group and from the
+// cache for the others. The four rows at `ahead` are asked for a few at a time, spread over the groups.
 template <class R, int M>
-void dot_rows(const typename R::E* w, int64_t cols, const typename R::X* x, int64_t x_stride, int64_t tokens, float* out,
-              int64_t out_stride, const char* ahead) {
-  int64_t t = 0;
-  for (; t + kDotTokens <= tokens; t += kDotTokens, ahead = nullptr)
-    dot_tile<R, M, kDotTokens>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, ahead);
-  x += t * x_stride;
-  out += t * out_stride;
-  switch (tokens - t) {
-    case 7: return dot_tile<R, M, (7 < kDotTokens ? 7 : 1)>(w, cols, x, x_stride, out, out_stride, ahead);
-    case 6: return dot_tile<R, M, (6 < kDotTokens ? 6 : 1)>(w, cols, x, x_stride, out, out_stride, ahead);
-    case 5: return dot_tile<R, M, (5 < kDotTokens ? 5 : 1)>(w, cols, x, x_stride, out, out_stride, ahead);
-    case 4: return dot_tile<R, M, (4 < kDotTokens ? 4 : 1)>(w, cols, x, x_stride, out, out_stride, ahead);
-    case 3: return dot_tile<R, M, 3>(w, cols, x, x_stride, out, out_stride, ahead);
-    case 2: return dot_tile<R, M, 2>(w, cols, x, x_stride, out, out_stride, ahead);
-    case 1: return dot_tile<R, M, 1>(w, cols, x, x_stride, out, out_stride, ahead);
-    default: return;
+void dot_rows(const typename R::E* w, int64_t stride, int64_t cols, const typename R::X* x, int64_t x_stride,
+              int64_t tokens, float* out, int64_t out_stride, bool accumulate, const typename R::E* ahead) {
+  int64_t groups = (tokens + kDotTokens - 1) / kDotTokens;
+  int ahead_rows = ahead == nullptr ? 0 : groups == 1 ? 4 : groups < 4 ? 2 : 1, asked = 0;
+  for (; groups > 0; --groups) {
+    int64_t n = (tokens + groups - 1) / groups;
+    switch (n) {
+#define QWEN15_CASE(N)                                                                                           \
+  case N:                                                                                                        \
+    dot_tile<R, M, (N <= kDotTokens ? N : 1)>(w, stride, cols, x, x_stride, out, out_stride, accumulate, ahead, \
+                                              ahead_rows);                                                       \
+    break;
+      QWEN15_CASE(1)
+      QWEN15_CASE(2)
+      QWEN15_CASE(3)
+      QWEN15_CASE(4)
+      QWEN15_CASE(5)
+      QWEN15_CASE(6)
+#undef QWEN15_CASE
+    }
+    tokens -= n;
+    x += n * x_stride;
+    out += n * out_stride;
+    asked += ahead_rows;
+    ahead += ahead_rows * stride;
+    if (asked == kDotRows) ahead_rows = 0;
   }
 }
 
-// out[t * out_stride + r - begin] for rows [begin, end) and all tokens
+// out[t * out_stride + r - begin] for rows [begin, end) and all tokens. `after` are the rows the thread reads after these.
 template <class R>
 void dot_range(const typename R::E* w, int64_t cols, int64_t begin, int64_t end, const typename R::X* x,
-               int64_t x_stride, int64_t tokens, float* out, int64_t out_stride) {
-  const typename R::E* row = w + begin * cols;
+               int64_t x_stride, int64_t tokens, float* out, int64_t out_stride, const typename R::E* after) {
   if (tokens == 1) {
-    for (int64_t r = begin; r < end; ++r, row += cols) out[r - begin] = dot<R>(row, cols, x);
+    for (int64_t r = begin; r < end; ++r) out[r - begin] = dot<R>(w + r * cols, cols, x);
     return;
   }
-  int64_t r = begin;
-  if (tokens >= kRowsTogetherFrom)
-    for (; r + kDotRows <= end; r += kDotRows, row += kDotRows * cols)
-      dot_rows<R, kDotRows>(row, cols, x, x_stride, tokens, out + (r - begin), out_stride,
-                            (const char*)(row + kDotRows * cols));
-  for (; r < end; ++r, row += cols)
-    dot_rows<R, 1>(row, cols, x, x_stride, tokens, out + (r - begin), out_stride, nullptr);
+  // Long rows go in pieces of which four, and those of the tokens they meet, fit into the first cache level.
+  int64_t pieces = (cols + kDotCols - 1) / kDotCols, piece = padded(cols / pieces);
+  for (int64_t k = 0; k < cols; k += piece) {
+    int64_t n = cols - k < piece ? cols - k : piece, r = begin;
+    const typename R::E* row = w + begin * cols + k;
+    const typename R::E* coming = k + piece < cols ? w + begin * cols + k + piece : after;
+    for (; r + kDotRows <= end; r += kDotRows, row += kDotRows * cols) {
+      int64_t past = r + kAheadRows - end;
+      dot_rows<R, kDotRows>(row, cols, n, x + k, x_stride, tokens, out + (r - begin), out_stride, k > 0,
+                            past < 0 ? row + kAheadRows * cols : coming + past * cols);
+    }
+    for (; r < end; ++r, row += cols)
+      dot_rows<R, 1>(row, cols, n, x + k, x_stride, tokens, out + (r - begin), out_stride, k > 0, nullptr);
+  }
 }
 
 // ---------------------------------------------------------------- packed panels and register tiles
@@ -152,22 +187,28 @@ struct PairTile {
 template <class T, int M, int N>
 __attribute__((noinline)) void tile(const typename T::A* a, int64_t a_stride, const typename T::P* panel, int64_t k,
                                     float* c, int64_t c_stride, bool accumulate) {
+  constexpr int64_t kLine = 64 / sizeof(typename T::A);
   V acc[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) acc[m][n] = accumulate ? v_load(c + m * c_stride + n * W) : v_zero();
-  for (int64_t i = 0; i < k; i += T::depth) {
-    V w[N];
+  for (int64_t i = 0; i < k;) {
+    // One cache line of every row at a time; the same lines of the rows after these are asked for meanwhile.
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) w[n] = T::load(panel + n * W * T::depth);
+    for (int m = 0; m < M; ++m) __builtin_prefetch(a + (M + m) * a_stride + i, 0, 2);
+    for (int64_t end = k - i < kLine ? k : i + kLine; i < end; i += T::depth) {
+      V w[N];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      V x = T::broadcast(a + m * a_stride + i);
+      for (int n = 0; n < N; ++n) w[n] = T::load(panel + n * W * T::depth);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], w[n], x);
+      for (int m = 0; m < M; ++m) {
+        V x = T::broadcast(a + m * a_stride + i);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], w[n], x);
+      }
+      panel += N * W * T::depth;
     }
-    panel += N * W * T::depth;
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -241,21 +282,31 @@ void pack_floats(const typename R::E* const* rows, int count, int64_t k, int vec
 
 #ifdef QWEN15_BF16_PAIRS
 // bf16 rows -> panel for PairTile: panel[i / 2][r][i % 2] = rows[r][i].
+inline void pack_pairs_block(const uint16_t* const* rows, int64_t i, uint16_t* panel, int64_t stride) {
+  V block[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) block[r] = _mm512_loadu_ps(rows[r] + i);
+  v_transpose(block);
+#pragma GCC unroll 16
+  for (int j = 0; j < W; ++j) _mm512_storeu_ps(panel + j * stride, block[j]);
+}
+
 void pack_pairs(const uint16_t* const* rows, int count, int64_t k, int vecs, uint16_t* panel) {
+  int64_t stride = (int64_t)vecs * 2 * W;
   for (int64_t i = 0; i < k; i += 2 * W) {
     int part = k - i < 2 * W ? (int)(k - i) : 2 * W;
     for (int v = 0; v < vecs; ++v) {
-      V block[W];
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) {
-        int row = v * W + r;
-        block[r] = row >= count  ? v_zero()
-                   : part == 2 * W ? _mm512_loadu_ps(rows[row] + i)
-                                   : _mm512_castsi512_ps(PairRow::load_part(rows[row] + i, part));
+      uint16_t* to = panel + i / 2 * stride + v * 2 * W;
+      int valid = count - v * W < W ? count - v * W : W;
+      if (valid == W && part == 2 * W) {
+        pack_pairs_block(rows + v * W, i, to, stride);
+        continue;
       }
+      V block[W];
+      for (int r = 0; r < W; ++r)
+        block[r] = r < valid ? _mm512_castsi512_ps(PairRow::load_part(rows[v * W + r] + i, part)) : v_zero();
       v_transpose(block);
-      int pairs = (part + 1) / 2;
-      for (int j = 0; j < pairs; ++j) _mm512_storeu_ps(panel + ((i / 2 + j) * vecs + v) * 2 * W, block[j]);
+      for (int j = 0; j < (part + 1) / 2; ++j) _mm512_storeu_ps(to + j * stride, block[j]);
     }
   }
 }
@@ -322,13 +373,19 @@ void few_tokens(Team& team, const Job& job, Activations x, int64_t tokens, bool 
   const auto* w = (const typename R::E*)job.w.data;
   const auto* up = (const typename R::E*)job.up.data;
   const auto* xs = (const typename R::X*)x.data;
-  float c[kPackFrom * kRowBlock], c_up[kPackFrom * kRowBlock];
+  float* c = (float*)team.scratch(2 * tokens * kRowBlock * sizeof(float));
+  float* c_up = c + tokens * kRowBlock;
   int64_t begin, end;
   team.share(job.w.rows, W, &begin, &end);
   for (int64_t r = begin; r < end; r += kRowBlock) {
     int64_t n = end - r < kRowBlock ? end - r : kRowBlock;
-    dot_range<R>(w, job.w.cols, r, r + n, xs, x.stride, tokens, c, kRowBlock);
-    if (up != nullptr) dot_range<R>(up, job.w.cols, r, r + n, xs, x.stride, tokens, c_up, kRowBlock);
+    const typename R::E* after = w + (r + n) * job.w.cols;
+    if (up == nullptr) {
+      dot_range<R>(w, job.w.cols, r, r + n, xs, x.stride, tokens, c, kRowBlock, after);
+    } else {
+      dot_range<R>(w, job.w.cols, r, r + n, xs, x.stride, tokens, c, kRowBlock, up + r * job.w.cols);
+      dot_range<R>(up, job.w.cols, r, r + n, xs, x.stride, tokens, c_up, kRowBlock, after);
+    }
     finish(job, 0, tokens, r, n, c, c_up, kRowBlock, round_bf16);
   }
 }

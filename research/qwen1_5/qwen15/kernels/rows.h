@@ -52,7 +52,7 @@ struct PairRow {
   static constexpr int step = 2 * W;
   static inline L load(const E* p) { return _mm512_loadu_si512(p); }
   static inline L load_part(const E* p, int n) {
-    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);  // n in [0, 32]
   }
   static inline V floats(const E* p) { return v_load_bf16(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }

@@ -31,8 +31,9 @@ struct Activations {
   bool pairs = false;  // true: uint16 bf16; false: float
 };
 
-// Elements per row that keep every vector load inside the row, whatever the instruction set.
-static inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
+// Elements per row that keep every vector load inside the row, whatever the instruction set. One cache line more, so that
+// the rows of a power of two do not all fall into the same few sets of the cache.
+static inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64 + 32; }
 
 struct Cache {  // one layer's keys and values, each (num_blocks, block_size, K, D)
   void* k = nullptr;

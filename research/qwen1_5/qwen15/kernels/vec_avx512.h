@@ -6,7 +6,7 @@ namespace {
 
 constexpr int W = 16;  // floats per vector
 constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
-constexpr int kDotRows = 3, kDotTokens = 8;   // 24 as well
+constexpr int kDotTokens = 6;                  // times 4 rows: 24 as well
 typedef __m512 V;
 
 inline V v_zero() { return _mm512_setzero_ps(); }
