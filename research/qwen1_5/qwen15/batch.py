@@ -7,10 +7,9 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import IO, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, TextIO, Tuple
 
-from . import chat
 from .config import Config
 from .engine import CANCELLED, Usage
 from .errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, did_you_mean

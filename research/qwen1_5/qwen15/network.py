@@ -5,7 +5,6 @@ from typing import Callable, Optional, Tuple
 import numpy as np
 
 from .config import Config
-from .errors import UserError
 
 
 class Network:

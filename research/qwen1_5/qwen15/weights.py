@@ -44,7 +44,7 @@ def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = Tr
         if ranks > 1 and not whole:
             raise UserError(f"auto_trans_ckpt False wants a folder with rank_0 .. rank_{ranks - 1}, this is one file",
                             where=f"load_checkpoint {path}", fix="Pass --auto_trans_ckpt True to slice it while loading, "
-                            f"or slice it once with transform_ckpt.py.")
+                            "or slice it once with transform_ckpt.py.")
         return path
     slices = rank_folders(path)
     if not slices:
