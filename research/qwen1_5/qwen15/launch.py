@@ -1,5 +1,6 @@
 """Start a command on several cards or CPU processes: msrun_launcher.sh's arguments are checked and made a plan."""
 
+import errno
 import fcntl
 import os
 import re
@@ -220,60 +221,37 @@ def _resolve(host: str, node_rank: int) -> str:
 
 
 def reserve_port(plan: Plan) -> Tuple[int, socket.socket]:
-    """A port that the scheduler can listen on, and a socket that keeps other launchers off it until then.
+    """A port that the scheduler can listen on, and what keeps other launchers off it until the scheduler does.
 
-    The socket is bound with SO_REUSEADDR and does not listen: MindSpore's, bound the same way, may listen on the port,
-    while a plain bind, which is how this function looks whether a port is free, fails.
+    Some seconds pass before it listens. A name of the kernel's own (an abstract Unix socket), which goes with the process,
+    keeps other launchers from taking the same port meanwhile.
 
     Raises:
         UserError: the port that was asked for is in use.
     """
     family = socket.AF_INET6 if ":" in plan.master_addr else socket.AF_INET
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     port = plan.master_port
-    if not _is_free(family, plan.master_addr, port):
-        if plan.port_given:
-            raise UserError(f"port {port} of {plan.master_addr} is in use by another program", where="MASTER_PORT",
-                            fix="Give another port, or end the program (an earlier launch?) that listens there.")
-        port = 0  # any
-    held = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((plan.master_addr, port))
-    except OSError as error:
-        held.close()
-        raise UserError(f"port {port} of {plan.master_addr} cannot be used ({error.strerror})", where="MASTER_PORT",
-                        fix="Give another port.") from None
-    return held.getsockname()[1], held
-
-
-def _is_free(family: int, address: str, port: int) -> bool:
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    while True:
         try:
-            probe.bind((address, port))
-            return True
-        except PermissionError:
-            return True  # below 1024: reserve_port says so
-        except OSError:
-            pass
-    # Connections that have ended keep a port for a minute (TIME_WAIT); that keeps nobody from listening there.
-    listed = _socket_states(port)
-    return bool(listed) and listed == {"06"}
-
-
-def _socket_states(port: int) -> set:
-    """The states (hexadecimal, as in /proc/net/tcp) of the sockets with this local port."""
-    states = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(table, encoding="ascii") as lines:
-                next(lines)
-                for line in lines:
-                    _, local, _, state = line.split()[:4]
-                    if int(local.rsplit(":", 1)[1], 16) == port:
-                        states.add(state)
-        except OSError:
-            pass
-    return states
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                # As MindSpore binds: connections that have ended are no hindrance, somebody who listens is.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((plan.master_addr, port))
+                port = probe.getsockname()[1]
+                held.bind(f"\0qwen15-launch-{port}")
+            return port, held
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and not plan.port_given:
+                port = 0  # any
+                continue
+            held.close()
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(f"port {port} of {plan.master_addr} is in use by another program", where="MASTER_PORT",
+                                fix="Give another port, or end the program (an earlier launch?) that listens there."
+                                ) from None
+            raise UserError(f"port {port} of {plan.master_addr} cannot be used ({error.strerror})", where="MASTER_PORT",
+                            fix="Give another port.") from None
 
 
 def open_log_dir(path: str) -> Tuple[str, int]:

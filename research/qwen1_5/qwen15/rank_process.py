@@ -78,7 +78,7 @@ class RankProcess:
     def relay(self, on_closed: "threading.Event") -> None:
         """Copy stdout and stderr to our own and to the log; set `on_closed` when our stdout has lost its reader."""
         log = open(self.log_path, "ab", buffering=0)
-        quiet = _WithoutNotices() if "GLOG_v" not in self.task.environ else bytes
+        quiet = bytes if self.task.environ.get("GLOG_v") in ("0", "1", "2") else _WithoutNotices()
         for arguments in ((self._popen.stdout, 1, log, bytes, on_closed), (self._popen.stderr, 2, log, quiet, None)):
             thread = threading.Thread(target=_copy, args=arguments, daemon=True)
             thread.start()
