@@ -15,8 +15,8 @@ from .progress import human_bytes
 from .tensors import Step, Tail, total_bytes
 
 LOCK_FILE = ".lock"
-_FLUSH_BYTES = 64 * 2 ** 20
-_SYNC_FILE_RANGE_WRITE = 2
+_WRITE_BYTES = 256 * 2 ** 10
+"""Written at once. Larger pieces make the page cache look for larger runs of free memory, which was up to ten times slower."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -142,7 +142,6 @@ class FileWriter:
         self._next = 0  # step
         self._left = 0  # bytes left of the body being written
         self._at = 0
-        self._flushed = 0
         self._crcs: Optional[Dict[str, int]] = {} if any(isinstance(step, Tail) for step in self._steps) else None
         with told(path):
             os.ftruncate(fd, 0)
@@ -182,14 +181,9 @@ class FileWriter:
 
     def _write(self, data: memoryview) -> None:
         while len(data):
-            written = os.write(self._fd, data)
+            written = os.write(self._fd, data[:_WRITE_BYTES])
             data = data[written:]
             self._at += written
-        if self._at - self._flushed >= _FLUSH_BYTES:
-            # Let the disk begin now, so that the sync at the end has little left to wait for.
-            _libc.sync_file_range(self._fd, ctypes.c_int64(self._flushed), ctypes.c_int64(self._at - self._flushed),
-                                  ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
-            self._flushed = self._at
 
     def finish(self) -> None:
         """Write what comes after the last tensor and wait until the disk has everything."""
