@@ -29,8 +29,6 @@ struct Paged {
   }
 };
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 template <class X>
 void copy_row(const float* from, int64_t n, int64_t padded_n, X* to) {
   for (int64_t i = 0; i < padded_n; i += W) {

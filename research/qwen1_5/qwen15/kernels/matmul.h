@@ -13,21 +13,10 @@
 namespace {
 
 constexpr int kRowBlock = 64;         // rows handed to the epilogue at a time when tokens are few
-#ifndef AH
-#define AH 4
-#endif
-#ifndef PFL
-#define PFL 3
-#endif
-#ifndef DC
-#define DC 1408
-#endif
-constexpr int64_t kAheadRows = AH;    // distance at which rows are prefetched when tokens are few
-constexpr int64_t kDotCols = DC;    // inputs of a row taken at once when tokens are few
-#ifndef KPF
-#define KPF 96
-#endif
-constexpr int64_t kPackFrom = KPF;     // tokens from which packing pays
+constexpr int64_t kAheadRows = 4;     // distance at which rows are prefetched when tokens are few
+constexpr int64_t kDotCols = 1408;    // inputs of a row taken at once when tokens are few, and
+constexpr int64_t kDotBytes = 32768;  // bytes of activations then: they stay in the first cache level
+constexpr int64_t kPackFrom = 64;     // tokens from which packing pays
 constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
 constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
 
@@ -66,11 +55,11 @@ __attribute__((noinline)) void dot_tile(const typename R::E* w, int64_t stride, 
     typename R::L l[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) l[m] = R::load(w + m * stride + i);
-    if (ahead_rows > 0) __builtin_prefetch(ahead + i, 0, PFL);
-    if (ahead_rows > 1) __builtin_prefetch(ahead + stride + i, 0, PFL);
+    if (ahead_rows > 0) __builtin_prefetch(ahead + i, 0, 3);
+    if (ahead_rows > 1) __builtin_prefetch(ahead + stride + i, 0, 3);
     if (ahead_rows > 2) {
-      __builtin_prefetch(ahead + 2 * stride + i, 0, PFL);
-      __builtin_prefetch(ahead + 3 * stride + i, 0, PFL);
+      __builtin_prefetch(ahead + 2 * stride + i, 0, 3);
+      __builtin_prefetch(ahead + 3 * stride + i, 0, 3);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < N; ++t)
@@ -142,7 +131,9 @@ void dot_range(const typename R::E* w, int64_t cols, int64_t begin, int64_t end,
     return;
   }
   // Long rows go in pieces of which four, and those of the tokens they meet, fit into the first cache level.
-  int64_t pieces = (cols + kDotCols - 1) / kDotCols, piece = padded(cols / pieces);
+  int64_t most = kDotBytes / (tokens * (int64_t)sizeof(typename R::X));
+  most = most > kDotCols ? kDotCols : most < kDotCols / 3 ? kDotCols / 3 : most;
+  int64_t piece = round_up(cols / ((cols + most - 1) / most), 64);
   for (int64_t k = 0; k < cols; k += piece) {
     int64_t n = cols - k < piece ? cols - k : piece, r = begin;
     const typename R::E* row = w + begin * cols + k;

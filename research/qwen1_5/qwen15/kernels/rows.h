@@ -3,6 +3,8 @@
 
 namespace {
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // Row in memory -> float vectors; activations are float32.
 struct F32Row {
   typedef float E;  // element in memory

@@ -72,11 +72,13 @@ inline V v_load_f16(const uint16_t* p) {
   H h;
   memcpy(&h, p, sizeof h);
   U bits = widen(h);
-  // The exponent field moves to its place; a product with 2^112 mends the bias, denormals included.
+  // Without float denormals on the way: a host program may have told the CPU to flush them to zero.
   U magnitude = (bits & 0x7fff) << 13;
-  V scaled = (V)magnitude * v_set(5.192296858534828e33f);
+  U small = (U)((bits & 0x7c00) == 0);
+  U denormal = (U)(__builtin_convertvector(bits & 0x3ff, V) * v_set(5.9604644775390625e-08f));  // mantissa * 2^-24
+  U scaled = (small & denormal) | (~small & (magnitude + 0x38000000));
   U special = (U)((bits & 0x7c00) == 0x7c00);
-  U result = (special & (magnitude | 0x7f800000)) | (~special & (U)scaled);
+  U result = (special & (magnitude | 0x7f800000)) | (~special & scaled);
   return (V)(result | ((bits & 0x8000) << 16));
 }
 inline uint16_t half_bits(float x) {
