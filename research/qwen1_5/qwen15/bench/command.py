@@ -11,5 +11,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qwen15.bench", description="Measure, and compare with others.")
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     make_checkpoint.add_parser(commands)
-    args = parser.parse_args(argv)
+    commands.add_parser("numerics", add_help=False, help="how close logits are to transformers', for each dtype")
+    args, rest = parser.parse_known_args(argv)
+    if args.what == "numerics":
+        from . import numerics
+
+        return numerics.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.run(args)
