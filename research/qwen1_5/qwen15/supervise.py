@@ -291,7 +291,8 @@ class _Supervisor:
         own = [process for process in ranks if process.code != -signal.SIGTERM and not _gave_up_waiting(process)]
         if own:
             return self._blame_rank(own[0])
-        if self._scheduler is not None and self._scheduler.code:
+        # It has a rank of a lost machine ended before it ends itself, so its log is looked at while it still runs.
+        if self._scheduler is not None and (self._scheduler.code or self._lost()):
             return self._blame_scheduler()
         waited = [process for process in ranks if _gave_up_waiting(process)]
         if waited:
@@ -322,8 +323,7 @@ class _Supervisor:
 
     def _blame_scheduler(self) -> _Failure:
         process = self._scheduler
-        text = _read(process.log_path)
-        lost = {int(rank) for rank in _LOST.findall(text) + _LOST_FIRST.findall(text)}
+        lost = self._lost()
         if lost:
             rank = min(lost)
             culprit = next((local for local in self._ranks if local.task.rank == rank), None)
@@ -341,6 +341,11 @@ class _Supervisor:
                             "See the logs of the missing ranks. On several machines: start the launcher on each, with "
                             "the same address.")
         return self._blame_rank(process)
+
+    def _lost(self) -> Set[int]:
+        """Ranks whose heartbeat the scheduler has missed."""
+        text = _read(self._scheduler.log_path)
+        return {int(rank) for rank in _LOST.findall(text) + _LOST_FIRST.findall(text)}
 
     def _silence_s(self) -> str:
         return self._scheduler.task.environ.get("MS_NODE_TIMEOUT", "30")
