@@ -36,7 +36,9 @@ class Launch:
         environ = {key: text for key, text in changed.items() if text is not None}
         words = [word if isinstance(word, bytes) else str(word) for word in arguments]
         with open(self._errors, "wb") as errors:
+            # Tests that run under nohup would hand down that SIGHUP is ignored, which the launcher rightly respects.
             self.popen = subprocess.Popen([*prefix, "bash", str(LAUNCHER), *words], cwd=folder, stdin=stdin, env=environ,
+                                          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
                                           stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         self.out = b""
 
