@@ -204,8 +204,8 @@ def test_logits_that_are_not_finite_stop_the_run_and_name_the_weight():
     assert engine.pool.free_blocks == 16
 
 
-def test_other_ranks_take_rank_zeros_tokens():
-    """A rank that would choose differently (here: noise in its logits) still follows rank 0."""
+def two_ranks():
+    """Networks of rank 0 and rank 1; what rank 0 agrees on, run first, is what rank 1 is told."""
     told = []
 
     class First(Recalling):
@@ -216,15 +216,23 @@ def test_other_ranks_take_rank_zeros_tokens():
     class Second(Recalling):
         rank = 1
 
-        def logits(self, sequence):
-            return np.random.default_rng(0).standard_normal(VOCABULARY).astype(np.float32)
-
         def agree(self, ids):
             return told.pop(0)
 
+    return First, Second
+
+
+def test_other_ranks_take_rank_zeros_tokens():
+    """A rank that would choose differently (here: noise in its logits) still follows rank 0."""
+    First, Second = two_ranks()
+
+    class Noisy(Second):
+        def logits(self, sequence):
+            return np.random.default_rng(0).standard_normal(VOCABULARY).astype(np.float32)
+
     requests = [Request((1, 2), 12), Request((7,), 9, params=SamplingParams(do_sample=True, seed=3))]
     first, _ = collect(Engine(First(), limits()), requests)
-    second, _ = collect(Engine(Second(), limits()), requests)
+    second, _ = collect(Engine(Noisy(), limits()), requests)
     assert first == second
 
 
@@ -251,19 +259,7 @@ def test_logprobs_are_reported_for_the_chosen_token_and_the_most_probable_ones()
 
 @pytest.mark.parametrize("after", [0, 3])
 def test_interrupt_ends_what_runs_and_what_waits_on_every_rank(after):
-    told = []
-
-    class First(Recalling):
-        def agree(self, ids):
-            told.append(ids.copy())
-            return ids
-
-    class Second(Recalling):
-        rank = 1
-
-        def agree(self, ids):
-            return told.pop(0)
-
+    First, Second = two_ranks()
     requests = [Request((1, 2), 20), Request((3, 4, 5), 20), Request((6,), 20)]
     first = Engine(First(), limits(), max_batch=2)
     seen = []

@@ -6,7 +6,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from qwen15.convert_cli import add_common_flags, boolean, carry_out, options_from  # noqa: E402
+from qwen15.config_flags import boolean  # noqa: E402
+from qwen15.convert_cli import add_common_flags, carry_out, options_from  # noqa: E402
 from qwen15.errors import run_main  # noqa: E402
 
 

@@ -7,13 +7,6 @@ from typing import Any, Optional
 from .errors import UserError
 
 
-def boolean(text: str) -> bool:
-    """`True` or `False` in any case, as MindFormers' flags are written."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
-    return text.lower() == "true"
-
-
 def add_common_flags(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
     """Flags that every converter has."""
     if dtype:

@@ -40,18 +40,14 @@ def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = Tr
                         fix="Set load_checkpoint in the YAML or pass --load_checkpoint.")
     if not os.path.exists(path):
         raise UserError("no such file or folder", where=f"load_checkpoint {path}", fix=_nearest(path))
-    if os.path.isfile(path):
-        if ranks > 1 and not whole:
-            raise UserError(f"auto_trans_ckpt False wants a folder with rank_0 .. rank_{ranks - 1}, this is one file",
-                            where=f"load_checkpoint {path}", fix="Pass --auto_trans_ckpt True to slice it while loading, "
-                            "or slice it once with transform_ckpt.py.")
-        return path
     slices = rank_folders(path)
     if not slices:
         if ranks > 1 and not whole:
-            raise UserError(f"auto_trans_ckpt False wants rank_0 .. rank_{ranks - 1} in this folder, it has none",
-                            where=f"load_checkpoint {path}", fix="Pass --auto_trans_ckpt True to slice it while loading, "
-                            "or slice it once with transform_ckpt.py.")
+            last = ranks - 1
+            what = (f"a folder with rank_0 .. rank_{last}, this is one file" if os.path.isfile(path) else
+                    f"rank_0 .. rank_{last} in this folder, it has none")
+            raise UserError(f"auto_trans_ckpt False wants {what}", where=f"load_checkpoint {path}",
+                            fix="Pass --auto_trans_ckpt True to slice it while loading, or slice it once with transform_ckpt.py.")
         return path
     found = len(slices)
     if list(slices) != list(range(found)):
