@@ -78,7 +78,7 @@ class CpuNetwork(Network):
         ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": "O0"})
         operators, note = ops.select()
         model = config.model
-        self.ranks = config.parallel.model_parallel if config.parallel.use_parallel else 1
+        self.ranks = config.parallel.model_parallel  # 1 unless use_parallel
         if self.ranks > 1:
             self.rank, _ = cluster.join()
         self.vocab_size = model.dims.vocab_size
