@@ -1,12 +1,17 @@
 """What many tests need: random models as transformers would save them, the small real model, the real vocabulary."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings would bury the tests' own output
+
+# A shell starts its background jobs with Ctrl-C ignored, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "research" / "qwen1_5"
