@@ -15,4 +15,5 @@ namespace qwen15 {
 #include "matmul.h"
 #include "attention.h"
 #include "select.h"
+#include "probe.h"
 }  // namespace qwen15

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import UserError
 from .build import LIBRARY_NAME, OUTPUT_DIR
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """What `qwen15_abi_version()` must return: the arguments of the functions below and the operators' inputs."""
 
 KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
@@ -62,8 +62,9 @@ class Library:
                 ("top_candidates", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_int64, _F32, _I32)),
                 ("nucleus", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, _F32, _I32, ctypes.c_int64,
                                              ctypes.POINTER(ctypes.c_double))),
-                ("probe_bandwidth", ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64)),
-                ("probe_flops", ctypes.c_double, (ctypes.c_int64, ctypes.c_int))):
+                ("probe_bandwidth", ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)),
+                ("probe_flops", ctypes.c_double, (ctypes.c_int64, ctypes.c_int)),
+                ("busy_seconds", ctypes.c_double, ())):
             function = getattr(handle, f"qwen15_{name}")
             function.restype, function.argtypes = result, arguments
 
@@ -144,13 +145,23 @@ class Library:
                 return values[:count], ids[:count], normaliser[0], normaliser[1]
             room = logits.size
 
-    def bandwidth(self, memory: np.ndarray) -> float:
-        """Bytes per second all threads together read from this memory, in one pass over it."""
-        return self._handle.qwen15_probe_bandwidth(memory.ctypes.data, memory.nbytes)
+    def bandwidth(self, memory: np.ndarray, split: bool = False) -> float:
+        """Bytes per second all threads together read from this memory, in one pass over it.
 
-    def flops(self, dtype: str, repeats: int = 200000) -> float:
-        """Floating point operations per second of prefill's register tile on all threads; dtype float32 or bfloat16."""
+        Args:
+            memory: any array, far larger than the caches.
+            split: each thread reads eight places side by side, instead of one after another with prefetches.
+        """
+        return self._handle.qwen15_probe_bandwidth(memory.ctypes.data, memory.nbytes, split)
+
+    def flops(self, dtype: str, repeats: int = 5_000_000) -> float:
+        """Floating point operations per second of multiply-adds on registers, all threads, as prefill does them for `dtype`."""
         return self._handle.qwen15_probe_flops(repeats, DTYPES[dtype])
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds for which the kernels' threads have worked since the process began (searches over the vocabulary not counted)."""
+        return self._handle.qwen15_busy_seconds()
 
 
 def _logits(logits: np.ndarray, ndim: int) -> np.ndarray:

@@ -1,11 +1,10 @@
-// C functions for Python's ctypes: selection over the vocabulary, control of the threads, probes for the bench.
+// C functions for Python's ctypes: selection over the vocabulary, control of the threads.
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
-#include <chrono>
 #include <vector>
 
 #include "dispatch.h"
@@ -18,7 +17,7 @@ using namespace qwen15;
 namespace {
 
 // Bumped whenever a function's arguments or an operator's inputs change.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 struct Candidate {
   float value;
@@ -129,30 +128,4 @@ QWEN15_API int64_t qwen15_nucleus(const float* logits, int64_t vocab, float temp
     if (mass >= top_p * total) break;
   }
   return count;
-}
-
-// Bytes per second all threads read together from `bytes` of memory, each its own part; one pass.
-QWEN15_API double qwen15_probe_bandwidth(const void* data, int64_t bytes) {
-  volatile uint64_t sink = 0;
-  auto begin = std::chrono::steady_clock::now();
-  run_team([&](Team& team) {
-    int64_t from, to;
-    team.share(bytes, 4096, &from, &to);
-    sink = sink + kernels().read_bytes(static_cast<const char*>(data) + from, to - from);
-  });
-  std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  return bytes / seconds.count();
-}
-
-// Floating point operations per second all threads reach together in the register tile that prefill runs.
-// dtype: 0 float32, 2 bfloat16.
-QWEN15_API double qwen15_probe_flops(int64_t repeats, int dtype) {
-  double done = 0.0;
-  auto begin = std::chrono::steady_clock::now();
-  run_team([&](Team& team) {
-    double mine = kernels().peak_flops(repeats, static_cast<DType>(dtype));
-    if (team.rank() == 0) done = mine * team.size();
-  });
-  std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  return done / seconds.count();
 }

@@ -40,48 +40,4 @@ double sum_exp(const float* logits, int64_t n, float inverse_temperature, float 
   return sum;
 }
 
-// ---------------------------------------------------------------- probes for the bench
-
-// Reads every byte and adds them up in 64-bit words: how fast memory can be read at all.
-uint64_t read_bytes(const void* data, int64_t bytes) {
-  typedef uint64_t Q __attribute__((vector_size(W * 4)));
-  Q a = {0}, b = {0}, c = {0}, d = {0};
-  const char* p = (const char*)data;
-  for (int64_t i = 0; i + 4 * (int64_t)sizeof(Q) <= bytes; i += 4 * sizeof(Q)) {
-    Q w[4];
-    memcpy(w, p + i, sizeof w);
-    a += w[0];
-    b += w[1];
-    c += w[2];
-    d += w[3];
-  }
-  a = (a + b) + (c + d);
-  uint64_t sum = 0;
-  for (unsigned i = 0; i < sizeof(Q) / 8; ++i) sum += a[i];
-  return sum;
-}
-
-// Runs the register tile on panels that stay in the first cache level; returns the floating point operations done.
-template <class T>
-double tile_flops(int64_t repeats, float* sink) {
-  constexpr int k = 128;
-  alignas(64) typename T::A a[kTileRows * k] = {0};
-  alignas(64) typename T::P panel[k * kTileVecs * W] = {0};
-  alignas(64) float c[kTileRows * kTileVecs * W];
-  for (int64_t i = 0; i < repeats; ++i)
-    tile<T, kTileRows, kTileVecs>(a, k, panel, k, c, kTileVecs * W, i > 0);
-  *sink = c[0];
-  return 2.0 * repeats * k * kTileRows * kTileVecs * W;
-}
-
-double peak_flops(int64_t repeats, DType dtype) {
-  volatile float sink;
-  float value;
-  double done = dtype == DType::bf16 ? tile_flops<Packer<PairRow>::Tile>(repeats, &value)
-                                     : tile_flops<FloatTile>(repeats, &value);
-  sink = value;
-  (void)sink;
-  return done;
-}
-
 }  // namespace

@@ -93,6 +93,7 @@ class Pool {
   void run(void (*work)(Team&, void*), void* argument) {
     std::lock_guard<std::mutex> lock(call_mutex_);
     if (owner_ != getpid()) forget_workers();  // threads do not survive fork()
+    auto begin = std::chrono::steady_clock::now();
     adjust(wanted());
     work_ = work;
     argument_ = argument;
@@ -107,7 +108,11 @@ class Pool {
     Team team(this, 0, size_);
     work(team, argument);
     wait_until([this] { return finished_.load(std::memory_order_acquire) == size_ - 1; });
+    std::chrono::nanoseconds spent = std::chrono::steady_clock::now() - begin;
+    busy_ns_.fetch_add(spent.count(), std::memory_order_relaxed);
   }
+
+  double busy_seconds() const { return busy_ns_.load(std::memory_order_relaxed) * 1e-9; }
 
   void barrier() {
     if (size_ == 1) {
@@ -222,6 +227,7 @@ class Pool {
   void (*work_)(Team&, void*) = nullptr;
   void* argument_ = nullptr;
 
+  std::atomic<int64_t> busy_ns_{0};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
   int sleeping_ = 0;
@@ -248,5 +254,6 @@ void Team::share(int64_t n, int64_t grain, int64_t* begin, int64_t* end) const {
 void run_team(void (*work)(Team&, void*), void* argument) { Pool::instance().run(work, argument); }
 int threads() { return Pool::instance().size(); }
 void set_threads(int n) { Pool::instance().resize(n); }
+double busy_seconds() { return Pool::instance().busy_seconds(); }
 
 }  // namespace qwen15

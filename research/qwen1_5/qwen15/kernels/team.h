@@ -45,4 +45,7 @@ void run_team(F&& f) {
 int threads();
 void set_threads(int n);
 
+// Seconds spent in `run_team` since the process began.
+double busy_seconds();
+
 }  // namespace qwen15

@@ -96,8 +96,8 @@ struct Kernels {
   // Over one row of logits; see select.h.
   bool (*chunk_maxima)(const float* logits, int64_t n, float* maxima);
   double (*sum_exp)(const float* logits, int64_t n, float inverse_temperature, float top);
-  // Probes for the bench: a sum over `bytes` of memory; floating point operations done in `repeats` register tiles.
-  uint64_t (*read_bytes)(const void* data, int64_t bytes);
+  // Probes for the bench: a sum over `bytes` of memory; floating point operations done in `repeats` rounds. See probe.h.
+  uint64_t (*read_bytes)(const void* data, int64_t bytes, bool split);
   double (*peak_flops)(int64_t repeats, DType dtype);
 };
 
