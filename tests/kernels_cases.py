@@ -5,7 +5,7 @@ from typing import Sequence
 
 import numpy as np
 
-from qwen15.kernels.library import load
+from kernels_remote import load
 
 F16, F32, BF16 = "float16", "float32", "bfloat16"
 
@@ -32,8 +32,11 @@ class Stored:
         return self.memory.shape
 
 
-def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int]) -> np.ndarray:
-    """Run qwen15_<operator> as MindSpore would; inputs are Stored or int32/float32 arrays. Raises RuntimeError on its complaint."""
+def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *how: int) -> np.ndarray:
+    """Run qwen15_<operator> as MindSpore would; inputs are Stored or int32/float32 arrays. Raises RuntimeError on its complaint.
+
+    `how` goes to a driver (kernels_driver.cpp): how many threads call at once, and how often each.
+    """
     library = load()
     output = np.full(output_shape, np.nan, np.float32)
     arrays, names = [], []
@@ -47,7 +50,7 @@ def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int]) -
     shapes = [(ctypes.c_int64 * max(1, a.ndim))(*a.shape) for a in arrays]
     result = getattr(library._handle, f"qwen15_{operator}")(
         n, (ctypes.c_void_p * n)(*[a.ctypes.data for a in arrays]), (ctypes.c_int * n)(*[a.ndim for a in arrays]),
-        (ctypes.c_void_p * n)(*[ctypes.addressof(s) for s in shapes]), (ctypes.c_char_p * n)(*names), None, None)
+        (ctypes.c_void_p * n)(*[ctypes.addressof(s) for s in shapes]), (ctypes.c_char_p * n)(*names), None, None, *how)
     if result != 0:
         raise RuntimeError(library.last_error)
     return output

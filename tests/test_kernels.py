@@ -1,14 +1,19 @@
 """Every kernel equals its twin in NumPy float64, on every instruction set this machine runs."""
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from kernels_cases import (BF16, F16, F32, Batch, Stored, attention, call, linear, relative_error, rmsnorm, rotate, silu, tolerance)
+from kernels_remote import COMMAND, close, load
 from qwen15.errors import UserError
 from qwen15.kernels import library
 
 try:
-    KERNELS = [name for name in library.KERNELS if library.load().can_run(name)]
+    KERNELS = [name for name in library.KERNELS if load().can_run(name)]
 except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -16,9 +21,16 @@ EPS = 1e-6
 DTYPES = (F32, F16, BF16)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def driver():
+    """A driver's end is part of the test: that is when a sanitizer reports leaks."""
+    yield
+    close()
+
+
 @pytest.fixture(params=KERNELS)
 def kernels(request):
-    loaded = library.load()
+    loaded = load()
     before = loaded.kernels
     loaded.use_kernels(request.param)
     yield loaded
@@ -27,7 +39,7 @@ def kernels(request):
 
 @pytest.fixture(params=(1, 2, 3))
 def threads(request):
-    loaded = library.load()
+    loaded = load()
     before = loaded.threads
     loaded.threads = request.param
     yield request.param
@@ -163,30 +175,72 @@ def layer_twin(x, batch, layer, cos, sin, heads, kv_heads, dim):
     return x + linear(silu(linear(normed, w1)) * linear(normed, w3), w2)
 
 
+class StackCase:
+    """A random network of two layers and a batch for it; `inputs` are those of the operator `decoder`."""
+
+    heads, kv_heads, dim = 6, 2, 8
+
+    def __init__(self, dtype, cache_dtype, lens, cached):
+        rng = np.random.default_rng(5)
+        hidden, inner, vocab, layers, (heads, kv_heads, dim) = 48, 72, 101, 2, (self.heads, self.kv_heads, self.dim)
+        self.batch = Batch(rng, lens, cached, block_size=16)
+        self.cos, self.sin = rope(1200, dim)
+        self.table, self.norm, self.head = (weight(rng, (vocab, hidden), dtype, 1.0), weight(rng, hidden, dtype, 1.0),
+                                            weight(rng, (vocab, hidden), dtype, 0.1))
+        shape = (self.batch.num_blocks, 16, kv_heads, dim)
+        self.layers = [[*qkv_weights(rng, hidden, heads, kv_heads, dim, dtype), weight(rng, (hidden, heads * dim), dtype),
+                        weight(rng, hidden, dtype, 1.0), weight(rng, (inner, hidden), dtype), weight(rng, (inner, hidden), dtype),
+                        weight(rng, (hidden, inner), dtype), weight(rng, shape, cache_dtype, 1.0),
+                        weight(rng, shape, cache_dtype, 1.0)] for _ in range(layers)]
+        self.ids = rng.integers(0, vocab, self.batch.tokens).astype(np.int32)
+        self.logits_shape = (len(lens), vocab)
+
+    @property
+    def inputs(self):
+        batch = self.batch
+        return (self.ids, batch.positions, batch.slots, batch.query_lens, batch.context_lens, batch.tables, self.cos, self.sin,
+                np.array([EPS], np.float32), self.table, self.norm, self.head, *(p for layer in self.layers for p in layer))
+
+    def twin(self):
+        x = self.table.values[self.ids]
+        for layer in self.layers:
+            x = layer_twin(x, self.batch, layer, self.cos, self.sin, self.heads, self.kv_heads, self.dim)
+        return linear(rmsnorm(x[np.cumsum(self.batch.query_lens) - 1], self.norm, EPS), self.head)
+
+
 @pytest.mark.parametrize("cache_dtype", (F32, BF16))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lens, cached", (((1,), (9,)), ((1, 1, 1), (0, 20, 33)), ((40, 3, 1), (0, 8, 50)), ((1100, 30), (0, 5))))
 def test_whole_stack_equals_its_layers(kernels, dtype, cache_dtype, lens, cached):
-    rng = np.random.default_rng(5)
-    hidden, inner, vocab, heads, kv_heads, dim, layers = 48, 72, 101, 6, 2, 8, 2
-    batch = Batch(rng, lens, cached, block_size=16)
-    cos, sin = rope(1200, dim)
-    table, norm, head = (weight(rng, (vocab, hidden), dtype, 1.0), weight(rng, hidden, dtype, 1.0),
-                         weight(rng, (vocab, hidden), dtype, 0.1))
-    shape = (batch.num_blocks, 16, kv_heads, dim)
-    all_layers = [[*qkv_weights(rng, hidden, heads, kv_heads, dim, dtype), weight(rng, (hidden, heads * dim), dtype),
-                   weight(rng, hidden, dtype, 1.0), weight(rng, (inner, hidden), dtype), weight(rng, (inner, hidden), dtype),
-                   weight(rng, (hidden, inner), dtype), weight(rng, shape, cache_dtype, 1.0),
-                   weight(rng, shape, cache_dtype, 1.0)] for _ in range(layers)]
-    ids = rng.integers(0, vocab, batch.tokens).astype(np.int32)
-    got = call("decoder", (ids, batch.positions, batch.slots, batch.query_lens, batch.context_lens, batch.tables, cos, sin,
-                           np.array([EPS], np.float32), table, norm, head, *(p for layer in all_layers for p in layer)),
-               (len(lens), vocab))
-    caches = [layer[-1].values for layer in all_layers]
-    x = table.values[ids]
-    for layer in all_layers:
-        x = layer_twin(x, batch, layer, cos, sin, heads, kv_heads, dim)
-    wanted = linear(rmsnorm(x[np.cumsum(lens) - 1], norm, EPS), head)
-    assert relative_error(got, wanted) < 3 * tolerance(dtype, cache_dtype)
-    for layer, written in zip(all_layers, caches):
+    case = StackCase(dtype, cache_dtype, lens, cached)
+    got = call("decoder", case.inputs, case.logits_shape)
+    caches = [layer[-1].values for layer in case.layers]
+    assert relative_error(got, case.twin()) < 3 * tolerance(dtype, cache_dtype)
+    for layer, written in zip(case.layers, caches):
         assert relative_error(written, layer[-1].values) < 3 * max(tolerance(dtype), 8e-3 if cache_dtype == BF16 else 0)
+
+
+@pytest.mark.parametrize("lens, cached", (((1, 1, 1), (0, 20, 130)), ((70, 3, 1), (0, 8, 50))))
+def test_calls_from_several_threads_while_the_team_changes_size(kernels, lens, cached):
+    case, callers, repeats = StackCase(F32, F32, lens, cached), 3, 20
+    if os.environ.get(COMMAND):
+        call("decoder", case.inputs, case.logits_shape, callers, repeats)  # the driver compares the outputs
+        return
+    wanted, before, done = call("decoder", case.inputs, case.logits_shape), load().threads, threading.Event()
+
+    def resize():
+        while not done.is_set():
+            for count in (1, 2, 3, 4):
+                load().threads = count
+
+    resizer = threading.Thread(target=resize)
+    resizer.start()
+    try:
+        with ThreadPoolExecutor(callers) as pool:
+            results = list(pool.map(lambda _: call("decoder", case.inputs, case.logits_shape), range(callers * repeats)))
+    finally:
+        done.set()
+        resizer.join()
+        load().threads = before
+    for result in results:
+        np.testing.assert_array_equal(result, wanted)

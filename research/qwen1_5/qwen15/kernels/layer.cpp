@@ -150,11 +150,11 @@ void qkv(const Qkv& s, const float* x, int64_t tokens, const int32_t* positions,
 void attention(const float* q, int64_t heads, const Cache& cache, const Batch& batch, float* out) {
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
-  int64_t floats = attention_partial_floats(heads, cache.head_dim) *
-                   attention_partials(batch, cache.block_size, threads());
+  int size = threads();
+  int64_t floats = attention_partial_floats(heads, cache.head_dim) * attention_partials(batch, cache.block_size, size);
   memory.reserve(Arena::rounded(floats * 4));
   AttentionScratch scratch = {memory.take<float>(floats)};
-  run_team([&](Team& team) {
+  run_team(size, [&](Team& team) {
     kernels().attention(team, q, heads * cache.head_dim, heads, cache, batch, out, Activations(), false, scratch);
   });
 }
@@ -282,8 +282,9 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
   int64_t inner = first.gate_up.w1.rows, sequences = batch.sequences;
   int64_t heads = q_cols / first.qkv.cache.head_dim;
   int64_t tokens = batch.tokens < kPiece ? batch.tokens : kPiece;
+  int size = threads();
   int64_t partials = attention_partial_floats(heads, first.qkv.cache.head_dim) *
-                     attention_partials(batch, first.qkv.cache.block_size, threads());
+                     attention_partials(batch, first.qkv.cache.block_size, size);
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
   memory.reserve(activation_bytes(tokens, hidden) + activation_bytes(tokens, q_cols) + activation_bytes(tokens, inner) +
@@ -300,7 +301,7 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
   m.rows = memory.take<float>(sequences * hidden);
   m.scratch.partials = memory.take<float>(partials);
   Piece piece;
-  run_team([&](Team& team) {
+  run_team(size, [&](Team& team) {
     const Kernels& k = kernels();
     for (int64_t at = 0; at < batch.tokens; at += kPiece) {
       if (team.rank() == 0) cut(batch, at, at + kPiece < batch.tokens ? at + kPiece : batch.tokens, &piece);

@@ -90,11 +90,11 @@ class Pool {
     wanted_ = n < 1 ? 1 : (n > kMaxThreads ? kMaxThreads : n);
   }
 
-  void run(void (*work)(Team&, void*), void* argument) {
+  void run(int size, void (*work)(Team&, void*), void* argument) {
     std::lock_guard<std::mutex> lock(call_mutex_);
     if (owner_ != getpid()) forget_workers();  // threads do not survive fork()
     auto begin = std::chrono::steady_clock::now();
-    adjust(wanted());
+    adjust(size);
     work_ = work;
     argument_ = argument;
     arrived_.store(0, std::memory_order_relaxed);
@@ -251,7 +251,7 @@ void Team::share(int64_t n, int64_t grain, int64_t* begin, int64_t* end) const {
   if (*begin > n) *begin = n;
 }
 
-void run_team(void (*work)(Team&, void*), void* argument) { Pool::instance().run(work, argument); }
+void run_team(int size, void (*work)(Team&, void*), void* argument) { Pool::instance().run(size, work, argument); }
 int threads() { return Pool::instance().size(); }
 void set_threads(int n) { Pool::instance().resize(n); }
 double busy_seconds() { return Pool::instance().busy_seconds(); }

@@ -32,18 +32,22 @@ class Team {
   int rank_, size_;
 };
 
-// Run `work(team, argument)` on every thread of the pool; returns when all are done. Calls from several threads
-// take turns.
-void run_team(void (*work)(Team&, void*), void* argument);
-
-template <class F>
-void run_team(F&& f) {
-  run_team([](Team& team, void* argument) { (*static_cast<F*>(argument))(team); }, &f);
-}
-
 // Number of threads: what `set_threads` said, else QWEN15_THREADS, else the physical cores this process may use.
 int threads();
 void set_threads(int n);
+
+// Run `work(team, argument)` on `size` threads of the pool; returns when all are done. Calls from several threads
+// take turns.
+void run_team(int size, void (*work)(Team&, void*), void* argument);
+
+template <class F>
+void run_team(int size, F f) {
+  run_team(size, [](Team& team, void* argument) { (*static_cast<F*>(argument))(team); }, &f);
+}
+template <class F>
+void run_team(F f) {
+  run_team(threads(), f);
+}
 
 // Seconds spent in `run_team` since the process began.
 double busy_seconds();

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Cross-compiles the kernel library for aarch64 and runs the kernel tests on it in an emulator: results are compared with
+# NumPy's on this machine, call by call.
+#
+#   bash scripts/test_aarch64.sh [pytest arguments]    needs aarch64-linux-gnu-g++ and qemu-aarch64 (installed by apt when run as
+#                                                       root); see kernels_driver.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/kernels_driver.sh"
+
+target=aarch64-linux-gnu
+need "$target-g++" "g++-$target" qemu-aarch64 qemu-user
+kernel_tests_python
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$root"
+say "cross-compiling for $target"
+build_driver "$folder" "$target-g++" --target "$target" --
+say "kernel tests under qemu-aarch64"
+QWEN15_KERNELS_DRIVER="qemu-aarch64 -L /usr/$target $folder/driver" python -m pytest tests/test_kernels.py "$@"
