@@ -13,7 +13,7 @@ import pytest
 from checkpoint_fixtures import dims, model_contents, read_contents, run_script, under_ms_names, write_model
 from test_convert import to_hugging_face, to_mindspore
 
-from qwen15 import job, output
+from qwen15 import file_writer, job, output
 from qwen15.conversion import Options, plan_to_mindspore
 from qwen15.errors import UserError
 from qwen15.job import run
@@ -22,7 +22,7 @@ from qwen15.slices import Slicing
 from qwen15.tensorfile import open_ranks, read_joined
 
 FORMS = {"file": {}, "bin": {}, "shards": {"shard_bytes": 9000}, "ranks": {"slicing": Slicing(2, False)}}
-_EVENTS = ("write", "rename", "unlink", "ftruncate", "fsync", "makedirs", "rmdir")
+_EVENTS = ("pwrite", "rename", "unlink", "ftruncate", "fsync", "makedirs", "rmdir")
 
 
 def target_of(form, folder):
@@ -321,14 +321,14 @@ def test_a_bit_that_flips_on_its_way_to_the_disk_is_found_by_verify(tmp_path, mo
     if form == "bin":
         to_mindspore(tmp_path / "hf", tmp_path / "ms")
         source = tmp_path / "ms"
-    original = output.FileWriter._write
+    original = file_writer.FileWriter._put
 
     def flip(self, data):
         if len(data) == 200:  # the contents of a norm; nothing else is as long
             data = memoryview(bytes([data[0] ^ 1]) + bytes(data[1:]))
         original(self, data)
 
-    monkeypatch.setattr(output.FileWriter, "_write", flip)
+    monkeypatch.setattr(file_writer.FileWriter, "_put", flip)
     target = target_of(form, tmp_path)
     with pytest.raises(UserError, match="differs at byte"):
         if form == "bin":

@@ -57,8 +57,9 @@ def carry_out(plan: Any, args: argparse.Namespace) -> bool:
         _tell(f"cast {line}")
     for name, (nan, infinite) in sorted(result.account.non_finite.items()):
         _tell(f"warning: {name} holds {nan} NaN and {infinite} infinite values; they were carried over")
-    if result.resumed:
-        _tell(f"{result.resumed} of {len(plan.files)} files were taken over from an interrupted run")
+    if result.resumed_bytes:
+        _tell(f"{human_bytes(result.resumed_bytes)} of {human_bytes(plan.read_bytes)} were done by an interrupted run, "
+              f"{result.resumed} of {len(plan.files)} files whole")
     rate = human_bytes(plan.read_bytes / max(result.seconds, 1e-9))
     _tell(f"{plan.target}: {len(plan.moves)} tensors, {human_bytes(plan.write_bytes)} in {result.seconds:.2f} s ({rate}/s)")
     if args.verify:

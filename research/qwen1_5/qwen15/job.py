@@ -1,22 +1,24 @@
 """A conversion as a plan of moves into files: show it, run it, compare the result, put it in place."""
 
-import hashlib
 import json
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from .casting import Count
 from .errors import UserError
+from .file_writer import Blocks, FileWriter
 from .hf_config import read_json
-from .output import AtomicFolder, FileWriter, atomic_file, check_space, check_target, partial_path, write_small
+from .output import AtomicFolder, atomic_file, check_space, check_target, disk_bytes, partial_path, write_small
 from .progress import Progress, human_bytes
+from .resume import Record
 from .tensorfile import FORMATS, INDEX_FILES, Checkpoint, TensorFile, write_index
 from .tensors import TensorInfo, itemsize, total_bytes
 from .transfer import STRIP_BYTES, Account, Move, compare, transfer
 
-PLAN_FILE = ".plan.json"
+RECORD_EVERY_BYTES = 2 ** 30
+"""After so many bytes an interrupted run of many files at once can be taken up; making sure of them costs some milliseconds."""
 _SIDECARS = ("config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
              "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _LARGEST_SIDECAR_BYTES = 64 * 2 ** 20
@@ -119,11 +121,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """What running a plan did."""
+    """What running a plan did.
+
+    Attributes:
+        account: of the tensors.
+        seconds: that it took.
+        resumed, resumed_bytes: whole files, and bytes of the source, that an interrupted run had done.
+        compared: tensors that were read back.
+    """
 
     account: Account
     seconds: float
     resumed: int
+    resumed_bytes: int
     compared: int
 
 
@@ -206,18 +216,14 @@ def check_plan(plan: Plan, overwrite: bool) -> None:
     """What `run` refuses before it writes anything; a dry run asks the same."""
     sources = [file.path for source in plan.sources for file in source.files]
     check_target(plan.target, sources, overwrite)
-    already_bytes = _resumable_bytes(plan) if plan.is_folder else _bytes_of(partial_path(plan.target))
-    check_space(plan.target, plan.write_bytes - already_bytes)
+    # What an interrupted run has left is taken up, or written over: either way its room is there.
+    check_space(plan.target, plan.write_bytes - disk_bytes(partial_path(plan.target)))
     if not plan.is_folder:
         for name, content in plan.small.items():
             path = os.path.join(plan._small_folder, name)
             if os.path.lexists(path) and not overwrite and _read(path) != content:
                 raise UserError("exists already, and the model that is converted has another", path,
                                 "Write to a folder of its own, or --overwrite to replace it.")
-
-
-def _bytes_of(path: str) -> int:
-    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def _read(path: str) -> Optional[bytes]:
@@ -233,35 +239,37 @@ def _run_file(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
     account = Account()
     begin = time.monotonic()
     with atomic_file(plan.target) as (fd, path):
-        writer = FileWriter(fd, path, file.steps())
-        _transfer(plan, plan.moves, {0: writer}, account, allow_overflow, Progress("converting", plan.read_bytes))
+        with Blocks() as blocks:
+            writer = FileWriter(fd, path, file.steps(), blocks)
+            with Progress("converting", plan.read_bytes) as progress:
+                transfer(plan.moves, {0: writer}, account, allow_overflow, progress.advance)
+                writer.finish()
         compared = _verify(plan, {0: path}) if verify else 0
         for name, content in plan.small.items():
             beside = os.path.join(plan._small_folder, name)
             if _read(beside) != content:
                 write_small(beside, content)
-    return Result(account, time.monotonic() - begin, 0, compared)
+    return Result(account, time.monotonic() - begin, 0, 0, compared)
 
 
 def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
     begin = time.monotonic()
     folder = AtomicFolder(plan.target)
     try:
-        state = _State.take_up(plan, folder)
-        progress = Progress("converting", plan.read_bytes)
-        for numbers, moves in _groups(plan):
-            if all(plan.files[number].name in state.done for number in numbers):
-                progress.skip(sum(move.nbytes for move in moves))
-                continue
-            _run_group(plan, numbers, moves, folder.path, state.account, allow_overflow, progress)
-            state.finished([plan.files[number].name for number in numbers])
-        progress.close()
+        record = Record(plan, folder)
+        resumed = len(record.done)
+        with Progress("converting", plan.read_bytes) as progress:
+            for numbers, moves in _groups(plan):
+                if all(plan.files[number].name in record.done for number in numbers):
+                    progress.skip(sum(move.nbytes for move in moves))
+                else:
+                    _run_group(plan, numbers, moves, folder, record, allow_overflow, progress)
         for name, content in plan.small.items():
             write_small(os.path.join(folder.path, name), content)
         paths = {number: os.path.join(folder.path, file.name) for number, file in enumerate(plan.files)}
         compared = _verify(plan, paths) if verify else 0
         folder.publish()
-        return Result(state.account, time.monotonic() - begin, state.resumed, compared)
+        return Result(record.account, time.monotonic() - begin, resumed, progress.skipped_bytes, compared)
     finally:
         folder.close()
 
@@ -281,35 +289,39 @@ def _groups(plan: Plan) -> Iterator[Tuple[List[int], List[Move]]]:
         yield numbers, moves
 
 
-def _run_group(plan: Plan, numbers: Sequence[int], moves: Sequence[Move], folder: str, account: Account,
+def _run_group(plan: Plan, numbers: Sequence[int], moves: Sequence[Move], folder: AtomicFolder, record: Record,
                allow_overflow: bool, progress: Progress) -> None:
-    """Write some files of a folder; each appears in it when all of them are whole."""
-    def nested(rest: Sequence[int], writers: Dict[int, FileWriter]) -> None:
-        if rest:
-            file = plan.files[rest[0]]
-            with atomic_file(os.path.join(folder, file.name)) as (fd, path):
-                nested(rest[1:], {**writers, rest[0]: FileWriter(fd, path, file.steps())})
-        else:
-            _transfer(plan, moves, writers, account, allow_overflow, progress, keep_open=True)
-    nested(list(numbers), {})
-
-
-def _transfer(plan: Plan, moves: Sequence[Move], writers: Dict[int, FileWriter], account: Account, allow_overflow: bool,
-              progress: Progress, keep_open: bool = False) -> None:
-    try:
-        transfer(moves, writers, account, allow_overflow, progress.advance)
+    """Write some files of a folder together, from where an earlier run of the plan has come to."""
+    names = [plan.files[number].name for number in numbers]
+    first, sizes = record.begun(names)
+    progress.skip(sum(move.nbytes for move in moves[:first]))
+    with ExitStack() as stack:
+        opened = {number: stack.enter_context(folder.file(plan.files[number].name, record.keeps)) for number in numbers}
+        blocks = stack.enter_context(Blocks(len(numbers)))  # opened last, so that it is left before the files are closed
+        writers = {number: FileWriter(fd, path, plan.files[number].steps(), blocks, sizes.get(plan.files[number].name, 0))
+                   for number, (fd, path) in opened.items()}
+        for last in _stops(moves, first):
+            transfer(moves[first:last], writers, record.account, allow_overflow, progress.advance)
+            if last < len(moves):
+                record.begin(last, {plan.files[number].name: writer.sync() for number, writer in writers.items()})
+            first = last
         for writer in writers.values():
             writer.finish()
-    except BaseException:
-        progress.close()
-        raise
-    if not keep_open:
-        progress.close()
+        record.finish(names)
+
+
+def _stops(moves: Sequence[Move], first: int) -> Iterator[int]:
+    """After how many moves to write down how far it has come, the last time after all of them."""
+    nbytes = 0
+    for number in range(first, len(moves)):
+        nbytes += moves[number].nbytes
+        if nbytes >= RECORD_EVERY_BYTES or number == len(moves) - 1:
+            yield number + 1
+            nbytes = 0
 
 
 def _verify(plan: Plan, paths: Mapping[int, str]) -> int:
     results: Dict[int, Checkpoint] = {}
-    progress = Progress("comparing", plan.read_bytes)
     try:
         for number, path in paths.items():
             file = TensorFile(path, plan.files[number].kind)
@@ -318,76 +330,8 @@ def _verify(plan: Plan, paths: Mapping[int, str]) -> int:
             surplus = set(file.infos) - {info.name for info in plan.files[number].infos}
             if surplus or file.others:
                 raise UserError(f"holds {sorted(surplus | set(file.others))[0]}, which nobody wrote", path)
-        return compare(plan.moves, results, progress.advance)
+        with Progress("comparing", plan.read_bytes) as progress:
+            return compare(plan.moves, results, progress.advance)
     finally:
-        progress.close()
         for result in results.values():
             result.close()
-
-
-class _State:
-    """What an interrupted run of the same plan has finished already, kept in the scratch folder."""
-
-    def __init__(self, path: str, fingerprint: str):
-        self._path, self._fingerprint = path, fingerprint
-        self.done: List[str] = []
-        self.resumed = 0
-        self.account = Account()
-
-    @classmethod
-    def take_up(cls, plan: Plan, folder: AtomicFolder) -> "_State":
-        state = cls(os.path.join(folder.path, PLAN_FILE), fingerprint(plan))
-        saved = _saved_state(folder.path)
-        if saved is None or saved["fingerprint"] != state._fingerprint:
-            folder.clear()
-        else:
-            state.done = _whole_files(plan, folder.path, saved["done"])
-            state.resumed = len(state.done)
-            state.account.non_finite = {name: tuple(counts) for name, counts in saved["non_finite"].items()}
-            state.account.casts = {tuple(key.split(">")): Count(*counts) for key, counts in saved["casts"].items()}
-        return state
-
-    def finished(self, names: Sequence[str]) -> None:
-        self.done += names
-        casts = {">".join(key): [count.tensors, count.values, count.to_zero, count.overflowed]
-                 for key, count in self.account.casts.items()}
-        content = {"fingerprint": self._fingerprint, "done": self.done, "casts": casts,
-                   "non_finite": self.account.non_finite}
-        write_small(self._path, json.dumps(content).encode("utf-8"))
-
-
-def _saved_state(folder: str) -> Optional[Dict[str, Any]]:
-    content = _read(os.path.join(folder, PLAN_FILE))
-    try:
-        saved = json.loads(content) if content is not None else None
-    except ValueError:
-        return None
-    return saved if isinstance(saved, dict) and set(saved) == {"fingerprint", "done", "casts", "non_finite"} else None
-
-
-def _whole_files(plan: Plan, folder: str, names: Sequence[str]) -> List[str]:
-    sizes = {file.name: total_bytes(file.steps()) for file in plan.files}
-    return [name for name in names if name in sizes and _bytes_of(os.path.join(folder, name)) == sizes[name]]
-
-
-def _resumable_bytes(plan: Plan) -> int:
-    folder = partial_path(plan.target)
-    saved = _saved_state(folder)
-    if saved is None or saved["fingerprint"] != fingerprint(plan):
-        return 0
-    return sum(_bytes_of(os.path.join(folder, name)) for name in _whole_files(plan, folder, saved["done"]))
-
-
-def fingerprint(plan: Plan) -> str:
-    """A number for a plan and the state of its sources: the same only if taking up the work gives the same result."""
-    sources = []
-    for source in plan.sources:
-        for file in source.files:
-            there = os.stat(file.path)
-            sources.append([os.path.realpath(file.path), there.st_size, there.st_mtime_ns])
-    moves = [[move.label, move.dtype, move.target_dtype, [[d.file, d.name, repr(d.region)] for d in move.destinations]]
-             for move in plan.moves]
-    files = [[file.name, file.kind, sorted(file.metadata.items())] for file in plan.files]
-    small = {name: hashlib.sha256(content).hexdigest() for name, content in plan.small.items()}
-    return hashlib.sha256(json.dumps([sources, moves, files, small], sort_keys=True).encode()).hexdigest()
-

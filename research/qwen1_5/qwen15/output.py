@@ -1,22 +1,18 @@
 """Write files that are either whole or not there: beside the target under a name of our own, then renamed."""
 
 import ctypes
-import errno
 import fcntl
 import os
 import re
 import shutil
-import zlib
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Sequence, Tuple
 
 from .errors import EXIT_FAILED, UserError
+from .file_writer import Blocks, FileWriter, told
 from .progress import human_bytes
-from .tensors import Step, Tail, total_bytes
 
 LOCK_FILE = ".lock"
-_WRITE_BYTES = 256 * 2 ** 10
-"""Written at once. Larger pieces make the page cache look for larger runs of free memory, which was up to ten times slower."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -32,22 +28,6 @@ def partial_path(target: str) -> str:
     """Where `target` is written before it is whole."""
     folder, name = os.path.split(os.path.abspath(target))
     return os.path.join(folder, f".{name}.qwen15-partial")
-
-
-@contextmanager
-def told(path: str) -> Iterator[None]:
-    """Turn what the operating system says about writing `path` into a line for the user."""
-    try:
-        yield
-    except OSError as error:
-        fix = None
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fix = "Make room, or write to another disk; nothing of the result was put in place."
-        elif error.errno == errno.EFBIG:
-            fix = "The limit on a file's size is too low (see `ulimit -f`), or the file system allows no such files."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            fix = "Write to a folder that you may write to."
-        raise UserError(f"cannot be written: {error.strerror or error}", path, fix, exit_code=EXIT_FAILED) from None
 
 
 def check_target(target: str, sources: Sequence[str], overwrite: bool) -> None:
@@ -93,6 +73,12 @@ def check_space(target: str, needed_bytes: int) -> None:
                         "Make room, or write to another disk.")
 
 
+def disk_bytes(path: str) -> int:
+    """Disk that a file takes, or a folder's files do; 0 when there is nothing."""
+    names = [os.path.join(path, name) for name in _files_below(path)] if os.path.isdir(path) else [path]
+    return sum(os.lstat(name).st_blocks * 512 for name in names if os.path.isfile(name))
+
+
 def _files_below(folder: str) -> List[str]:
     return sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder)
                   for name in names)
@@ -124,74 +110,6 @@ def _sync_folder(path: str) -> None:
         pass  # some network file systems cannot; the rename itself is still atomic
     finally:
         os.close(fd)
-
-
-class FileWriter:
-    """Writes one checkpoint file front to back from its steps and the tensors' bytes.
-
-    Args:
-        fd: open file; its contents are replaced. The caller closes it.
-        path: for messages.
-        steps: what the file consists of.
-    """
-
-    def __init__(self, fd: int, path: str, steps: Sequence[Step]):
-        self._fd, self.path = fd, path
-        self._steps = list(steps)
-        self.nbytes = total_bytes(self._steps)
-        self._next = 0  # step
-        self._left = 0  # bytes left of the body being written
-        self._at = 0
-        self._crcs: Optional[Dict[str, int]] = {} if any(isinstance(step, Tail) for step in self._steps) else None
-        with told(path):
-            os.ftruncate(fd, 0)
-
-    def feed(self, name: str, chunk: memoryview) -> None:
-        """Write the next bytes of tensor `name`. Tensors come in the steps' order, every tensor's bytes front to back."""
-        with told(self.path):
-            while len(chunk):
-                if not self._left:
-                    self._advance(name)
-                part = chunk[:self._left]
-                self._write(part)
-                if self._crcs is not None:
-                    self._crcs[name] = zlib.crc32(part, self._crcs.get(name, 0))
-                self._left -= len(part)
-                chunk = chunk[len(part):]
-
-    def _advance(self, name: Optional[str]) -> None:
-        """Write fixed bytes up to the next body, which must be of tensor `name`; up to the end where it is None."""
-        while self._next < len(self._steps):
-            step = self._steps[self._next]
-            self._next += 1
-            if isinstance(step, bytes):
-                self._write(memoryview(step))
-            elif isinstance(step, Tail):
-                self._write(memoryview(step.make(self._crcs)))
-            elif step.nbytes == 0:
-                if self._crcs is not None:
-                    self._crcs.setdefault(step.name, 0)
-            elif step.name == name:
-                self._left = step.nbytes
-                return
-            else:
-                raise RuntimeError(f"{self.path}: {step.name} should come now, not {name}")
-        if name is not None:
-            raise RuntimeError(f"{self.path}: no place for more of {name}")
-
-    def _write(self, data: memoryview) -> None:
-        while len(data):
-            written = os.write(self._fd, data[:_WRITE_BYTES])
-            data = data[written:]
-            self._at += written
-
-    def finish(self) -> None:
-        """Write what comes after the last tensor and wait until the disk has everything."""
-        with told(self.path):
-            self._advance(None)
-            if self._at != self.nbytes or self._left:
-                raise RuntimeError(f"{self.path}: {self._at} bytes written where {self.nbytes} belong")
-            os.fsync(self._fd)
 
 
 @contextmanager
@@ -238,8 +156,8 @@ def _discard(partial: str, fd: int) -> None:
 
 def write_small(target: str, content: bytes) -> None:
     """Write a small file atomically."""
-    with atomic_file(target) as (fd, path):
-        FileWriter(fd, path, [content]).finish()
+    with atomic_file(target) as (fd, path), Blocks() as blocks:
+        FileWriter(fd, path, [content], blocks).finish()
 
 
 class AtomicFolder:
@@ -262,6 +180,28 @@ class AtomicFolder:
     def existing(self) -> List[str]:
         """Files in the scratch folder, relative to it, the lock and halves of files left out."""
         return [name for name in _files_below(self.path) if not os.path.basename(name).startswith(".")]
+
+    @contextmanager
+    def file(self, name: str, kept: Callable[[str], bool]) -> Iterator[Tuple[int, str]]:
+        """Give (descriptor, path) of a file in the scratch folder, its contents as they are.
+
+        Args:
+            name: relative to the folder.
+            kept: asked when the block fails whether the file is of use to the next run; it is removed if not.
+        """
+        path = os.path.join(self.path, name)
+        with told(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            yield fd, path
+            _sync_folder(os.path.dirname(path))
+        except BaseException:
+            if not kept(name):
+                os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
 
     def clear(self) -> None:
         """Remove everything in the scratch folder but the lock."""

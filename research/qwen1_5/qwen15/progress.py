@@ -25,7 +25,7 @@ def human_time(seconds: float) -> str:
 
 
 class Progress:
-    """A line that is rewritten in place.
+    """A line that is rewritten in place; leaving it (`with`) takes it away.
 
     Args:
         label: what is being done, one word.
@@ -39,13 +39,13 @@ class Progress:
         self._shown = self._stream.isatty()
         self._begin = time.monotonic()
         self._done = 0
-        self._skipped = 0
+        self.skipped_bytes = 0
         self._next = self._begin
         self._width = 0
 
     def skip(self, nbytes: int) -> None:
         """Count bytes that needed no work; they do not enter the rate."""
-        self._skipped += nbytes
+        self.skipped_bytes += nbytes
         self._done += nbytes
 
     def advance(self, nbytes: int) -> None:
@@ -58,7 +58,7 @@ class Progress:
 
     def line(self, elapsed_s: float) -> str:
         """The line for a time since the start."""
-        worked = self._done - self._skipped
+        worked = self._done - self.skipped_bytes
         share = 100 * self._done / self._total if self._total else 100
         text = f"{self._label}: {share:3.0f}%  {human_bytes(self._done)} of {human_bytes(self._total)}"
         if worked and elapsed_s > 0:
@@ -70,6 +70,12 @@ class Progress:
         self._stream.write("\r" + text.ljust(self._width))
         self._stream.flush()
         self._width = len(text)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> float:
         """Take the line away; returns the seconds since the start."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from .casting import FLOATS, Count, cast
 from .errors import EXIT_FAILED, UserError
-from .output import FileWriter
+from .file_writer import FileWriter
 from .tensorfile import Checkpoint
 from .tensors import LONG_NAMES, NUMPY_DTYPES, element_count, itemsize
 

@@ -4,15 +4,16 @@ import argparse
 import dataclasses
 import json
 import os
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import numpy as np
 
 from .. import family, naming
 from ..casting import from_float32
 from ..errors import UserError, did_you_mean
+from ..file_writer import Blocks, FileWriter
 from ..format_safetensors import steps
-from ..output import AtomicFolder, FileWriter, check_space, check_target, write_small
+from ..output import AtomicFolder, check_space, check_target, write_small
 from ..progress import Progress
 from ..tensorfile import INDEX_FILES, write_index
 from ..tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
@@ -97,36 +98,37 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
 def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator, progress: Progress) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        writer = FileWriter(fd, path, steps(infos, {"format": "pt"}))
-        for info in infos:
-            count = element_count(info.shape)
-            for start in range(0, count, _STRIP_ELEMENTS):
-                values = rng.standard_normal(min(_STRIP_ELEMENTS, count - start), np.float32) * np.float32(0.02)
-                if "norm" in info.name:
-                    values += np.float32(1)
-                strip = np.ascontiguousarray(from_float32(values, info.dtype)).astype(NUMPY_DTYPES[info.dtype], copy=False)
-                writer.feed(info.name, memoryview(strip.view(np.uint8)))
-                progress.advance(strip.nbytes)
-        writer.finish()
+        with Blocks() as blocks:
+            writer = FileWriter(fd, path, steps(infos, {"format": "pt"}), blocks)
+            for info in infos:
+                count = element_count(info.shape)
+                for start in range(0, count, _STRIP_ELEMENTS):
+                    values = rng.standard_normal(min(_STRIP_ELEMENTS, count - start), np.float32) * np.float32(0.02)
+                    if "norm" in info.name:
+                        values += np.float32(1)
+                    strip = np.ascontiguousarray(from_float32(values, info.dtype)).astype(NUMPY_DTYPES[info.dtype], copy=False)
+                    writer.feed(info.name, memoryview(strip.view(np.uint8)))
+                    progress.advance(strip.nbytes)
+            writer.finish()
     finally:
         os.close(fd)
 
 
-def add_parser(commands: "argparse._SubParsersAction") -> None:
-    """Add `make_checkpoint` to the bench's commands."""
-    made = commands.add_parser("make_checkpoint", help="write a random checkpoint of any Qwen1.5 size",
-                               description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("folder", metavar="OUT", help="folder to make")
-    made.add_argument("--size", default="0.5b", help=f"one of {', '.join(family.FAMILY)}")
-    made.add_argument("--layers", type=int, metavar="N", help="another number of layers than the published one")
-    made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all tensors")
-    made.add_argument("--seed", type=int, default=0, help="start of the random numbers")
-    made.add_argument("--overwrite", action="store_true", help="replace a folder this project made")
-    made.set_defaults(run=run)
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Write the folder the arguments ask for.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+    Raises:
+        UserError: see `make_checkpoint`.
+    """
+    parser = argparse.ArgumentParser(prog="qwen15 bench make-checkpoint", description=__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", metavar="OUT", help="folder to make")
+    parser.add_argument("--size", default="0.5b", help=f"one of {', '.join(family.FAMILY)}")
+    parser.add_argument("--layers", type=int, metavar="N", help="another number of layers than the published one")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all tensors")
+    parser.add_argument("--seed", type=int, default=0, help="start of the random numbers")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder this project made")
+    args = parser.parse_args(argv)
     total = make_checkpoint(args.folder, dims_of(args.size, args.layers), args.dtype, args.seed, overwrite=args.overwrite)
     print(f"{args.folder}: {total / 1e9:.2f} GB")
     return 0
