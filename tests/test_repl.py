@@ -226,7 +226,7 @@ def test_messages_of_any_length_reach_the_other_ranks_past_signs_of_life():
     heard = []
     other = threading.Thread(target=lambda: heard.extend(Shared(Rank(1, pipe)).hear() for _ in range(5)))
     other.start()
-    first = Shared(Rank(0, pipe), heartbeat_s=0.01)
+    first = Shared(Rank(0, pipe), every_s=0.01)
     messages = [b"a", bytes(range(256)) * 9, b"", b"x" * 64, "上海".encode()]
     for message in messages:
         with first.waiting():

@@ -1,19 +1,23 @@
 """What only rank 0 knows (a typed question, a file from stdin) brought to every rank, over the network's `agree`."""
 
+import os
 import threading
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Iterator, Mapping, Optional
 
 import numpy as np
 
 from . import interrupts
 from .network import Network
 
-HEARTBEAT_S = 20.0
-"""While rank 0 waits for its user the others wait for rank 0, and a collective that waits too long fails (30 s is MindSpore's
-shortest limit); so rank 0 says this often that there is nothing new."""
-
 _IDLE = -1
+
+
+def heartbeat_s(environ: Mapping[str, str] = os.environ) -> float:
+    """How often rank 0, while it waits for its user, says that there is nothing new: the others wait for rank 0 meanwhile, and a
+    collective that waits for MS_NODE_TIMEOUT seconds (MindSpore: 30 unless it is set) fails."""
+    limit = environ.get("MS_NODE_TIMEOUT", "")
+    return min(20.0, (int(limit) if limit.isdigit() else 30) / 3)
 
 
 class Shared:
@@ -24,12 +28,12 @@ class Shared:
 
     Args:
         network: the open network.
-        heartbeat_s: how often rank 0 gives a sign of life while it is `waiting`.
+        every_s: how often rank 0 gives a sign of life while it is `waiting`.
     """
 
-    def __init__(self, network: Network, heartbeat_s: float = HEARTBEAT_S):
+    def __init__(self, network: Network, every_s: Optional[float] = None):
         self._network = network
-        self._heartbeat_s = heartbeat_s
+        self._every_s = heartbeat_s() if every_s is None else every_s
         self._sending = threading.Lock()
 
     def tell(self, message: bytes) -> None:
@@ -67,7 +71,7 @@ class Shared:
         ended = threading.Event()
 
         def beat() -> None:
-            while not ended.wait(self._heartbeat_s):
+            while not ended.wait(self._every_s):
                 with self._sending:
                     if not ended.is_set():
                         self._network.agree(np.array([_IDLE], np.int32))

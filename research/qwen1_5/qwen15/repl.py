@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from . import chat
+from . import chat, foreground
 from .config_keys import MODEL
 from .engine import CANCELLED, LENGTH, Engine, KeptCache, Usage
 from .errors import EXIT_FAILED, EXIT_OK, UserError, did_you_mean
@@ -353,11 +353,15 @@ def _timing(usage: Usage) -> str:
 class Terminal:
     """Questions from stdin, answers to stdout, notes to stderr. On a terminal with line editing and history.
 
+    Args:
+        report: what it says from now on comes in order with notes and answers.
+
     Attributes:
         interactive: stdin is a terminal; otherwise its lines are the questions, and no prompt is shown.
     """
 
     def __init__(self, report: Reporter):
+        self._notes = report.stream = foreground.come_forward()
         self.interactive = sys.stdin is not None and sys.stdin.isatty()
         self._tty_out = sys.stdout.isatty()
         self._at_line_start = True
@@ -385,8 +389,8 @@ class Terminal:
             if self.interactive and self._tty_out:
                 return input(prompt)
             if self.interactive:
-                sys.stderr.write(prompt)
-                sys.stderr.flush()
+                self._notes.write(prompt)
+                self._notes.flush()
             line = sys.stdin.readline() if sys.stdin is not None else ""
             return line.rstrip("\r\n") if line else None
         except EOFError:
@@ -410,7 +414,7 @@ class Terminal:
         """Something that is no answer."""
         if self._tty_out and not self._at_line_start:
             self.write("\n")
-        print(printable(line), file=sys.stderr, flush=True)
+        print(printable(line), file=self._notes, flush=True)
 
     def close(self) -> None:
         """Write the history."""

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from typing import Callable
+from typing import Callable, Optional, TextIO
 
 from .session import env_rank
 
@@ -16,9 +16,13 @@ class Reporter:
 
     Args:
         level: one of `LEVELS`; lines below it are dropped.
+
+    Attributes:
+        stream: where to, None for stderr.
     """
 
     def __init__(self, level: str = "info"):
+        self.stream: Optional[TextIO] = None
         self._most = LEVELS.index(level)
         self._said = set()
 
@@ -42,7 +46,7 @@ class Reporter:
 
     def _say(self, level: str, line: str) -> None:
         if self.shows(level):
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=self.stream or sys.stderr, flush=True)
 
 
 def quiet_frameworks(level: str) -> None:

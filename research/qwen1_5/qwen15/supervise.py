@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Set, Tuple
 
-from .errors import EXIT_FAILED, EXIT_OK, UserError, run_main
+from . import foreground
+from .errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError, run_main
 from .rank_process import NOTICE, RankProcess, Task
 
 _POLL_S = 0.05
@@ -122,6 +123,8 @@ class _Supervisor:
         self._ranks: List[RankProcess] = []
         self._signal: Optional[int] = None
         self._unread = threading.Event()  # nobody reads our stdout any more
+        self._terminal: Optional[foreground.Terminal] = None
+        self._wants_terminal = False
         self._kills_before = _out_of_memory_kills()
         self._begin = time.monotonic()
         self._complete = False
@@ -157,6 +160,7 @@ class _Supervisor:
                 return self._interrupted()
             if self._unread.is_set():
                 return EXIT_FAILED
+            self._lend_terminal()
             failure = self._look()
             if failure is not None:
                 self._fail(failure)
@@ -170,7 +174,10 @@ class _Supervisor:
             if job.scheduler is not None:
                 self._scheduler = RankProcess(job.scheduler, job.log(job.scheduler), relayed=False)
             for task in job.ranks:
-                self._ranks.append(RankProcess(task, job.log(task), relayed=self._foreground and task.rank == 0))
+                first = self._foreground and task.rank == 0
+                if first:
+                    self._terminal = foreground.Terminal.find()
+                self._ranks.append(RankProcess(task, job.log(task), first, self._terminal if first else None))
         except OSError as error:
             raise UserError(f"cannot be started ({error.strerror})", where=job.ranks[0].command[0]) from None
         for process in self._ranks:
@@ -193,6 +200,28 @@ class _Supervisor:
                 time.sleep(_POLL_S)
             return self._interrupted()
         return EXIT_OK
+
+    # -- the terminal
+
+    def _lend_terminal(self) -> None:
+        """Look after a rank 0 that has our terminal as its stdin; afterwards Ctrl-C is its own, see `foreground`."""
+        if self._terminal is None:
+            return
+        process = self._ranks[0]
+        if process.poll() is not None:
+            if self._terminal.lent and process.code in (EXIT_INTERRUPTED, -signal.SIGINT):
+                self._signal = signal.SIGINT
+            self._terminal.take_back()
+            return
+        stopped_by = process.stop_signal()
+        if stopped_by in (signal.SIGTTIN, signal.SIGTTOU):
+            self._wants_terminal = True
+            process.settle_relay(_GRACE_S)  # what it has said before it reads comes before what it says to the terminal itself
+        elif stopped_by == signal.SIGTSTP:
+            say("Ctrl-Z: a run of several processes cannot be suspended, the others would take this one for lost")
+            process.signal_group(signal.SIGCONT)
+        if self._wants_terminal and self._terminal.lend(process.pid):
+            self._wants_terminal = False
 
     # -- waiting for the scheduler of another machine
 
@@ -242,6 +271,9 @@ class _Supervisor:
         limit_s = min(_STOPPED_LIMIT_S, self._job.hang_timeout_s)
         if now - process.stopped_since < limit_s:
             return None
+        if self._wants_terminal and process.task.rank == 0:
+            return _Failure(process, f"waits for the terminal for {limit_s} s, and the launcher is in the background",
+                            "Keep it in the foreground, or give its input in a file or a pipe.")
         return _Failure(process, f"stopped (SIGSTOP, state T) for {limit_s} s",
                         "What stopped it has to let it go on sooner.")
 
@@ -396,6 +428,8 @@ class _Supervisor:
             process.finish_relay(_GRACE_S)
             if process.poll() is None:
                 say(f"{process.task.name} (process {process.pid}, state {process.state()}) cannot be ended")
+        if self._terminal is not None:
+            self._terminal.take_back()
 
 
 def _these(ranks: Set[int], one: str = "", many: str = "") -> str:

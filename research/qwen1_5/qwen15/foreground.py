@@ -1,0 +1,83 @@
+"""The terminal under the launcher: lent to rank 0 when it first uses it, by job control, as a shell does with its jobs."""
+
+import os
+import signal
+import sys
+import termios
+from typing import Mapping, Optional, TextIO
+
+VARIABLE = "QWEN15_TERMINAL"
+"""Set by the launcher for a rank 0 whose stdin is its terminal: which of the launcher's streams (1, 2) are that terminal too."""
+
+
+class Terminal:
+    """The launcher's half. Until rank 0 reads, Ctrl-C is the launcher's and ends all; from then on it is rank 0's.
+
+    Rank 0 is a process group of the launcher's session, in the background at first. There the system stops it when it reads
+    from the terminal or changes its modes; the launcher sees that, lends it the terminal, and lets it go on.
+    """
+
+    def __init__(self):
+        self._group = os.getpgrp()
+        self._modes = termios.tcgetattr(0)
+        self.lent = False
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # from the background too we may write, and take the terminal back
+
+    @classmethod
+    def find(cls) -> Optional["Terminal"]:
+        """Our stdin when it is a terminal and we are in its foreground, else None."""
+        try:
+            return cls() if os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp() else None
+        except (OSError, termios.error):  # a terminal, but not this session's
+            return None
+
+    @property
+    def variable(self) -> str:
+        """Value of `VARIABLE`."""
+        name = os.ttyname(0)
+        return "".join(str(stream) for stream in (1, 2) if os.isatty(stream) and os.ttyname(stream) == name)
+
+    def lend(self, group: int) -> bool:
+        """Put rank 0's process group in the foreground and let it go on; False while we are in the background ourselves."""
+        try:
+            if os.tcgetpgrp(0) not in (self._group, group):
+                return False
+            os.tcsetpgrp(0, group)
+        except OSError:  # the terminal has been closed
+            return False
+        self.lent = True
+        os.killpg(group, signal.SIGCONT)
+        return True
+
+    def take_back(self) -> None:
+        """Be in the foreground again, with the terminal's modes as they were: a rank that was killed leaves it without echo."""
+        if not self.lent:
+            return
+        self.lent = False
+        try:
+            os.tcsetpgrp(0, self._group)
+            termios.tcsetattr(0, termios.TCSANOW, self._modes)
+        except (OSError, termios.error):
+            pass
+
+
+def come_forward(environ: Mapping[str, str] = os.environ) -> TextIO:
+    """Rank 0's half, before a conversation: have the terminal, also as stdout, which the launcher has copied until now.
+
+    Without a launcher there is nothing to do.
+
+    Returns:
+        Where to write what is no answer, so that it comes in order with the answers: stderr unless that is the launcher's pipe.
+    """
+    streams = environ.get(VARIABLE)
+    if streams is None or sys.stdin is None or not sys.stdin.isatty():
+        return sys.stderr
+    # Modes that stay as they are, but in the background to set them means to be stopped until the terminal is lent.
+    termios.tcsetattr(0, termios.TCSADRAIN, termios.tcgetattr(0))
+    if "1" not in streams:
+        return sys.stderr
+    sys.stdout.flush()
+    terminal = os.open(os.ttyname(0), os.O_WRONLY | os.O_NOCTTY)
+    os.dup2(terminal, 1)
+    os.close(terminal)
+    return sys.stdout if "2" in streams else sys.stderr
