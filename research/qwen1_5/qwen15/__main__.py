@@ -16,7 +16,7 @@ COMMANDS = {
     "memory": ("qwen15.memory", "bytes per card, before anything is loaded"),
     "doctor": ("qwen15.doctor", "what this machine has and what will be used"),
     "ascend-check": ("qwen15.ascend_check", "compare the Ascend path with plain definitions on a card, and report"),
-    "bench": ("qwen15.bench", "make random checkpoints; compare logits with transformers"),
+    "bench": ("qwen15.bench", "measure speed, memory and closeness to transformers"),
 }
 
 

@@ -1,0 +1,88 @@
+"""How fast tokens come, whole steps: Python, MindSpore, the kernels, choosing the token; beside what the machine allows."""
+
+import argparse
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+from . import hf, options, report, rounds, work
+from .ours import Decode, Ours, random_prompts
+from .probes import Machine
+from .report import Column, number, text
+
+WHAT = "decode"
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Measure every batch size at every context length.
+
+    Raises:
+        UserError: arguments that cannot be, or something is not installed.
+    """
+    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
+    parser.add_argument("--batch", type=options.positive, nargs="+", default=[1], metavar="B", help="sequences at once (default 1)")
+    parser.add_argument("--context", type=options.positive, nargs="+", default=[32], metavar="N", help="tokens of the prompt (default 32)")
+    parser.add_argument("--new_tokens", type=options.positive, default=128, metavar="N", help="tokens of each sequence in a run (default 128)")
+    options.add_checkpoint(parser)
+    options.add_run(parser, WHAT)
+    argv = list(argv or ())
+    args = parser.parse_args(argv)
+    if args.new_tokens < 2:
+        parser.error("argument --new_tokens: wants at least 2: the first one comes out of the prompt")
+    plot = options.plot_path(args, WHAT)
+    if args.against:
+        hf.check_installed()
+    checkpoint = options.find_checkpoint(args)
+    machine = Machine(args.threads)
+    ours = Ours(checkpoint, machine.threads, max(args.context) + args.new_tokens, max(args.batch))
+    theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against else None
+
+    def probe() -> Dict[str, float]:
+        return {"bandwidth": machine.bandwidth(), "peak": machine.peak(checkpoint.dtype)}
+
+    rows: List[Dict[str, Any]] = []
+    for context in args.context:
+        for batch in args.batch:
+            prompts = random_prompts(batch, context, ours.dims.vocab_size)
+            decode = Decode(ours, prompts, args.new_tokens)
+            contenders: Dict[str, Callable[[], rounds.Run]] = {"qwen15": decode.run}
+            if theirs is not None:
+                contenders["hf"] = hf.HuggingFaceDecode(theirs, prompts, args.new_tokens).run
+            samples = rounds.interleave(contenders, args.rounds, probe)
+            decode.close()
+            rows.append(_row(ours, checkpoint.dtype, batch, context, args.new_tokens, samples))
+    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads, "rounds": args.rounds,
+             "kernels": machine.kernels, "against": theirs.note if theirs else None}
+    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
+    return 0
+
+
+def _row(ours: Ours, dtype: str, batch: int, context: int, new_tokens: int, samples: Mapping[str, Sequence[rounds.Sample]]
+         ) -> Dict[str, Any]:
+    mine = samples["qwen15"]
+    middle = context + new_tokens / 2  # tokens in the cache, on average
+    read, flop = work.decode_bytes(ours.dims, dtype, batch, middle), work.decode_flop(ours.dims, batch, middle)
+    step_s = rounds.median_seconds(mine)
+    row = {"batch": batch, "context": context, "new_tokens": new_tokens, "step_ms": step_s * 1e3, "tokens_per_s": batch / step_s,
+           "own_ms": rounds.median_own_seconds(mine) * 1e3, "bytes_per_step": read, "flop_per_step": flop,
+           **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
+    if "hf" in samples:
+        row.update(hf_tokens_per_s=batch / rounds.median_seconds(samples["hf"]), ratio_hf=rounds.ratio(mine, samples["hf"]))
+    return row
+
+
+COLUMNS = (
+    Column("batch", text("batch")), Column("context", text("context")), Column("ms a step", number("step_ms", ".2f")),
+    Column("tokens/s", number("tokens_per_s")), Column("of it not kernels, ms", number("own_ms", ".2f")),
+    Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
+    Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")), Column("of peak", number("of_peak", ".2f")),
+    Column("of what both allow", number("of_both", ".2f")),
+    Column("transformers, tokens/s", number("hf_tokens_per_s")), Column("times transformers", number("ratio_hf", ".2f")),
+)
+
+
+def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
+    series = {"qwen15": [row["tokens_per_s"] for row in rows]}
+    if "hf_tokens_per_s" in rows[0]:
+        series["transformers"] = [row["hf_tokens_per_s"] for row in rows]
+    return report.Bars(f"Decode, {checkpoint.label}, {checkpoint.dtype}", "tokens per second",
+                       [f"batch {row['batch']}\ncontext {row['context']}" for row in rows], series,
+                       {"what bandwidth and peak allow": [row["tokens_per_s"] / row["of_both"] for row in rows]})

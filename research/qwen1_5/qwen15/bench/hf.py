@@ -1,0 +1,96 @@
+"""transformers + torch on the same checkpoint: prefill and decode through `generate`, with their times."""
+
+import time
+from typing import List, Sequence
+
+import numpy as np
+
+from ..errors import UserError
+from .options import Checkpoint
+from .rounds import Run
+
+
+def check_installed() -> None:
+    """Raises UserError when torch or transformers is missing."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed", where="--against hf", fix="Run: pip install torch transformers") from None
+
+
+class HuggingFace:
+    """The model as transformers runs it on this CPU, greedy, on `threads` threads."""
+
+    def __init__(self, checkpoint: Checkpoint, threads: int):
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(threads)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, torch_dtype=getattr(torch, checkpoint.dtype)).eval()
+        self.model.generation_config.eos_token_id = None
+        self.note = f"transformers {transformers.__version__}, torch {torch.__version__}"
+
+    def generate(self, ids, new_tokens: int, **options):
+        """Exactly `new_tokens` greedy tokens after ids (B, N)."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                                       min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options)
+
+    def prefill(self, prompt: Sequence[int]) -> Run:
+        """Seconds from a prompt to its first token."""
+        import torch
+
+        ids = torch.tensor([list(prompt)])
+        start_s = time.perf_counter()
+        self.generate(ids, 1)
+        return Run(time.perf_counter() - start_s)
+
+
+class HuggingFaceDecode:
+    """Greedy decoding of prompts whose keys and values stay in the cache from run to run; see `ours.Decode`."""
+
+    def __init__(self, hf: HuggingFace, prompts: np.ndarray, new_tokens: int):
+        import torch
+
+        self._hf, self._new_tokens = hf, new_tokens
+        self._ids = torch.from_numpy(prompts)
+        self._cache = None
+
+    def run(self) -> Run:
+        """Seconds per step."""
+        clock = _Clock()
+        keep = self._ids.shape[1] - 1
+        if self._cache is None:
+            import torch
+            from transformers import DynamicCache
+
+            self._cache = DynamicCache()
+            with torch.inference_mode():
+                self._hf.model(self._ids[:, :-1], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._hf.generate(self._ids, self._new_tokens, past_key_values=self._cache, streamer=clock)
+        self._cache.crop(keep)
+        counted = self._new_tokens - 1
+        assert len(clock.times_s) == self._new_tokens
+        return Run((clock.times_s[-1] - clock.times_s[0]) / counted)
+
+
+class _Clock:
+    """A streamer that notes when each step's tokens come."""
+
+    def __init__(self):
+        self.times_s: List[float] = []
+        self._prompt_seen = False
+
+    def put(self, value) -> None:
+        """transformers hands over the prompt first, then every step's tokens."""
+        if self._prompt_seen:
+            self.times_s.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """The last step has been handed over."""

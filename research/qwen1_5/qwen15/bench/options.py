@@ -1,0 +1,112 @@
+"""Arguments that several measurements share: which checkpoint, how many threads and rounds, against whom, where the plot goes."""
+
+import argparse
+import os
+import sys
+from typing import NamedTuple, Optional
+
+from .. import family
+from ..config import Config, Flag, load_config
+from ..config_keys import MODEL
+from ..errors import UserError
+from . import report
+from .make_checkpoint import DTYPES, dims_of, make_checkpoint
+
+AGAINST = ("hf",)
+
+
+class Checkpoint(NamedTuple):
+    """Weights to measure with.
+
+    Attributes:
+        path: a Hugging Face folder (or, if given by the user, a converted checkpoint).
+        label: its name in tables.
+        dtype: of the matrices and the KV cache.
+    """
+
+    path: str
+    label: str
+    dtype: str
+
+    def config(self, **values: object) -> Config:
+        """The configuration of a run on it; `values` are keys of model.model_config."""
+        values = {"param_init_type": self.dtype, "compute_dtype": self.dtype, **values}
+        flags = [Flag("load_checkpoint", "checkpoint", self.path), Flag("context.device_target", "bench", "CPU")]
+        return load_config(None, flags + [Flag(MODEL + key, "bench", value) for key, value in values.items()])
+
+
+def positive(text: str) -> int:
+    """argparse type of a count."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"wants at least 1, not {count}")
+    return count
+
+
+positive.__name__ = "whole number"  # argparse names the type in its message
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add what decides the weights."""
+    group = parser.add_argument_group("weights")
+    group.add_argument("--checkpoint", metavar="FOLDER", help="measure with this checkpoint; without it a random one is made and kept")
+    group.add_argument("--size", default="0.5b", help=f"of the random checkpoint: one of {', '.join(family.FAMILY)} (default 0.5b)")
+    group.add_argument("--layers", type=positive, metavar="N", help="of the random checkpoint: another number than the published one")
+    group.add_argument("--dtype", choices=DTYPES, help="of weights and KV cache (default: the checkpoint's own; bfloat16 for a random one)")
+    group.add_argument("--cache", metavar="FOLDER", default=cache_folder(), help="where random checkpoints are kept (default %(default)s)")
+
+
+def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5) -> None:
+    """Add what decides how it is measured and shown."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--threads", type=positive, metavar="N", help="threads of everyone compared (default: this machine's cores)")
+    group.add_argument("--rounds", type=positive, default=rounds, metavar="N", help=f"runs of each, medians are shown (default {rounds})")
+    group.add_argument("--against", choices=AGAINST, help="hf: also run transformers + torch on the same weights, taking turns")
+    add_plot(parser, what)
+
+
+def add_plot(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add where the plot goes."""
+    group = parser.add_argument_group("plot")
+    group.add_argument("--plot", metavar="FILE", help=f"PNG to write (default qwen15_bench_{what}.png, if matplotlib is installed)")
+    group.add_argument("--no_plot", action="store_true", help="write none")
+
+
+def cache_folder() -> str:
+    """Where random checkpoints are kept: $XDG_CACHE_HOME/qwen15/bench, ~/.cache/qwen15/bench without it."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "qwen15", "bench")
+
+
+def find_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint the arguments mean; a random one is made when it is not there yet.
+
+    Raises:
+        UserError: no such folder, size, or number of layers; no room.
+    """
+    if args.checkpoint is not None:
+        for name, value in (("--layers", args.layers),):
+            if value is not None:
+                raise UserError("is for random checkpoints, and --checkpoint names one", where=name, fix="Leave one of them away.")
+        if not os.path.isdir(args.checkpoint):
+            raise UserError("no such folder", where=f"--checkpoint {args.checkpoint}")
+        own = load_config(None, [Flag("load_checkpoint", "--checkpoint", args.checkpoint), Flag("context.device_target", "bench", "CPU")])
+        return Checkpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype or own.model.param_init_type)
+    dtype = args.dtype or "bfloat16"
+    dims = dims_of(args.size, args.layers)
+    label = f"Qwen1.5-{args.size.upper()}" + (f", {args.layers} layers" if args.layers else "")
+    name = f"qwen1.5-{args.size.lower()}-" + (f"{args.layers}layers-" if args.layers else "") + dtype
+    path = os.path.join(args.cache, name)
+    if not os.path.isdir(path):
+        print(f"making random weights in {path}", file=sys.stderr)
+        os.makedirs(args.cache, exist_ok=True)
+        make_checkpoint(path, dims, dtype)
+    return Checkpoint(path, f"{label}, random weights", dtype)
+
+
+def plot_path(args: argparse.Namespace, what: str) -> Optional[str]:
+    """Where the plot goes, None for none; asked before anything is measured.
+
+    Raises:
+        UserError: --plot without matplotlib, or a file there that this command did not write.
+    """
+    return None if args.no_plot else report.plot_target(args.plot, f"qwen15_bench_{what}.png")

@@ -1,0 +1,86 @@
+"""Our engine on a checkpoint: prefill and decode as a user's run does them, with their times."""
+
+import os
+import sys
+import time
+from typing import List, Sequence
+
+import numpy as np
+
+from .. import interrupts, session, weights  # noqa: F401  (interrupts before NumPy, see there)
+from ..engine import Engine, KeptCache, Limits, Request
+from ..kernels import library
+from ..network import build_network
+from ..reporting import quiet_frameworks
+from ..sampling import SamplingParams
+from .options import Checkpoint
+from .rounds import Run
+
+
+class Ours:
+    """An engine with room for `sequences` sequences of `longest` tokens."""
+
+    def __init__(self, checkpoint: Checkpoint, threads: int, longest: int, sequences: int):
+        quiet_frameworks("info")
+        os.environ["QWEN15_THREADS"] = str(threads)
+        block_size = 32
+        blocks = -(-longest // block_size)
+        config = checkpoint.config(seq_length=blocks * block_size, block_size=block_size, num_blocks=blocks * sequences,
+                                   max_decode_length=blocks * block_size)
+        model = config.model
+        self.dims = model.dims
+        network = build_network(config, weights.resolve(config.load_checkpoint), lambda line: print(line, file=sys.stderr))
+        self.note = network.note
+        self.engine = Engine(network, Limits(model.dims.vocab_size, model.seq_length, model.num_blocks, block_size), None,
+                             session.selection())
+        self._library = library.load()
+
+    def prefill(self, prompt: Sequence[int]) -> Run:
+        """Seconds from a prompt to its first token."""
+        request = Request(tuple(prompt), len(prompt) + 1)
+        busy_s, start_s = self._library.busy_seconds, time.perf_counter()
+        steps = list(self.engine.generate([request]))
+        spent_s = time.perf_counter() - start_s
+        assert len(steps) == 1
+        return Run(spent_s, spent_s - (self._library.busy_seconds - busy_s))
+
+
+class Decode:
+    """Greedy decoding of prompts whose keys and values stay in the cache from run to run.
+
+    Args:
+        ours: the engine.
+        prompts: (B, N) token ids.
+        new_tokens: tokens of each sequence in one run; all but the first are timed.
+        params: how they are chosen.
+    """
+
+    def __init__(self, ours: Ours, prompts: np.ndarray, new_tokens: int, params: SamplingParams = SamplingParams()):
+        self._ours = ours
+        self._new_tokens = new_tokens
+        self._kept = [KeptCache(ours.engine) for _ in prompts]
+        self._requests = [Request(tuple(prompt.tolist()), len(prompt) + new_tokens, params=params, kept=kept)
+                          for prompt, kept in zip(prompts, self._kept)]
+
+    def run(self) -> Run:
+        """Seconds per step, whole: Python, MindSpore, the kernels, and choosing the tokens."""
+        steps = self._ours.engine.generate(self._requests)
+        for _ in self._requests:
+            next(steps)  # the prompt's part: the first token of each
+        counted = self._new_tokens - 1
+        busy_s, start_s = self._ours._library.busy_seconds, time.perf_counter()
+        made = sum(1 for _ in steps)
+        spent_s = time.perf_counter() - start_s
+        busy_s = self._ours._library.busy_seconds - busy_s
+        assert made == counted * len(self._requests)
+        return Run(spent_s / counted, (spent_s - busy_s) / counted)
+
+    def close(self) -> None:
+        """Give the cache's blocks back."""
+        for kept in self._kept:
+            kept.release()
+
+
+def random_prompts(count: int, tokens: int, vocab_size: int) -> np.ndarray:
+    """(count, tokens) token ids, the same at every call."""
+    return np.random.default_rng(tokens).integers(0, vocab_size, (count, tokens))

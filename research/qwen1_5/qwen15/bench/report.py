@@ -1,0 +1,167 @@
+"""What a measurement prints: a table, one line of JSON, and a plot."""
+
+import datetime
+import io
+import json
+import os
+import platform
+import shlex
+import sys
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+from ..errors import UserError
+from ..output import write_small
+
+_MADE_BY = "qwen15 bench"
+
+
+class Column(NamedTuple):
+    """One column of a table: its heading and how a row shows in it; None leaves the cell empty."""
+
+    title: str
+    cell: Callable[[Mapping[str, Any]], Optional[str]]
+
+
+def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown; columns that are empty in every row are left out."""
+    cells = [[column.cell(row) or "" for column in columns] for row in rows]
+    shown = [i for i in range(len(columns)) if any(line[i] for line in cells)]
+    lines = [[columns[i].title for i in shown], ["---"] * len(shown)] + [[line[i] for i in shown] for line in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(key: str, form: str = ".1f", unit: str = "") -> Callable[[Mapping[str, Any]], Optional[str]]:
+    """A cell that shows row[key]; empty where there is none."""
+    return lambda row: None if row.get(key) is None else f"{row[key]:{form}}{unit}"
+
+
+def text(key: str) -> Callable[[Mapping[str, Any]], Optional[str]]:
+    """A cell that shows row[key] as it is."""
+    return lambda row: None if row.get(key) is None else str(row[key])
+
+
+def machine() -> Dict[str, Any]:
+    """This machine: CPU, cores this process may use, memory."""
+    return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(_memory_bytes() / 1e9, 1),
+            "system": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
+
+
+def json_line(what: str, argv: Sequence[str], facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Everything measured, on one line: figures are rounded to six digits, samples are what they were taken from."""
+    made = {"bench": what, "command": shlex.join(["qwen15", "bench", what, *argv]),
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **facts, "machine": machine(),
+            "rows": list(rows)}
+    return json.dumps(_rounded(made), ensure_ascii=False)
+
+
+def heading(what: str, facts: Mapping[str, Any]) -> str:
+    """The line over a table: what was measured, on what, when."""
+    here = machine()
+    details = ", ".join(f"{value} {key}" if isinstance(value, int) else str(value) for key, value in facts.items())
+    return f"{what}: {details}; {here['cores']} cores of {here['cpu']}, {datetime.date.today().isoformat()}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+    except OSError:
+        lines = {}
+    names = {key.strip(): value.strip() for key, value in lines.items()}
+    return names.get("model name") or platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def plot_target(asked: Optional[str], otherwise: str) -> Optional[str]:
+    """The file a plot will be written to; None, after saying so, when none was asked for and matplotlib is missing.
+
+    Raises:
+        UserError: --plot without matplotlib, to a folder that is not there, or over a file that the bench did not write.
+    """
+    import importlib.util
+
+    path = asked or otherwise
+    if importlib.util.find_spec("matplotlib") is None:
+        if asked is not None:
+            raise UserError("matplotlib is not installed", where="--plot", fix="Run: pip install matplotlib")
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        return None
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise UserError("the folder does not exist", where=f"--plot {path}")
+    if os.path.lexists(path):
+        if not os.path.isfile(path):
+            raise UserError("is not a file", where=f"--plot {path}")
+        with open(path, "rb") as file:
+            if _MADE_BY.encode() not in file.read(4096):
+                raise UserError("there is a file that the bench did not write", where=f"--plot {path}", fix="Give another name.")
+    return path
+
+
+class Bars(NamedTuple):
+    """One group of bars per label, one bar per series.
+
+    Attributes:
+        title: over the plot.
+        unit: of the values.
+        labels: the groups.
+        series: name -> values, one a group, None for no bar.
+        limit: name -> values, drawn as a line over each group: what the machine allowed.
+    """
+
+    title: str
+    unit: str
+    labels: Sequence[str]
+    series: Mapping[str, Sequence[Optional[float]]]
+    limit: Optional[Mapping[str, Sequence[float]]] = None
+
+
+def write_plot(path: str, bars: Bars) -> None:
+    """Draw and write a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(max(6.4, 1.4 * len(bars.labels) + 2.4), 4.4), dpi=120)
+    width = 0.8 / len(bars.series)
+    for number_, (name, values) in enumerate(bars.series.items()):
+        places = [i - 0.4 + width * (number_ + 0.5) for i, value in enumerate(values) if value is not None]
+        drawn = axes.bar(places, [value for value in values if value is not None], width * 0.94, label=name)
+        axes.bar_label(drawn, fmt="%.3g", fontsize=8, padding=1)
+    for name, values in (bars.limit or {}).items():
+        axes.hlines(values, [i - 0.45 for i in range(len(values))], [i + 0.45 for i in range(len(values))], colors="black",
+                    linestyles="dashed", linewidth=1.2, label=name)
+    axes.set_xticks(range(len(bars.labels)), bars.labels)
+    axes.set_ylabel(bars.unit)
+    axes.set_title(bars.title, fontsize=10)
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": _MADE_BY})
+    pyplot.close(figure)
+    write_small(path, content.getvalue())
+
+
+def show(what: str, argv: Sequence[str], facts: Mapping[str, Any], columns: Sequence[Column], rows: List[Mapping[str, Any]],
+         bars: Bars, plot: Optional[str]) -> None:
+    """Print the table, write the plot, and end with the line of JSON."""
+    print(heading(what, facts) + "\n")
+    print(table(columns, rows))
+    if plot is not None:
+        write_plot(plot, bars)
+        print(f"\nplot: {plot}")
+    print(json_line(what, argv, facts, rows), flush=True)
