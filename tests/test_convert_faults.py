@@ -1,7 +1,9 @@
 """Whatever goes wrong, and whenever: no result or a whole one, one clear line, and nothing of the user's lost."""
 
+import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +22,7 @@ from qwen15.job import run
 from qwen15.output import partial_path
 from qwen15.slices import Slicing
 from qwen15.tensorfile import open_ranks, read_joined
+from qwen15.transform import Request, plan_transform
 
 FORMS = {"file": {}, "bin": {}, "shards": {"shard_bytes": 9000}, "ranks": {"slicing": Slicing(2, False)}}
 _EVENTS = ("pwrite", "rename", "unlink", "ftruncate", "fsync", "makedirs", "rmdir")
@@ -92,7 +95,8 @@ def dies_at(event, work):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_killed_at_any_moment_there_is_no_result_or_a_whole_one(tmp_path, form, overwrite):
+def test_killed_at_any_moment_there_is_no_result_or_a_whole_one(tmp_path, form, overwrite, monkeypatch):
+    monkeypatch.setattr(job, "RECORD_EVERY_BYTES", 4000)
     sizes = dims(layers=1)
     new = write_model(tmp_path / "new", sizes, model_contents(sizes, seed=1), shards=2)
     old = write_model(tmp_path / "old", sizes, model_contents(sizes, seed=2), shards=2)
@@ -181,6 +185,104 @@ def test_an_interrupted_sharded_conversion_is_taken_up_again(tmp_path, monkeypat
     assert all(os.stat(tmp_path / "ms" / name).st_ino == inode for name, inode in inodes.items())
     assert read_contents(tmp_path / "ms") == under_ms_names(contents)
     assert sorted(os.listdir(tmp_path)) == ["hf", "ms"]
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+@pytest.mark.parametrize("what", ["slices", "ckpt slices", "cut anew", "one file of a folder"])
+def test_work_on_files_that_are_written_together_is_taken_up_inside_of_them(tmp_path, monkeypatch, what, attempts):
+    write_model(tmp_path / "hf", dims(), shards=2)
+    to_mindspore(tmp_path / "hf", tmp_path / "two", slicing=Slicing(2, True))
+
+    def plan(target):
+        if what == "cut anew":
+            return plan_transform(Request(str(tmp_path / "two"), str(target), parts=2, vocab_emb_dp=False))
+        options = Options(str(target)) if what == "one file of a folder" else \
+            Options(str(target), slicing=Slicing(2, False), form="ckpt" if what == "ckpt slices" else None)
+        return plan_to_mindspore(str(tmp_path / "hf"), options)
+
+    monkeypatch.setattr(job, "RECORD_EVERY_BYTES", 2500)
+    moved, original = [], job.transfer
+    for attempt in range(attempts):
+        def transfer(moves, *rest):
+            if len(started) == 2:
+                raise KeyboardInterrupt
+            started.append(moves)
+            original(moves, *rest)
+            moved.extend(move.label for move in moves)
+
+        started = []
+        monkeypatch.setattr(job, "transfer", transfer)
+        with pytest.raises(KeyboardInterrupt):
+            run(plan(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(job, "transfer", lambda moves, *rest: (moved.extend(move.label for move in moves), original(moves, *rest)))
+    again = plan(tmp_path / "out")
+    result = run(again, verify=True)
+    assert moved == [move.label for move in again.moves]  # every tensor once
+    assert result.resumed == 0 and 5000 < result.resumed_bytes < again.read_bytes
+    monkeypatch.undo()
+    run(plan(tmp_path / "undisturbed"))
+    names = sorted(os.path.relpath(os.path.join(root, name), tmp_path / "out") for root, _, names in os.walk(tmp_path / "out")
+                   for name in names)
+    assert len(names) >= 6 and not any(name.startswith(".") for name in names)
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("script", ["convert_weight.py", "transform_ckpt.py"])
+def test_killed_while_it_writes_slices_it_goes_on_from_the_last_record(tmp_path, module_dir, script):
+    sizes = dims(hidden=512, intermediate=2048, layers=6, vocab=8000)
+    contents = write_model(tmp_path / "hf", sizes, model_contents(sizes), shards=3)
+    target, record = tmp_path / "out", tmp_path / ".out.qwen15-partial" / ".plan.json"
+    if script == "transform_ckpt.py":
+        to_mindspore(tmp_path / "hf", tmp_path / "ms", slicing=Slicing(2, True))
+        flags = ["--src_ckpt_dir", str(tmp_path / "ms"), "--dst_ckpt_dir", str(target)]
+    else:
+        flags = ["--torch_ckpt_dir", str(tmp_path / "hf"), "--mindspore_ckpt_path", str(target)]
+    program = ("import runpy, sys, time; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
+               "from qwen15 import job; job.RECORD_EVERY_BYTES = 4 * 10 ** 6\n"
+               "begin = job.Record.begin\n"
+               "job.Record.begin = lambda *rest: (begin(*rest), time.sleep(0.05))\n"  # so that the signal comes between two
+               "runpy.run_path(sys.argv[0], run_name='__main__')")
+    command = [sys.executable, "-c", program, str(module_dir / script), *flags, "--model_parallel", "2", "--vocab_emb_dp", "False"]
+    kills, before = 0, -1
+    while kills < 3:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not record.exists() or moves_of(record) <= before):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not target.exists()
+        assert moves_of(record) > before  # every run gets further
+        before = moves_of(record)
+        kills += 1
+    done = subprocess.run(command + ["--verify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0 and "were done by an interrupted run, 0 of 2 files whole" in done.stderr, done.stderr
+    assert contents_of("ranks", target, sizes) == contents
+
+
+def moves_of(record):
+    """How many tensors a record says are done, and their files begun."""
+    try:
+        return json.loads(record.read_text())["moves"]
+    except FileNotFoundError:
+        return -1
+
+
+def test_an_interruption_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys, module_dir):
+    write_model(tmp_path / "hf", dims())
+    monkeypatch.syspath_prepend(str(module_dir))
+    import convert_weight
+    flags = ["--torch_ckpt_dir", str(tmp_path / "hf"), "--mindspore_ckpt_path", str(tmp_path / "ms"), "--max_shard_size", "6kB"]
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "transfer", interrupt_after(job.transfer, 2))
+        with pytest.raises(KeyboardInterrupt):
+            convert_weight.main(flags)
+    kept = tmp_path / ".ms.qwen15-partial"
+    assert f"are kept in {kept}: the same command goes on from there\n" in capsys.readouterr().err and kept.is_dir()
+    convert_weight.main(flags)
+    assert re.search(r"kB of .* kB were done by an interrupted run, 2 of \d+ files whole", capsys.readouterr().err)
+    assert not kept.exists()
 
 
 def test_work_on_another_source_is_not_taken_up(tmp_path, monkeypatch):

@@ -36,7 +36,8 @@ def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = N
 
 def carry_out(plan: Any, args: argparse.Namespace) -> bool:
     """Run a plan, or print it with `--dry_run`; tells on stderr what was done. Returns whether there is a result."""
-    from .job import check_plan, run
+    from .job import check_plan, kept_bytes, run
+    from .output import partial_path
     from .progress import human_bytes
 
     try:
@@ -44,13 +45,18 @@ def carry_out(plan: Any, args: argparse.Namespace) -> bool:
             _tell(f"note: {note}")
         for kind, names in sorted(plan.left_out.items()):
             _tell(f"left out: {len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+        check_plan(plan, args.overwrite)
         if args.dry_run:
-            check_plan(plan, args.overwrite)
             for line in plan.describe():
                 print(line)
             return False
-        result = run(plan, verify=args.verify, overwrite=args.overwrite,
-                     allow_overflow=getattr(args, "allow_overflow", False))
+        try:
+            result = run(plan, verify=args.verify, overwrite=args.overwrite,
+                         allow_overflow=getattr(args, "allow_overflow", False))
+        except BaseException:
+            if kept_bytes(plan):
+                _tell(f"{human_bytes(kept_bytes(plan))} are kept in {partial_path(plan.target)}: the same command goes on from there")
+            raise
     finally:
         plan.close()
     for line in result.account.lines():

@@ -12,7 +12,7 @@ from .file_writer import Blocks, FileWriter
 from .hf_config import read_json
 from .output import AtomicFolder, atomic_file, check_space, check_target, disk_bytes, partial_path, write_small
 from .progress import Progress, human_bytes
-from .resume import Record
+from .resume import RECORD_FILE, Record
 from .tensorfile import FORMATS, INDEX_FILES, Checkpoint, TensorFile, write_index
 from .tensors import TensorInfo, itemsize, total_bytes
 from .transfer import STRIP_BYTES, Account, Move, compare, transfer
@@ -224,6 +224,12 @@ def check_plan(plan: Plan, overwrite: bool) -> None:
             if os.path.lexists(path) and not overwrite and _read(path) != content:
                 raise UserError("exists already, and the model that is converted has another", path,
                                 "Write to a folder of its own, or --overwrite to replace it.")
+
+
+def kept_bytes(plan: Plan) -> int:
+    """Disk taken by what an interrupted run of a plan has left for the next; 0 when there is nothing to go on from."""
+    scratch = partial_path(plan.target)
+    return disk_bytes(scratch) if os.path.exists(os.path.join(scratch, RECORD_FILE)) else 0
 
 
 def _read(path: str) -> Optional[bytes]:

@@ -29,7 +29,8 @@ class Record:
         """Take up what is recorded in the folder if it is of the same plan and sources; clear the folder if not."""
         self._path = os.path.join(folder.path, RECORD_FILE)
         self._fingerprint = fingerprint(plan)
-        self._moves, self._begun = 0, {}  # type: int, Dict[str, int]
+        self._moves = 0
+        self._begun: Dict[str, int] = {}
         self.done: List[str] = []
         self.account = Account()
         saved = _read(self._path)
