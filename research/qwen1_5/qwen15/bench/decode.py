@@ -20,13 +20,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
     parser.add_argument("--batch", type=options.positive, nargs="+", default=[1], metavar="B", help="sequences at once (default 1)")
     parser.add_argument("--context", type=options.positive, nargs="+", default=[32], metavar="N", help="tokens of the prompt (default 32)")
-    parser.add_argument("--new_tokens", type=options.positive, default=128, metavar="N", help="tokens of each sequence in a run (default 128)")
+    parser.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N", help="tokens of each sequence in a run (default 128)")
     options.add_checkpoint(parser)
     options.add_run(parser, WHAT)
     argv = list(argv or ())
     args = parser.parse_args(argv)
-    if args.new_tokens < 2:
-        parser.error("argument --new_tokens: wants at least 2: the first one comes out of the prompt")
     plot = options.plot_path(args, WHAT)
     if args.against:
         hf.check_installed()

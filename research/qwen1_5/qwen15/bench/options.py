@@ -43,7 +43,15 @@ def positive(text: str) -> int:
     return count
 
 
-positive.__name__ = "whole number"  # argparse names the type in its message
+def at_least_two(text: str) -> int:
+    """argparse type of tokens of which the first, which comes out of the prompt, is not timed."""
+    count = int(text)
+    if count < 2:
+        raise argparse.ArgumentTypeError(f"wants at least 2, not {count}: the first token comes out of the prompt")
+    return count
+
+
+positive.__name__ = at_least_two.__name__ = "whole number"  # argparse names the type in its message
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +64,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache", metavar="FOLDER", default=cache_folder(), help="where random checkpoints are kept (default %(default)s)")
 
 
-def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5) -> None:
+def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5, threads: bool = True, against: bool = True) -> None:
     """Add what decides how it is measured and shown."""
     group = parser.add_argument_group("run")
-    group.add_argument("--threads", type=positive, metavar="N", help="threads of everyone compared (default: this machine's cores)")
+    if threads:
+        group.add_argument("--threads", type=positive, metavar="N", help="threads of everyone compared (default: this machine's cores)")
     group.add_argument("--rounds", type=positive, default=rounds, metavar="N", help=f"runs of each, medians are shown (default {rounds})")
-    group.add_argument("--against", choices=AGAINST, help="hf: also run transformers + torch on the same weights, taking turns")
-    add_plot(parser, what)
-
-
-def add_plot(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add where the plot goes."""
-    group = parser.add_argument_group("plot")
+    if against:
+        group.add_argument("--against", choices=AGAINST, help="hf: also run transformers on the same, taking turns")
     group.add_argument("--plot", metavar="FILE", help=f"PNG to write (default qwen15_bench_{what}.png, if matplotlib is installed)")
     group.add_argument("--no_plot", action="store_true", help="write none")
 
@@ -84,9 +88,8 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint:
         UserError: no such folder, size, or number of layers; no room.
     """
     if args.checkpoint is not None:
-        for name, value in (("--layers", args.layers),):
-            if value is not None:
-                raise UserError("is for random checkpoints, and --checkpoint names one", where=name, fix="Leave one of them away.")
+        if args.layers is not None:
+            raise UserError("is for random checkpoints, and --checkpoint names one", where="--layers", fix="Leave one of them away.")
         if not os.path.isdir(args.checkpoint):
             raise UserError("no such folder", where=f"--checkpoint {args.checkpoint}")
         own = load_config(None, [Flag("load_checkpoint", "--checkpoint", args.checkpoint), Flag("context.device_target", "bench", "CPU")])

@@ -3,12 +3,12 @@
 import os
 import sys
 import time
-from typing import List, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
 from .. import interrupts, session, weights  # noqa: F401  (interrupts before NumPy, see there)
-from ..engine import Engine, KeptCache, Limits, Request
+from ..engine import Engine, KeptCache, Limits, Request, Step
 from ..kernels import library
 from ..network import build_network
 from ..reporting import quiet_frameworks
@@ -46,18 +46,20 @@ class Ours:
 
 
 class Decode:
-    """Greedy decoding of prompts whose keys and values stay in the cache from run to run.
+    """Decoding of prompts whose keys and values stay in the cache from run to run.
 
     Args:
         ours: the engine.
         prompts: (B, N) token ids.
         new_tokens: tokens of each sequence in one run; all but the first are timed.
         params: how they are chosen.
+        take: receives each step.
     """
 
-    def __init__(self, ours: Ours, prompts: np.ndarray, new_tokens: int, params: SamplingParams = SamplingParams()):
+    def __init__(self, ours: Ours, prompts: np.ndarray, new_tokens: int, params: SamplingParams = SamplingParams(),
+                 take: Callable[[Step], None] = lambda step: None):
         self._ours = ours
-        self._new_tokens = new_tokens
+        self._new_tokens, self._take = new_tokens, take
         self._kept = [KeptCache(ours.engine) for _ in prompts]
         self._requests = [Request(tuple(prompt.tolist()), len(prompt) + new_tokens, params=params, kept=kept)
                           for prompt, kept in zip(prompts, self._kept)]
@@ -69,7 +71,10 @@ class Decode:
             next(steps)  # the prompt's part: the first token of each
         counted = self._new_tokens - 1
         busy_s, start_s = self._ours._library.busy_seconds, time.perf_counter()
-        made = sum(1 for _ in steps)
+        made = 0
+        for step in steps:
+            self._take(step)
+            made += 1
         spent_s = time.perf_counter() - start_s
         busy_s = self._ours._library.busy_seconds - busy_s
         assert made == counted * len(self._requests)

@@ -1,0 +1,95 @@
+"""What a token costs beside the kernels: Python, MindSpore's call of the graph, choosing the token, streaming its text."""
+
+import argparse
+import os
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from ..engine import Step
+from ..sampling import SamplingParams
+from ..session import Answer, Prompt, Settings
+from . import options, report, rounds
+from .ours import Decode, Ours, random_prompts
+from .probes import Machine
+from .report import Column, number, text
+
+WHAT = "overhead"
+WAYS: Dict[str, SamplingParams] = {
+    "greedy": SamplingParams(),
+    "top_k 50": SamplingParams(do_sample=True, top_k=50),
+    "top_k 20, top_p 0.8": SamplingParams(do_sample=True, temperature=0.7, top_k=20, top_p=0.8),
+    "the same, repetition_penalty 1.1": SamplingParams(do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1),
+    "top_p 0.8": SamplingParams(do_sample=True, temperature=0.7, top_p=0.8),
+}
+"""How tokens are chosen. With random weights no token is likely, and top_p alone keeps most of the vocabulary: its worst case."""
+
+
+class MadeUpTokens:
+    """Text for token ids, where the checkpoint has no tokenizer."""
+
+    control_token_ids = frozenset()
+
+    @staticmethod
+    def token_bytes(token: int) -> bytes:
+        """Some text of a usual length."""
+        return f" {token:x}".encode()
+
+
+class Stream:
+    """Takes each step's token to its text and the text to a file, as a run in a terminal does."""
+
+    def __init__(self, prompt: Sequence[int], limit: int):
+        settings = Settings(False, 1.0, 0, 1.0, 1.0, None, limit, None)
+        self._answer = Answer(MadeUpTokens, Prompt(tuple(prompt), settings, frozenset()))
+        self._out = open(os.devnull, "w", encoding="utf-8")
+
+    def take(self, step: Step) -> None:
+        """One step."""
+        self._out.write(self._answer.take(step))
+        self._out.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._out.close()
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Measure every way of choosing a token.
+
+    Raises:
+        UserError: arguments that cannot be.
+    """
+    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
+    parser.add_argument("--context", type=options.positive, default=32, metavar="N", help="tokens of the prompt (default 32)")
+    parser.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N", help="tokens in a run (default 128)")
+    options.add_checkpoint(parser)
+    options.add_run(parser, WHAT, against=False)
+    argv = list(argv or ())
+    args = parser.parse_args(argv)
+    plot = options.plot_path(args, WHAT)
+    checkpoint = options.find_checkpoint(args)
+    machine = Machine(args.threads)
+    ours = Ours(checkpoint, machine.threads, args.context + args.new_tokens, 1)
+    prompts = random_prompts(1, args.context, ours.dims.vocab_size)
+    rows: List[Dict[str, Any]] = []
+    for way, params in WAYS.items():
+        stream = Stream(prompts[0].tolist(), args.context + args.new_tokens)
+        decode = Decode(ours, prompts, args.new_tokens, params, stream.take)
+        mine = rounds.interleave({"qwen15": decode.run}, args.rounds, lambda: {})["qwen15"]
+        decode.close()
+        stream.close()
+        own_s = [sample.own_seconds for sample in mine]
+        rows.append({"way": way, "token_ms": rounds.median_seconds(mine) * 1e3, "own_ms": rounds.median_own_seconds(mine) * 1e3,
+                     "samples": {"seconds": [sample.seconds for sample in mine], "own_seconds": own_s}})
+    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "vocabulary": ours.dims.vocab_size, "threads": machine.threads,
+             "rounds": args.rounds, "kernels": machine.kernels}
+    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
+    return 0
+
+
+COLUMNS = (Column("tokens are chosen by", text("way")), Column("a token, ms", number("token_ms", ".2f")),
+           Column("of it not kernels, ms", number("own_ms", ".3f")))
+
+
+def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
+    return report.Bars(f"A token beside the kernels, {checkpoint.label}", "milliseconds", [row["way"].replace(", ", ",\n") for row in rows],
+                       {"Python, MindSpore, sampling, streaming": [row["own_ms"] for row in rows]})
