@@ -1,18 +1,21 @@
 """What the Ascend tests run in a worker: MindFormers' network under emulation beside Hugging Face's, from one checkpoint."""
 
+import contextlib
+import functools
+import io
 import os
 import random
+from unittest import mock
 
 import numpy as np
-import yaml
 
 import ascend_emulation
 import convert_weight
-import mindspore as ms
 from qwen15 import ascend_check
 from qwen15 import config as configuration
-from qwen15 import weights
+from qwen15 import device, make_yaml, weights
 from qwen15.engine import Engine, KeptCache, Limits, Request
+from qwen15.errors import UserError
 from qwen15.mindformers_network import MindFormersNetwork
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160}
@@ -27,8 +30,8 @@ def make_hugging_face(folder: str, kv_heads: int, tied: bool, seed: int = 0):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_theta=THETA,
-                                         rms_norm_eps=EPS, max_position_embeddings=SEQ_LENGTH, **SIZES)).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_theta=THETA, rms_norm_eps=EPS,
+                                         max_position_embeddings=SEQ_LENGTH, bos_token_id=0, eos_token_id=0, **SIZES)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -43,26 +46,14 @@ def make_hugging_face(folder: str, kv_heads: int, tied: bool, seed: int = 0):
     return model
 
 
-def write_yaml(path: str, **model_config) -> str:
-    """A predict YAML for the small model."""
-    document = {"run_mode": "predict", "context": {"mode": 1, "device_target": "CPU", "max_device_memory": "2GB"},
-                "model": {"arch": {"type": "LlamaForCausalLM"},
-                          "model_config": {"type": "LlamaConfig", "seq_length": SEQ_LENGTH, "block_size": BLOCK_SIZE,
-                                           "num_blocks": NUM_BLOCKS, "use_past": True, "is_dynamic": True,
-                                           "use_flash_attention": True, **model_config}}}
-    with open(path, "w", encoding="utf-8") as file:
-        yaml.safe_dump(document, file)
-    return path
-
-
-def mutate(folder: str, mutation: str) -> dict:
-    """Damage the checkpoint in `folder`, or return the YAML values that do; `mutation` says how."""
+def mutate(folder: str, mutation: str) -> list:
+    """Damage the checkpoint in `folder`, or return the options that do; `mutation` says how."""
     from safetensors.numpy import load_file, save_file
 
     if mutation == "theta":
-        return {"theta": 1e4}
+        return ["model.model_config.theta=10000.0"]
     if mutation == "eps":
-        return {"rms_norm_eps": 1e-5}
+        return ["model.model_config.rms_norm_eps=1.0e-5"]
     path = os.path.join(folder, "model.safetensors")
     tensors = load_file(path)
     layer = "model.layers.1."
@@ -73,7 +64,7 @@ def mutate(folder: str, mutation: str) -> dict:
         name = f"{layer}self_attn.{mutation[0]}_proj.bias"
         tensors[name] = np.zeros_like(tensors[name])
     save_file(tensors, path, metadata={"format": "pt"})
-    return {}
+    return []
 
 
 class Recorded:
@@ -97,8 +88,8 @@ class Recorded:
         return logits
 
 
-def _both(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = ""):
-    """(Hugging Face's model, MindFormers' network, lines told) from one checkpoint, the latter converted by convert_weight.py."""
+def _prepare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = ""):
+    """(Hugging Face's model, configuration): the way of a user, make_yaml.py writes the YAML and convert_weight.py the checkpoint."""
     import torch
 
     model = make_hugging_face(folder, kv_heads, tied)
@@ -106,14 +97,36 @@ def _both(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = ""
     model = model.to(torch_dtype).to(torch.float32)
     model.to(torch_dtype).save_pretrained(folder)
     model = model.to(torch.float32)
-    changed = mutate(folder, mutation) if mutation else {}
-    path = write_yaml(os.path.join(folder, "predict.yaml"), compute_dtype=dtype, param_init_type=dtype, rotary_dtype=dtype,
-                      **changed)
-    converted = os.path.join(folder, "converted.safetensors")
-    convert_weight.main(["--torch_ckpt_dir", folder, "--mindspore_ckpt_path", converted, "--overwrite"])
-    config = configuration.load_config(path, [configuration.Flag("load_checkpoint", "--load_checkpoint", converted)])
+    options = mutate(folder, mutation)
+    path, converted = os.path.join(folder, "predict.yaml"), os.path.join(folder, "converted.safetensors")
+    make_yaml.main(["--checkpoint", folder, "--output", path])
+    convert_weight.main(["--torch_ckpt_dir", folder, "--mindspore_ckpt_path", converted])
+    flags = [configuration.Flag("load_checkpoint", "--load_checkpoint", converted),
+             configuration.Flag("context.device_target", "--device_target", "CPU")]
+    return model, configuration.load_config(path, flags, ["context.mode=1", f"model.model_config.block_size={BLOCK_SIZE}",
+                                                          f"model.model_config.num_blocks={NUM_BLOCKS}", *options])
+
+
+def _network(config):
+    """(MindFormers' network under emulation, how many primitives are emulated by name, the line about its weights)."""
     told = []
-    return model, MindFormersNetwork(config, weights.resolve(config.load_checkpoint), told.append), told
+    network = MindFormersNetwork(config, weights.resolve(config.load_checkpoint), told.append)
+    return network, ascend_emulation.emulate(network._cell), told[-1]
+
+
+def refused(folder: str, tensor: str) -> str:
+    """What loading says about a checkpoint that lacks one tensor."""
+    from safetensors.numpy import load_file, save_file
+
+    _, config = _prepare(folder, 2, False, "float32")
+    tensors = load_file(config.load_checkpoint)
+    del tensors[tensor]
+    save_file(tensors, config.load_checkpoint)
+    try:
+        _network(config)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the checkpoint is loaded")
 
 
 def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = "", generations: int = 2) -> dict:
@@ -130,8 +143,8 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
     """
     import torch
 
-    model, network, told = _both(folder, kv_heads, tied, dtype, mutation)
-    replaced = ascend_emulation.emulate(network._cell)
+    model, config = _prepare(folder, kv_heads, tied, dtype, mutation)
+    network, replaced, account = _network(config)
     recorded = Recorded(network)
     engine = Engine(recorded, LIMITS)
     blocks = engine.pool.take(NUM_BLOCKS)
@@ -156,16 +169,15 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
             scale = max(scale, float(np.abs(theirs).max()))
             same &= answer == expected
     return {"largest_error": largest, "logits_scale": scale, "same_tokens": same, "replaced": replaced,
-            "account": told[-1], "scattered": bool(scattered)}
-
+            "account": account, "scattered": bool(scattered)}
 
 
 def conversation(folder: str) -> list:
     """Two turns of a conversation that keeps its KV cache: (our tokens, Hugging Face's) of each."""
     import torch
 
-    model, network, _ = _both(folder, 2, False, "float32")
-    ascend_emulation.emulate(network._cell)
+    model, config = _prepare(folder, 2, False, "float32")
+    network, _, _ = _network(config)
     engine = Engine(network, LIMITS)
     kept = KeptCache(engine)
     ids, turns = [5, 17, 99], []
@@ -179,10 +191,21 @@ def conversation(folder: str) -> list:
     return turns
 
 
-def check(folder: str, dtype: str, tied: bool) -> dict:
-    """`ascend_check`'s own checks with the card replaced: network and operators, name -> (error, limit)."""
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    found = ascend_check.check_network(folder, dtype, tied=tied, device_target="CPU", options=["context.mode=1"],
-                                       prepare=ascend_emulation.emulate)
-    results = found["results"] + ascend_check.check_operators(dtype, ascend_emulation.emulate)
-    return {result.name: [result.error, result.limit] for result in results}
+def report(arguments: list, fault: bool = False) -> list:
+    """`ascend_check`'s exit code and standard output on a machine whose card is emulated; its PagedAttention is wrong with `fault`."""
+    if fault:
+        right = ascend_emulation._REPLACEMENTS["PagedAttention"]
+
+        def wrong(primitive):
+            return lambda query, *others: right(primitive)(query * 1.5, *others)
+
+        ascend_emulation._REPLACEMENTS["PagedAttention"] = wrong
+    checks = {"check_network": functools.partial(ascend_check.check_network, device_target="CPU", options=["context.mode=1"],
+                                                 prepare=ascend_emulation.emulate),
+              "check_operators": functools.partial(ascend_check.check_operators, prepare=ascend_emulation.emulate)}
+    card = device.Ascend(("/dev/davinci0",), "/usr/local/Ascend/cann", "plugin", None)
+    output = io.StringIO()
+    with mock.patch.multiple(ascend_check, **checks), mock.patch.object(device, "find_ascend", lambda: card), \
+            contextlib.redirect_stdout(output):
+        code = ascend_check.main(arguments)
+    return [code, output.getvalue()]

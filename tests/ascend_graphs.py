@@ -6,6 +6,7 @@ communication and writes the strategy file, for one pretended rank, as it would 
 
 import ctypes
 import functools
+import importlib
 import os
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from collections import Counter
 import numpy as np
 
 import mindspore as ms
+from mindformers.core.context import parallel
 from mindspore import context
 from mindspore._c_expression import MSContext, ms_ctx_param
 from mindspore.train import mind_ir_pb2
@@ -23,6 +25,8 @@ import convert_weight
 from qwen15 import ascend_check
 from qwen15 import config as configuration
 from qwen15 import mindformers_network, naming, strategy, weights
+
+build_context = importlib.import_module("mindformers.core.context.build_context")  # its package has a function of that name
 
 DYNAMIC = ms.Tensor(shape=[None, None], dtype=ms.int32)
 COUNTED = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul", "AllReduce",
@@ -90,36 +94,30 @@ def _on_cpu(function):
     return call
 
 
-def build(yaml_path: str, options=(), ranks: int = 1, rank: int = 0, strategy_file: str = ""):
-    """(config, cell): the network of a YAML with overrides, its parameters without contents; cut for `rank` of `ranks`."""
+def build(yaml_path: str, options=(), ranks: int = 1, rank: int = 0):
+    """(config, cell): the network of a YAML with overrides, its parameters without contents; for `rank` of `ranks`, not cut yet.
+
+    The way there is production's: `mindformers_config`, `start` (MindFormers' build_context), `build`.
+    """
     for name, value in (("RANK_SIZE", ranks), ("RANK_ID", rank)):
         os.environ[name] = str(value)
-    flags = [configuration.Flag("context.device_target", "--device_target", "CPU")]
+    flags = [configuration.Flag("context.device_target", "--device_target", "CPU"),
+             configuration.Flag("use_parallel", "--use_parallel", ranks > 1)]
     config = configuration.load_config(yaml_path, flags, options)
     settings = mindformers_network.mindformers_config(config)
-    settings.context.mode = 0
-    settings.use_parallel = False
-    mindformers_network.start(settings)
-    context.reset_auto_parallel_context()
     if ranks > 1:
-        _start_parallel(settings, ranks, rank)
-        context.set_auto_parallel_context(strategy_ckpt_save_file=strategy_file)
+        _load_shim()
+        parallel.init, parallel.get_group_size, parallel.get_rank = (lambda: None), (lambda: ranks), (lambda: rank)
+    build_context.Context.reset_instance()
+    build_context.set_ms_affinity = lambda *arguments: None  # MindSpore takes it once in a process
+    context.reset_auto_parallel_context()
+    assert mindformers_network.start(settings) == (rank, ranks)
+    if ranks > 1:
+        context.set_auto_parallel_context(global_rank=rank)  # MindSpore takes it from the communication that is not there
     cell = mindformers_network.build(settings)
     # Without cards there is nobody to give 100 GB of parameters their contents for.
     object.__setattr__(cell, "init_parameters_data", lambda auto_parallel_mode=False: {})
     return config, cell
-
-
-def _start_parallel(settings, ranks: int, rank: int) -> None:
-    """What build_context does with `use_parallel: True`, by MindFormers' own code, without any communication."""
-    from mindformers.core.context import parallel
-    from mindformers.core.context.build_context import build_parallel_context
-
-    _load_shim()
-    parallel.init, parallel.get_group_size, parallel.get_rank = (lambda: None), (lambda: ranks), (lambda: rank)
-    settings.use_parallel = True
-    build_parallel_context(settings).init_communication()
-    context.set_auto_parallel_context(global_rank=rank)
 
 
 def compile_phase(cell, phase: str) -> dict:
@@ -178,20 +176,23 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
         prefill, increment: see `compile_phase`.
         account: the line about the weights.
         left_behind: files that compiling without a strategy file leaves in the working directory.
+        lost: files of an earlier run under ./output, where MindFormers empties folders, that are gone or changed.
     """
     with tempfile.TemporaryDirectory() as folder:
+        mine = _somebodys_output(rank)
+        config, cell = build(yaml_path, [*options, f"parallel_config.model_parallel={ranks}"], ranks, rank)
         strategy_file = os.path.join(folder, "strategy.ckpt")
-        options = [*options, f"parallel_config.model_parallel={ranks}", "use_parallel=True"]
-        config, cell = build(yaml_path, options, ranks, rank, strategy_file)
+        context.set_auto_parallel_context(strategy_ckpt_save_file=strategy_file)
         mindformers_network.cut(cell, config.model)
         layouts = {name: [list(layout.devices), list(layout.tensor_map)]
                    for name, layout in strategy.read_strategy(strategy_file).items()}
         context.set_auto_parallel_context(strategy_ckpt_save_file="")
         shapes = {parameter.name: list(parameter.shape) for parameter in cell.get_parameters()}
-        before = set(os.listdir())
+        before = _files()
         result = {"shapes": shapes, "strategy": layouts}
         result.update({phase: compile_phase(cell, phase) for phase in ("prefill", "increment")})
-        result["left_behind"] = sorted(set(os.listdir()) - before)
+        result["left_behind"] = sorted(_files() - before)
+        result["lost"] = [path for path, text in mine.items() if not os.path.exists(path) or open(path).read() != text]
         object.__delattr__(cell, "init_parameters_data")
         read_from = checkpoint
         if not whole:
@@ -206,6 +207,21 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
         result["wrong"] = _compare_contents(cell, checkpoint, config, ranks, rank)
         result["account"] = told[-1]
     return result
+
+
+def _files() -> set:
+    return {os.path.join(folder, name) for folder, _, names in os.walk(".") for name in names}
+
+
+def _somebodys_output(rank: int) -> dict:
+    """Files in the folders that MindFormers' own auto_trans_ckpt empties, path -> contents."""
+    mine = {path: f"somebody's {path}" for path in (f"output/strategy/ckpt_strategy_rank_{rank}.ckpt",
+                                                    f"output/transformed_checkpoint/model/rank_{rank}/checkpoint.ckpt")}
+    for path, text in mine.items():
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    return mine
 
 
 def _compare_contents(cell, checkpoint: str, config, ranks: int, rank: int) -> list:

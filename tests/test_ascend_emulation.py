@@ -1,5 +1,8 @@
 """MindFormers' own LlamaForCausalLM, its Ascend operators emulated, generates what Hugging Face's Qwen2 generates."""
 
+import json
+import re
+
 import pytest
 
 from ascend_worker import Worker
@@ -52,8 +55,35 @@ def test_the_comparison_notices(worker, tmp_path, mutation):
     assert not found["same_tokens"]
 
 
-@pytest.mark.parametrize("dtype, tied", (("float32", False), ("bfloat16", True)))
-def test_the_check_for_cards_passes_on_right_operators(worker, tmp_path, dtype, tied):
-    found = worker.call("ascend_cases.check", folder=str(tmp_path), dtype=dtype, tied=tied)
-    assert len(found) == 14
-    assert all(error <= limit for error, limit in found.values()), found
+def test_a_checkpoint_that_lacks_a_weight_is_refused(worker, tmp_path):
+    """MindFormers' own loading leaves the weight random and goes on."""
+    said = worker.call("ascend_cases.refused", folder=str(tmp_path), tensor="model.layers.1.attention.wk.bias")
+    assert "1 of 27 weights are missing, the first is model.layers.1.attention.wk.bias" in said
+
+
+def test_the_check_for_cards_passes_on_right_operators(worker, module_dir):
+    code, output = worker.call("ascend_cases.report", arguments=[])
+    lines = output.splitlines()
+    results = [line for line in lines if " limit " in line]
+    assert code == 0 and len(results) == 36 and all(line.endswith("ok") for line in results), output
+    assert json.loads(lines[-1])["failures"] == []
+    # The report in the docs is of this form: every line of it stands here, but for the numbers.
+    page = (module_dir.parent.parent / "docs" / "ascend.md").read_text(encoding="utf-8")
+    shown = re.search(r"```text\n(Ascend check of qwen15.*?)\n```", page, re.DOTALL)[1].splitlines()
+    forms = {_form(line) for line in lines}
+    assert [line for line in shown if line.strip() != "..." and not any(form.startswith(_form(line)) for form in forms)] == []
+
+
+def _form(line: str) -> str:
+    return re.sub(r"[\d.]+", "N", line.split("...")[0])
+
+
+def test_the_check_for_cards_fails_on_a_wrong_operator(tmp_path):
+    worker = Worker(tmp_path)
+    try:
+        code, output = worker.call("ascend_cases.report", arguments=["--dtype", "float16"], fault=True)
+    finally:
+        worker.close()
+    failed = {line.split("float16")[0].strip() for line in output.splitlines() if line.endswith("FAILED")}
+    assert code == 1
+    assert failed == {"PagedAttention", *(f"network, 1 card(s){tied}: decode {turn}" for tied in ("", ", tied") for turn in (1, 2))}

@@ -2,27 +2,19 @@
 
 import glob
 import os
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from qwen15 import config_keys, device, family, memory
+from official_configs import QWEN1_5, QWEN1_5_CHAT
+from qwen15 import config_keys, device, family, make_yaml, memory
 from qwen15.config import load_config
+from qwen15.hf_config import dims_from_hf_config
 from qwen15.naming import indivisible
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
 
-OFFICIAL = {
-    # hidden, intermediate, layers, heads, kv heads, vocabulary, theta, tied: as in the published config.json files
-    "0_5b": (1024, 2816, 24, 16, 16, 151936, 1e6, True),
-    "1_8b": (2048, 5504, 24, 16, 16, 151936, 1e6, False),
-    "4b": (2560, 6912, 40, 20, 20, 151936, 5e6, False),
-    "7b": (4096, 11008, 32, 32, 32, 151936, 1e6, False),
-    "14b": (5120, 13696, 40, 40, 40, 152064, 1e6, False),
-    "32b": (5120, 27392, 64, 40, 8, 152064, 1e6, False),
-    "72b": (8192, 24576, 80, 64, 64, 152064, 1e6, False),
-    "110b": (8192, 49152, 80, 64, 8, 152064, 1e6, False),
-}
 PARAMETERS_BILLION = {"0_5b": 0.464, "1_8b": 1.837, "4b": 3.950, "7b": 7.721, "14b": 14.167, "32b": 32.51, "72b": 72.29,
                       "110b": 111.2}
 """Parameters in 10^9; the models' pages show them rounded."""
@@ -36,23 +28,33 @@ def shipped(name):
 
 
 @pytest.mark.parametrize("suffix", ["", "_chat"])
-@pytest.mark.parametrize("size", OFFICIAL)
+@pytest.mark.parametrize("size", QWEN1_5)
 def test_shipped_values_are_the_official_ones(size, suffix):
-    config = shipped(size + suffix)
-    model, dims = config.model, config.model.dims
-    assert (dims.hidden_size, dims.intermediate_size, dims.num_layers, dims.num_heads, dims.num_kv_heads,
-            dims.vocab_size, model.theta, dims.tie_word_embeddings) == OFFICIAL[size]
-    assert model.rms_norm_eps == 1e-6
-    assert (model.param_init_type, model.compute_dtype, model.rotary_dtype) == ("bfloat16",) * 3
+    config, official = shipped(size + suffix), QWEN1_5[size]
+    model = config.model
+    assert model.dims == dims_from_hf_config(official).dims
+    assert (model.theta, model.rms_norm_eps) == (official["rope_theta"], official["rms_norm_eps"])
+    assert (model.param_init_type, model.compute_dtype, model.rotary_dtype) == (official["torch_dtype"],) * 3
     assert (model.layernorm_compute_type, model.softmax_compute_type) == ("float32", "float32")
     assert (model.pad_token_id, model.bos_token_id) == (151643, 151643)
-    assert model.eos_token_id == ((151645, 151643) if suffix else (151643,))
-    assert config.tokenizer.options["eos_token"] == ("<|im_end|>" if suffix else "<|endoftext|>")
-    assert ("chat_template" in config.tokenizer.options) == bool(suffix)
-    assert config.generation.do_sample == bool(suffix)
+    assert model.seq_length <= official["max_position_embeddings"]
+    tokenizer, generation = config.tokenizer.options, config.generation
+    assert (tokenizer["unk_token"], tokenizer["pad_token"]) == ("<|endoftext|>", "<|endoftext|>")
     if suffix:
-        penalty = 1.1 if size in ("0_5b", "1_8b", "4b") else 1.05
-        assert (config.generation.repetition_penalty, config.generation.top_p) == (penalty, 0.8)
+        assert model.eos_token_id == (151645, 151643)
+        assert (tokenizer["eos_token"], tokenizer["chat_template"]) == ("<|im_end|>", make_yaml.CHATML)
+        assert {name: getattr(generation, name) for name in QWEN1_5_CHAT[size]} == QWEN1_5_CHAT[size]
+    else:
+        assert model.eos_token_id == (151643,)
+        assert tokenizer["eos_token"] == "<|endoftext|>" and "chat_template" not in tokenizer
+        assert not generation.do_sample and generation.repetition_penalty == 1.0
+
+
+@pytest.mark.parametrize("size", QWEN1_5)
+def test_base_and_chat_are_the_same_network(size):
+    base, chat = shipped(size), shipped(f"{size}_chat")
+    assert replace(base.model, eos_token_id=()) == replace(chat.model, eos_token_id=())
+    assert (base.parallel, base.max_device_memory_bytes) == (chat.parallel, chat.max_device_memory_bytes)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=os.path.basename)
@@ -82,11 +84,11 @@ def test_every_key_the_guide_tells_to_edit_is_in_the_file(path):
 def test_the_whole_family_is_shipped_base_and_chat():
     names = {os.path.basename(path)[len("predict_qwen1_5_"):-len(".yaml")]
              for path in SHIPPED}
-    assert names == {size + suffix for size in OFFICIAL for suffix in ("", "_chat")} | {"smollm2_135m"}
-    assert {family.yaml_name(size) for size in family.FAMILY} == {f"predict_qwen1_5_{size}.yaml" for size in OFFICIAL}
+    assert names == {size + suffix for size in QWEN1_5 for suffix in ("", "_chat")} | {"smollm2_135m"}
+    assert {family.yaml_name(size) for size in family.FAMILY} == {f"predict_qwen1_5_{size}.yaml" for size in QWEN1_5}
 
 
-@pytest.mark.parametrize("size", OFFICIAL)
+@pytest.mark.parametrize("size", QWEN1_5)
 def test_sizes_fit_the_card(size):
     for suffix in ("", "_chat"):
         config = shipped(size + suffix)
@@ -100,7 +102,7 @@ def test_sizes_fit_the_card(size):
             assert need.total_bytes * 2 > 0.9 * config.max_device_memory_bytes
 
 
-@pytest.mark.parametrize("size", OFFICIAL)
+@pytest.mark.parametrize("size", QWEN1_5)
 def test_parameters_add_up(size):
     config = shipped(size)
     need = memory.need(config.model, config.parallel, device.ASCEND)

@@ -6,33 +6,18 @@ import os
 import pytest
 import yaml
 
+from official_configs import OTHERS, QWEN1_5, config
 from qwen15 import device, make_yaml, memory
 from qwen15.config import Flag, load_config
 from qwen15.errors import UserError
+from qwen15.hf_config import dims_from_hf_config
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
 
 
-def hf(hidden, intermediate, layers, heads, kv_heads, vocab, **more):
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": hidden,
-            "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "vocab_size": vocab, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-            "torch_dtype": "bfloat16", "max_position_embeddings": 32768, "bos_token_id": 151643, "eos_token_id": 151645,
-            "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21,
-            **more}
-
-
-MODELS = {
-    "Qwen2-0.5B": hf(896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True, max_position_embeddings=131072),
-    "Qwen2-7B": hf(3584, 18944, 28, 28, 4, 152064, max_position_embeddings=131072),
-    "Qwen2-72B": hf(8192, 29568, 80, 64, 8, 152064, max_position_embeddings=131072),
-    "Qwen2.5-3B-Instruct": hf(2048, 11008, 36, 16, 2, 151936, tie_word_embeddings=True),
-    "Qwen2.5-32B": hf(5120, 27648, 64, 40, 8, 152064),
-    "Qwen1.5-0.5B-Chat": hf(1024, 2816, 24, 16, 16, 151936, tie_word_embeddings=True),
-    "tiny": hf(48, 72, 3, 6, 2, 199, bos_token_id=0, eos_token_id=1, torch_dtype="float32",
-               max_position_embeddings=100),
-}
-RANKS = {"Qwen2-72B": 4, "Qwen2.5-32B": 2}
+MODELS = {**OTHERS, "Qwen1.5-0.5B": QWEN1_5["0_5b"], "Qwen1.5-32B": QWEN1_5["32b"],
+          "tiny": {**config(48, 72, 3, 6, 2, 199, eos=1, longest=100), "bos_token_id": 0, "torch_dtype": "float32"}}
+RANKS = {"Qwen2-72B": 4, "Qwen2.5-72B-Instruct": 4, "Qwen2.5-32B": 2, "Qwen1.5-32B": 2}
 
 
 @pytest.fixture
@@ -55,24 +40,22 @@ def test_the_yaml_loads_and_agrees_with_the_checkpoint(folder, tmp_path, capsys,
     assert make_yaml.main(["--checkpoint", str(source), "--output", str(output)]) == 0
     printed = capsys.readouterr()
     assert printed.out == "" and "GiB on each" in printed.err
-    config = load_config(str(output), [Flag("load_checkpoint", "--load_checkpoint", str(source)),
-                                       Flag("context.device_target", "--device_target", "Ascend")], environ={})
-    assert config.notes == ()
-    wanted, dims = MODELS[name], config.model.dims
-    assert (dims.hidden_size, dims.num_layers, dims.num_kv_heads, dims.tie_word_embeddings) == (
-        wanted["hidden_size"], wanted["num_hidden_layers"], wanted["num_key_value_heads"],
-        wanted["tie_word_embeddings"])
-    assert (config.model.theta, config.model.rms_norm_eps) == (wanted["rope_theta"], 1e-6)
-    assert config.model.param_init_type == wanted["torch_dtype"]
-    assert config.model.eos_token_id == (wanted["eos_token_id"],)
-    assert config.model.seq_length <= wanted["max_position_embeddings"]
-    assert config.parallel.model_parallel == RANKS.get(name, 1)
-    assert memory.need(config.model, config.parallel, device.ASCEND).total_bytes <= config.max_device_memory_bytes
+    made = load_config(str(output), [Flag("load_checkpoint", "--load_checkpoint", str(source)),
+                                     Flag("context.device_target", "--device_target", "Ascend")], environ={})
+    assert made.notes == ()
+    official = MODELS[name]
+    assert made.model.dims == dims_from_hf_config(official).dims
+    assert (made.model.theta, made.model.rms_norm_eps) == (official["rope_theta"], official["rms_norm_eps"])
+    assert made.model.param_init_type == official["torch_dtype"]
+    assert made.model.eos_token_id == (official["eos_token_id"],)
+    assert made.model.seq_length <= official["max_position_embeddings"]
+    assert made.parallel.model_parallel == RANKS.get(name, 1)
+    assert memory.need(made.model, made.parallel, device.ASCEND).total_bytes <= made.max_device_memory_bytes
 
 
 def test_generation_and_tokenizer_settings_come_along(folder):
     template = "{% for m in messages %}{{ \"<|im_start|>\" + m['role'] }}\n{% endfor %}"
-    source = folder("chat", MODELS["Qwen1.5-0.5B-Chat"],
+    source = folder("chat", MODELS["Qwen1.5-0.5B"],
                     generation_config={"eos_token_id": [151645, 151643], "do_sample": True, "top_p": 0.8, "top_k": 20,
                                        "temperature": 0.7, "repetition_penalty": 1.1, "pad_token_id": 151643},
                     tokenizer_config={"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>",
@@ -88,7 +71,7 @@ def test_generation_and_tokenizer_settings_come_along(folder):
 
 def test_a_shipped_file_is_what_the_command_makes_of_the_official_configuration(folder):
     """Apart from what is a matter of choice: lengths of the cache and the answer."""
-    source = folder("Qwen1.5-0.5B", {**MODELS["Qwen1.5-0.5B-Chat"], "eos_token_id": 151643},
+    source = folder("Qwen1.5-0.5B", MODELS["Qwen1.5-0.5B"],
                     generation_config={"eos_token_id": 151643, "max_new_tokens": 2048})
     made = yaml.safe_load(make_yaml.render(make_yaml.recipe_for(str(source))))
     with open(os.path.join(MODULE, "predict_qwen1_5_0_5b.yaml"), encoding="utf-8") as file:
@@ -111,19 +94,24 @@ def test_the_number_of_ranks_can_be_chosen(folder, capsys):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"model_type": "qwen2_moe"}, "qwen2_moe"),
+    ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 60}, "qwen2_moe"),
     ({"num_experts": 60}, "mixture-of-experts"),
     ({"use_sliding_window": True}, "sliding window"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, "rope_scaling"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+    ({"use_mrope": True}, "use_mrope"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantized"),
+    ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "qwen2_vl"),
     ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
     ({"eos_token_id": None}, "eos_token_id"),
 ])
 def test_what_is_not_supported_is_refused_by_name(folder, changes, words):
     source = folder("other", {**MODELS["Qwen2-0.5B"], **changes})
     with pytest.raises(UserError) as caught:
-        make_yaml.recipe_for(str(source))
-    assert words in str(caught.value)
+        make_yaml.main(["--checkpoint", str(source)])
+    assert words in str(caught.value) and str(source) in str(caught.value)
 
 
 def test_a_file_that_is_there_is_not_overwritten(folder, tmp_path):

@@ -138,6 +138,8 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     if scaling and not _is_default_rope(scaling):
         raise UserError(f"rope_scaling {scaling!r} is not supported", where,
                         "Use the model without context extension, or remove the key to do without it.")
+    if _flag(config, "use_mrope", where):
+        raise UserError("use_mrope true: the three-part positions of vision models are not supported", where)
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {config['hidden_act']!r} is not supported, only silu", where)
     # Later layers than max_window_layers are the ones that slide; a window that no layer uses is no window.
