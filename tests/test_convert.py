@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_tensorfile import write
 
 from qwen15 import naming
+from qwen15.casting import cast
 from qwen15.conversion import Options, parse_size, plan_to_hugging_face, plan_to_mindspore
 from qwen15.errors import UserError
 from qwen15.job import run, shape_files
@@ -185,6 +186,24 @@ def test_casts_are_those_of_torch(tmp_path, old, new):
     total = [(count.to_zero, count.overflowed) for count in result.account.casts.values()]
     assert total == ([] if kinds[old] == getattr(torch, new) else [(zeros, overflows)])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == new
+
+
+@pytest.mark.parametrize("old", ["F16", "BF16"])
+@pytest.mark.parametrize("new", ["F32", "F16", "BF16"])
+def test_every_number_of_16_bits_becomes_what_torch_makes_of_it(old, new):
+    torch = pytest.importorskip("torch")
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    before = torch.from_numpy(bits.view(np.int16)).view(kinds[old])
+    after = before.to(kinds[new])
+    made, count = cast(bits.view(np.float16) if old == "F16" else bits, old, new)
+    found = torch.from_numpy(made.view(np.int32 if new == "F32" else np.int16)).view(kinds[new])
+    nan = before.isnan()
+    assert torch.equal(found.isnan(), nan)
+    assert torch.equal(found[~nan].view(torch.int32 if new == "F32" else torch.int16),
+                       after[~nan].view(torch.int32 if new == "F32" else torch.int16))
+    assert (count.values, count.to_zero, count.overflowed) == \
+        (1 << 16, int(((after == 0) & (before != 0)).sum()), int((after.isinf() & ~before.isinf() & ~nan).sum()))
 
 
 def run_allowing_overflow(source, target, dtype):

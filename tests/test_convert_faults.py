@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from checkpoint_fixtures import dims, model_contents, read_contents, run_script, under_ms_names, write_model
@@ -467,14 +468,20 @@ def test_memory_does_not_grow_with_the_model(tmp_path, module_dir):
     program = ("import runpy, sys; sys.argv = sys.argv[1:]\n"  # VmHWM, for ru_maxrss would count what we had before exec
                "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
                "finally: print('peak', *(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))")
-    for flags in (["--mindspore_ckpt_path", str(tmp_path / "x.ckpt")],
-                  ["--mindspore_ckpt_path", str(tmp_path / "ranks"), "--model_parallel", "4"]):
+    for flags, options in ((["--mindspore_ckpt_path", str(tmp_path / "x.ckpt")], {"target": str(tmp_path / "x.ckpt")}),
+                           (["--mindspore_ckpt_path", str(tmp_path / "cast"), "--dtype", "float16"],
+                            {"target": str(tmp_path / "cast"), "dtype": "float16"}),
+                           (["--mindspore_ckpt_path", str(tmp_path / "ranks"), "--model_parallel", "4"],
+                            {"target": str(tmp_path / "ranks"), "slicing": Slicing(4, True)})):
+        with closing(plan_to_mindspore(str(tmp_path / "hf"), Options(**options))) as plan:
+            told_mb = plan.memory_bytes / 1e6
         done = subprocess.run([sys.executable, "-c", program, str(module_dir / "convert_weight.py"), "--torch_ckpt_dir", str(tmp_path / "hf"),
                                *flags], stdout=subprocess.PIPE, universal_newlines=True)
         assert done.returncode == 0
-        peak_mb = int(done.stdout.split("peak ")[1]) / 1000
-        assert peak_mb < 170, peak_mb
+        peak_mb = int(done.stdout.split("peak ")[1]) * 1024 / 1e6
+        assert peak_mb < told_mb < 2 * peak_mb < 300, (flags, peak_mb, told_mb)
     shutil.rmtree(tmp_path / "ranks")
+    shutil.rmtree(tmp_path / "cast")
     os.unlink(tmp_path / "x.ckpt")
 
 

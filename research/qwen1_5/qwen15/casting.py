@@ -1,5 +1,6 @@
 """Change the dtype of weights, counting what does not survive; bfloat16 travels as its bits in uint16."""
 
+import functools
 from dataclasses import dataclass
 from typing import Iterator, Tuple
 
@@ -8,8 +9,8 @@ import numpy as np
 from .tensors import NUMPY_DTYPES
 
 FLOATS = ("F32", "F16", "BF16")
-_CHUNK_ELEMENTS = 1 << 22
-"""Elements converted at once: the float32 intermediate stays at 16 MiB whatever the tensor's size."""
+_CHUNK_ELEMENTS = 1 << 17
+"""Elements converted at once, so that what lies between stays in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,40 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)
 
 
+@functools.lru_cache(maxsize=None)
+def _table(source: str, target: str) -> np.ndarray:
+    """What each of the 65536 numbers of a 16-bit dtype becomes: looking it up is several times faster than working it out."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(NUMPY_DTYPES[source])
+    return from_float32(to_float32(every, source), target)
+
+
+def _cast(chunk: np.ndarray, source: str, target: str) -> np.ndarray:
+    if source == "F32":
+        return from_float32(chunk, target)
+    return _table(source, target).take(chunk.view(np.uint16), mode="clip")  # no index can be outside; "clip" checks none
+
+
+_BITS = {"F32": (np.uint32, 0x7FFFFFFF, 0x7F800000), "F16": (np.uint16, 0x7FFF, 0x7C00), "BF16": (np.uint16, 0x7FFF, 0x7F80)}
+"""Unsigned integers of a dtype's width, all bits but the sign, and infinity."""
+
+
+def _zeros_and_infinities(array: np.ndarray, dtype: str) -> Tuple[int, int]:
+    unsigned, magnitude, infinity = _BITS[dtype]
+    bits = array.view(unsigned) & unsigned(magnitude)
+    return bits.size - int(np.count_nonzero(bits)), int(np.count_nonzero(bits == infinity))
+
+
 def cast(array: np.ndarray, source: str, target: str) -> Tuple[np.ndarray, Count]:
     """`array` of dtype `source` as `target`, both of FLOATS, and what the cast did."""
     out = np.empty(array.shape, NUMPY_DTYPES[target])
-    flat_out, count = out.reshape(-1), Count(1, array.size)
+    flat_out = out.reshape(-1)
+    to_zero = overflowed = 0
     for start, chunk in _chunks(array):
-        values = to_float32(chunk, source)
-        made = from_float32(values, target)
-        flat_out[start:start + chunk.size] = made
-        back = to_float32(made, target)
-        count += Count(0, 0, int(np.count_nonzero((back == 0) & (values != 0))),
-                       int(np.count_nonzero(np.isinf(back) & np.isfinite(values))))
-    return out, count
+        flat_out[start:start + chunk.size] = made = _cast(chunk, source, target)
+        # Zeros stay zeros, infinities infinities, and NaN stays NaN: what has more of them afterwards came to be so by the cast.
+        before, after = _zeros_and_infinities(chunk, source), _zeros_and_infinities(made, target)
+        to_zero, overflowed = to_zero + after[0] - before[0], overflowed + after[1] - before[1]
+    return out, Count(1, array.size, to_zero, overflowed)
 
 
 def exact(array: np.ndarray, source: str, target: str) -> np.ndarray:

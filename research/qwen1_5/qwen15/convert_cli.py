@@ -66,7 +66,8 @@ def carry_out(plan: Any, args: argparse.Namespace) -> bool:
     if result.resumed_bytes:
         _tell(f"{human_bytes(result.resumed_bytes)} of {human_bytes(plan.read_bytes)} were done by an interrupted run, "
               f"{result.resumed} of {len(plan.files)} files whole")
-    rate = human_bytes(plan.read_bytes / max(result.seconds, 1e-9))
+    written = plan.write_bytes * (1 - result.resumed_bytes / max(plan.read_bytes, 1))
+    rate = human_bytes(written / max(result.seconds, 1e-9))
     _tell(f"{plan.target}: {len(plan.moves)} tensors, {human_bytes(plan.write_bytes)} in {result.seconds:.2f} s ({rate}/s)")
     if args.verify:
         _tell(f"verified: {result.compared} tensors read back, equal bit for bit")

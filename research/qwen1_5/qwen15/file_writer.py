@@ -52,11 +52,16 @@ class Blocks:
 
     Args:
         writers: how many files are written at once; each fills a block of its own.
+
+    Attributes:
+        nbytes: of a block.
+        all_bytes: of all blocks, the most memory that this takes.
     """
 
     def __init__(self, writers: int = 1):
-        self._left = writers + _WRITING_THREADS + 1
+        self._left = writers + _WRITING_THREADS + 1  # not made yet
         self.nbytes = min(_MOST_BLOCK_BYTES, max(_LEAST_BLOCK_BYTES, _ALL_BLOCKS_BYTES // self._left)) // _PAGE_BYTES * _PAGE_BYTES
+        self.all_bytes = self._left * self.nbytes
         self._free: "queue.SimpleQueue[np.ndarray]" = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(_WRITING_THREADS)
 

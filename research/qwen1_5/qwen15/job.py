@@ -82,10 +82,11 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory that running the plan takes, about: strips on their way and Python itself."""
+        """Memory that running the plan takes, about: Python itself, strips on their way, and blocks that are being written."""
         casting = any(move.dtype != move.target_dtype for move in self.moves)
         slicing = any(len(move.parts) > 1 or len(move.destinations) > 1 for move in self.moves)
-        return _INTERPRETER_BYTES + STRIP_BYTES * (2 + (8 if casting else 0) + (2 if slicing else 0))
+        at_once = max(len(numbers) for numbers, _ in _groups(self))
+        return _INTERPRETER_BYTES + STRIP_BYTES * (2 + (4 if casting else 0) + (2 if slicing else 0)) + Blocks(at_once).all_bytes
 
     def path_of(self, file: OutFile, folder: str) -> str:
         """Where a file is, in the folder or as the target."""

@@ -16,7 +16,7 @@ from .file_writer import FileWriter
 from .tensorfile import Checkpoint
 from .tensors import LONG_NAMES, NUMPY_DTYPES, element_count, itemsize
 
-STRIP_BYTES = 16 * 2 ** 20
+STRIP_BYTES = 4 * 2 ** 20
 _SCAN_ELEMENTS = 128 * 1024  # of which NumPy's two passes stay in the processor's cache
 
 
