@@ -174,7 +174,53 @@ def test_a_card_that_is_too_small_is_told_the_number_of_cards():
     with pytest.raises(UserError) as caught:
         memory.check(config)
     assert "58.00 GiB there are (max_device_memory)" in str(caught.value)
-    assert caught.value.fix == "Run 4 cards: use_parallel True and model_parallel 4."
+    assert caught.value.fix == "Run 4 cards: use_parallel True and model_parallel 4"
+
+
+NPU_SMI = """\
++------------------------------------------------------------------------------------------------+
+| npu-smi 24.1.rc1                 Version: 24.1.rc1                                             |
++---------------------------+---------------+----------------------------------------------------+
+| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
+| Chip                      | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
++===========================+===============+====================================================+
+| 0     910B4               | OK            | 86.0        40                0    / 0             |
+| 0                         | 0000:C1:00.0  | 0           0    / 0          2828 / {size}         |
++===========================+===============+====================================================+
+| 1     910B4               | OK            | 86.8        39                0    / 0             |
+| 0                         | 0000:01:00.0  | 0           0    / 0          59356/ {size}         |
++===========================+===============+====================================================+
+| NPU     Chip              | Process id    | Process name             | Process memory(MB)      |
+| 0       0                 | 1712733       | python                   | 48954                   |
+"""
+
+
+@pytest.fixture
+def cards(tmp_path, monkeypatch):
+    """size in MB -> `npu-smi` of a machine with such cards."""
+    def cards(size):
+        (tmp_path / "table").write_text(NPU_SMI.format(size=size))
+        (tmp_path / "npu-smi").write_text(f"#!/bin/sh\ncat {tmp_path / 'table'}\n")
+        (tmp_path / "npu-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return cards
+
+
+def test_a_card_smaller_than_the_yaml_says_counts(cards):
+    cards(32768)
+    assert "2.61 GiB, of 27.00 GiB (a card of 32.00 GiB less 5.00 GiB for CANN and HCCL)" in memory.check(shipped("0_5b"))
+    with pytest.raises(UserError) as caught:
+        memory.check(shipped("14b"))
+    assert "40.07 GiB is more than the 27.00 GiB there are (a card of 32.00 GiB" in str(caught.value)
+    assert caught.value.fix == ("Set --seq_length 512 --options model.model_config.num_blocks=16 --predict_length 512; "
+                                "or run 2 cards: use_parallel True and model_parallel 2")
+
+
+def test_a_card_as_the_yaml_says_is_counted_by_the_yaml(cards, tmp_path):
+    cards(65536)
+    assert "of 59.00 GiB (max_device_memory)" in memory.check(shipped("14b"))
+    (tmp_path / "npu-smi").write_text("#!/bin/sh\necho no device; exit 1\n")
+    assert "of 59.00 GiB (max_device_memory)" in memory.check(shipped("14b"))
 
 
 def test_float32_on_a_card_is_pointed_to_bfloat16():

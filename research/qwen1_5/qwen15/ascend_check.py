@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -192,7 +191,7 @@ def check_network(folder: str, dtype: str, ranks: int = 1, vocab_emb_dp: bool = 
     start_s = time.perf_counter()
     network = MindFormersNetwork(config, weights.resolve(config.load_checkpoint), told.append)
     times = {"load_s": time.perf_counter() - start_s}
-    prepare(network._cell)
+    prepare(network.cell)
     judge = ascend_model.rounded(tensors, dtype)
     name = f"network, {ranks} card(s)" + (", tied" if tied else "") + ("" if vocab_emb_dp else ", vocabulary cut")
     results = []
@@ -247,11 +246,8 @@ def environment() -> Dict[str, str]:
     found["cards"] = str(len(ascend.cards))
     found["cann"] = f"{ascend.cann or 'not found'} {_version_in(ascend.cann)}".strip()
     found["driver"] = _version_in("/usr/local/Ascend/driver") or "not found"
-    try:
-        npu_smi = subprocess.run(["npu-smi", "info"], capture_output=True, text=True, timeout=20)
-        found["npu-smi"] = npu_smi.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        found["npu-smi"] = f"cannot be run: {error}"
+    output, why_not = device.npu_smi()
+    found["npu-smi"] = (output or why_not).strip()
     return found
 
 

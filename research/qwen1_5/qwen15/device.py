@@ -1,8 +1,10 @@
-"""Find out whether this machine has an Ascend card to compute on, without importing MindSpore."""
+"""Find out whether this machine has Ascend cards to compute on, and how large, without importing MindSpore."""
 
 import glob
 import importlib.util
 import os
+import re
+import subprocess
 from dataclasses import dataclass
 from typing import Mapping, Optional, Tuple
 
@@ -11,6 +13,7 @@ from .errors import UserError
 ASCEND, CPU, AUTO = "Ascend", "CPU", "auto"
 TARGETS = (AUTO, ASCEND, CPU)
 _CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_AICPU_PATH", "ASCEND_OPP_PATH")
+_HBM = re.compile(r"^\|.*\b\d{4}:[0-9A-F]{2}:[0-9A-F]{2}\.\d\b.*/\s*(\d+)\s*\|\s*$", re.MULTILINE | re.IGNORECASE)
 _CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
 
 
@@ -65,6 +68,24 @@ def _plugin() -> Optional[str]:
         if found:
             return found[0]
     return None
+
+
+def npu_smi() -> Tuple[Optional[str], str]:
+    """What `npu-smi info` prints; None with the reason where it cannot be run, as in containers that it is not mounted into."""
+    try:
+        done = subprocess.run(["npu-smi", "info"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=20,
+                              universal_newlines=True, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"cannot be run: {error}"
+    return (done.stdout, "") if done.returncode == 0 else (None, f"exit code {done.returncode}: {done.stdout.strip()}")
+
+
+def card_bytes() -> Optional[int]:
+    """Memory (HBM) of the smallest card that `npu-smi` shows; None when it shows none."""
+    output, _ = npu_smi()
+    # The line with a card's bus address ends in `used / all |`, in units of 2^20 bytes that it calls MB.
+    sizes = [int(size) * 2 ** 20 for size in _HBM.findall(output or "") if int(size)]
+    return min(sizes, default=None)
 
 
 def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/") -> Tuple[str, str]:

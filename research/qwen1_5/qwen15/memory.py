@@ -16,6 +16,8 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GIB = 2 ** 30
 CPU_RUNTIME_BYTES = GIB // 2
 """Resident set of a process that has imported MindSpore 2.9.0 and NumPy (0.39 GiB measured), and its graph."""
+CARD_RESERVE_BYTES = 5 * GIB
+"""What CANN, HCCL and the card's own system take of it: the YAML files leave 59 GB of 64 GB cards to MindSpore."""
 RANKS = (1, 2, 4, 8)
 BEGIN, END = "<!-- begin: python -m qwen15.memory -->", "<!-- end: python -m qwen15.memory -->"
 
@@ -133,10 +135,13 @@ def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, plain_at
 
 
 def available(config: Config, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Available:
-    """What a rank may use: `max_device_memory` of a card, or what the machine (or its container) has."""
-    if config.device_target == device.ASCEND:
-        return Available(config.max_device_memory_bytes, None, "max_device_memory")
-    return machine_memory(proc, cgroup)
+    """What a rank may use: `max_device_memory`, or less on a smaller card; on CPU what the machine (or its container) has."""
+    if config.device_target != device.ASCEND:
+        return machine_memory(proc, cgroup)
+    allowed, card = config.max_device_memory_bytes, device.card_bytes()
+    if card is None or (allowed is not None and allowed <= card - CARD_RESERVE_BYTES):
+        return Available(allowed, None, "max_device_memory")
+    return Available(max(0, card - CARD_RESERVE_BYTES), None, f"a card of {gib(card)} less {gib(CARD_RESERVE_BYTES)} for CANN and HCCL")
 
 
 def machine_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Available:
@@ -187,21 +192,25 @@ def remedy(config: Config, limit_bytes: int, held: Optional[Dict[str, object]] =
         blocks = (limit_bytes - total(num_blocks=0)) // per_block
         if blocks * model.block_size >= model.seq_length:
             return f"Set --options model.model_config.num_blocks={blocks}"
+    steps = []
     for length in _halvings(model.seq_length):
         blocks = -(-length // model.block_size)
         if total(seq_length=length, num_blocks=blocks) <= limit_bytes:
-            return (f"Set --seq_length {length} --options model.model_config.num_blocks={blocks}"
-                    + (f" --predict_length {length}" if config.generation.max_length > length else ""))
-    if model.param_init_type == "float32" and held.get("held_dtype") != "float32":
-        small = replace(model, param_init_type="bfloat16", compute_dtype="bfloat16")
-        if need(small, parallel, config.device_target, **held).total_bytes <= limit_bytes:
-            return "Set param_init_type and compute_dtype to bfloat16."
+            steps.append(f"Set --seq_length {length} --options model.model_config.num_blocks={blocks}"
+                         + (f" --predict_length {length}" if config.generation.max_length > length else ""))
+            break
+    if not steps and model.param_init_type == "float32" and held.get("held_dtype") != "float32":
+        if total(param_init_type="bfloat16", compute_dtype="bfloat16") <= limit_bytes:
+            steps.append("Set param_init_type and compute_dtype to bfloat16")
     if config.device_target == device.ASCEND:
         for ranks in (2, 4, 8, 16):
             spread = replace(parallel, use_parallel=True, model_parallel=ranks)
             if ranks > parallel.model_parallel and naming.indivisible(model.dims, ranks) is None \
                     and need(model, spread, config.device_target, **held).total_bytes <= limit_bytes:
-                return f"Run {ranks} cards: use_parallel True and model_parallel {ranks}."
+                steps.append(f"Run {ranks} cards: use_parallel True and model_parallel {ranks}")
+                break
+    if steps:
+        return "; or ".join([steps[0], *(step[0].lower() + step[1:] for step in steps[1:])])
     smallest = total(seq_length=model.block_size, num_blocks=1)
     return f"Even with the smallest KV cache it takes {gib(smallest)}; use a larger machine or a smaller model."
 
