@@ -111,7 +111,7 @@ def _network(config):
     """(MindFormers' network under emulation, how many primitives are emulated by name, the line about its weights)."""
     told = []
     network = MindFormersNetwork(config, weights.resolve(config.load_checkpoint), told.append)
-    return network, ascend_emulation.emulate(network._cell), told[-1]
+    return network, ascend_emulation.emulate(network.cell), told[-1]
 
 
 def refused(folder: str, tensor: str) -> str:

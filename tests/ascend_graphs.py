@@ -199,9 +199,8 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
             read_from = os.path.join(folder, "sliced")
             convert_weight.main(["--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path", read_from, "--model_parallel", str(ranks),
                                  "--vocab_emb_dp", str(config.parallel.vocab_emb_dp)])
-        source = weights.Source(weights.resolve(read_from, rank, ranks, whole), config.model,
-                                mindformers_network.SimpleNamespace(weight_dtype=str), rank, ranks,
-                                config.parallel.vocab_emb_dp, whole=whole)
+        source = weights.Source(weights.resolve(read_from, rank, ranks, whole), config.model, config.model.param_init_type, rank,
+                                ranks, config.parallel.vocab_emb_dp, whole=whole)
         told = []
         mindformers_network.fill(cell, source, config, ranks, told.append)
         result["wrong"] = _compare_contents(cell, checkpoint, config, ranks, rank)

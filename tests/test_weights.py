@@ -2,7 +2,6 @@
 
 import json
 import os
-import types
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from qwen15.config import load_config
 from qwen15.errors import UserError
 
 pytest.importorskip("torch")
-OPERATORS = types.SimpleNamespace(weight_dtype=lambda dtype: dtype)
 
 
 def load(folder, **sizes):
@@ -43,7 +41,7 @@ def folder(tmp_path):
 
 def test_every_weight_arrives_bit_for_bit(folder):
     model = load(folder)
-    source = weights.Source(str(folder), model, OPERATORS)
+    source = weights.Source(str(folder), model, "float32")
     stored = safetensors_of(folder)
     for weight in naming.weights(model.dims):
         assert source(weight.ms).asnumpy().tobytes() == stored[weight.hf].tobytes()
@@ -55,7 +53,7 @@ def test_ranks_read_slices_that_join_to_the_whole(tmp_path, split_vocab):
     folder = tmp_path / "hf"
     random_model(folder, vocab_size=200)
     model = load(folder)
-    sources = [weights.Source(str(folder), model, OPERATORS, rank, 2, vocab_emb_dp=not split_vocab) for rank in range(2)]
+    sources = [weights.Source(str(folder), model, "float32", rank, 2, vocab_emb_dp=not split_vocab) for rank in range(2)]
     stored = safetensors_of(folder)
     for weight in naming.weights(model.dims):
         axis = weight.axis(2, not split_vocab)
@@ -69,7 +67,7 @@ def test_missing_weight_stops_and_is_named(folder):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save(folder, tensors)
     with pytest.raises(UserError, match="1 of 39 weights are missing, the first is model.layers.1.feed_forward.w3.weight"):
-        weights.Source(str(folder), load(folder), OPERATORS)
+        weights.Source(str(folder), load(folder), "float32")
 
 
 def test_missing_head_suggests_tying(folder):
@@ -77,20 +75,20 @@ def test_missing_head_suggests_tying(folder):
     del tensors["lm_head.weight"]
     save(folder, tensors)
     with pytest.raises(UserError, match="lm_head.weight.*tie_word_embeddings: True"):
-        weights.Source(str(folder), load(folder), OPERATORS)
+        weights.Source(str(folder), load(folder), "float32")
 
 
 def test_unexpected_tensor_stops_and_is_named(folder):
     save(folder, {**safetensors_of(folder), "model.layers.0.self_attn.q_proj.lora_a": np.ones(3, np.float32)})
     with pytest.raises(UserError, match="1 tensors belong to no weight.*q_proj.lora_a.*Merge LoRA"):
-        weights.Source(str(folder), load(folder), OPERATORS)
+        weights.Source(str(folder), load(folder), "float32")
 
 
 def test_caches_optimizer_states_and_counters_are_skipped_and_counted(folder):
     extra = {"model.layers.0.attention.infer_attention.paged_attention_mgr.key_cache": np.zeros((2, 2), np.float32),
              "adam_m.model.norm_out.weight": np.zeros(48, np.float32), "global_step": np.zeros((), np.float32)}
     save(folder, {**safetensors_of(folder), **extra})
-    source = weights.Source(str(folder), load(folder), OPERATORS)
+    source = weights.Source(str(folder), load(folder), "float32")
     assert source.account().endswith("skipped 3 (1 KV caches, 1 optimizer states, 1 training counters)")
 
 
@@ -99,7 +97,7 @@ def test_wrong_shape_names_both_shapes(folder):
     tensors["model.layers.2.self_attn.k_proj.weight"] = np.zeros((48, 48), np.float32)
     save(folder, tensors)
     with pytest.raises(UserError, match=r"layers.2.attention.wk.weight has shape \(48, 48\), the YAML wants \(16, 48\)"):
-        weights.Source(str(folder), load(folder), OPERATORS)
+        weights.Source(str(folder), load(folder), "float32")
 
 
 def test_checkpoint_of_another_size_is_recognised(tmp_path):
@@ -118,7 +116,7 @@ def test_checkpoint_of_another_size_is_recognised(tmp_path):
     yaml = os.path.join(os.path.dirname(weights.__file__), "..", "predict_qwen1_5_14b.yaml")
     model = load_config(yaml, environ={}).model
     with pytest.raises(UserError, match=r"has shape \(151936, 2560\), the YAML wants \(152064, 5120\).*looks like Qwen1.5-4B, not 14B"):
-        weights.Source(str(path), model, OPERATORS)
+        weights.Source(str(path), model, "float32")
 
 
 def test_tied_model_accepts_its_own_head_and_no_other(tmp_path):
@@ -126,17 +124,17 @@ def test_tied_model_accepts_its_own_head_and_no_other(tmp_path):
     random_model(folder, tie_word_embeddings=True)
     tensors = safetensors_of(folder)
     save(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()})
-    assert ", tied 1" in weights.Source(str(folder), load(folder), OPERATORS).account()
+    assert ", tied 1" in weights.Source(str(folder), load(folder), "float32").account()
     save(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
     with pytest.raises(UserError, match="lm_head.weight differs from the embedding.*tie_word_embeddings: False"):
-        weights.Source(str(folder), load(folder), OPERATORS)
+        weights.Source(str(folder), load(folder), "float32")
 
 
 def test_casts_are_counted_and_told(folder):
     tensors = safetensors_of(folder)
     tensors["model.layers.0.mlp.down_proj.weight"][0, :3] = [1e-30, 1e30, 0]
     save(folder, tensors)
-    source = weights.Source(str(folder), load(folder, param_init_type="float16"), OPERATORS)
+    source = weights.Source(str(folder), load(folder, param_init_type="float16"), "float16")
     for weight in naming.weights(load(folder).dims):
         source(weight.ms)
     assert source.account().endswith("; float32 -> float16: 23 tensors, 1 values became 0, 1 overflowed")
@@ -144,11 +142,11 @@ def test_casts_are_counted_and_told(folder):
 
 def test_weight_that_is_not_finite_is_found(folder):
     tensors = safetensors_of(folder)
-    source = weights.Source(str(folder), load(folder), OPERATORS)
+    source = weights.Source(str(folder), load(folder), "float32")
     assert source.find_non_finite() is None
     tensors["model.layers.1.self_attn.v_proj.bias"][3] = np.nan
     save(folder, tensors)
-    source = weights.Source(str(folder), load(folder), OPERATORS)
+    source = weights.Source(str(folder), load(folder), "float32")
     assert source.find_non_finite() == "model.layers.1.attention.wv.bias"
 
 
@@ -212,7 +210,7 @@ def test_slices_of_another_split_are_named(tmp_path):
     def source(cut_for, cut_with, run_for, run_with):
         save_file({w.ms: cut(tensors[w.hf], w.axis(cut_for, cut_with), 0, cut_for).copy() for w in naming.weights(model.dims)},
                   str(rank / "model.safetensors"))
-        return weights.Source(str(rank), model, OPERATORS, 0, run_for, vocab_emb_dp=run_with, whole=False)
+        return weights.Source(str(rank), model, "float32", 0, run_for, vocab_emb_dp=run_with, whole=False)
 
     assert source(2, True, 2, True).read("model.layers.0.attention.wo.weight")[0].shape == (48, 24)
     with pytest.raises(UserError, match="sliced with vocab_emb_dp False, the run has True"):

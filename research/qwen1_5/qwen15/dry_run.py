@@ -1,6 +1,5 @@
 """Everything that can be checked before a model is loaded: prompts, memory, checkpoint headers. Imports no MindSpore."""
 
-from types import SimpleNamespace
 from typing import List, Sequence
 
 from . import device, memory, ops, weights
@@ -54,14 +53,10 @@ def _checkpoint_lines(config: Config) -> List[str]:
     parallel = config.parallel
     ranks = parallel.model_parallel
     whole = config.auto_trans_ckpt or ranks == 1
-    if config.device_target == device.ASCEND:
-        held = SimpleNamespace(weight_dtype=str)
-    else:
-        held = SimpleNamespace(weight_dtype=str if ops.decide()[0] == "cpu" else lambda _: "float32")
     lines = []
     for rank in range(1 if whole else ranks):
         path = weights.resolve(config.load_checkpoint, rank, ranks, config.auto_trans_ckpt)
-        weights.Source(path, config.model, held, rank, ranks, parallel.vocab_emb_dp, whole)
+        weights.Source(path, config.model, config.model.param_init_type, rank, ranks, parallel.vocab_emb_dp, whole)
         reader = open_checkpoint(path)
         infos = reader.infos.values()
         dtypes = ", ".join(sorted({info.dtype for info in infos}))

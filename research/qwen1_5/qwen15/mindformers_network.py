@@ -4,8 +4,7 @@ import contextlib
 import os
 import re
 import sys
-from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Set, Tuple
 
 import numpy as np
 
@@ -33,6 +32,9 @@ class MindFormersNetwork(Network):
         checkpoint: what `weights.resolve` found.
         tell: receives one line for each thing worth knowing.
 
+    Attributes:
+        cell: MindFormers' network itself.
+
     Raises:
         UserError: no card, MindFormers missing, a configuration or checkpoint that does not fit.
     """
@@ -49,16 +51,15 @@ class MindFormersNetwork(Network):
             if config.parallel.use_parallel and self.ranks != config.parallel.model_parallel:
                 raise UserError(f"{self.ranks} workers are running, model_parallel is {config.parallel.model_parallel}",
                                 fix=f"Start {config.parallel.model_parallel} workers.")
-            cell = build(settings)
+            self.cell = build(settings)
             if self.ranks > 1:
-                cut(cell, config.model)
-            self._source = weights.Source(checkpoint, config.model, SimpleNamespace(weight_dtype=str), self.rank, self.ranks,
+                cut(self.cell, config.model)
+            self._source = weights.Source(checkpoint, config.model, config.model.param_init_type, self.rank, self.ranks,
                                           config.parallel.vocab_emb_dp, whole=config.auto_trans_ckpt or self.ranks == 1)
-            fill(cell, self._source, config, self.ranks, tell)
-            cell.set_dynamic_inputs()
-        self._cell = cell
+            fill(self.cell, self._source, config, self.ranks, tell)
+            self.cell.set_dynamic_inputs()
         self._phase: Optional[str] = None
-        self._compiled: Dict[str, bool] = {}
+        self._compiled: Set[str] = set()
         self._table_width = -(-config.model.seq_length // config.model.block_size)
         self.note = (f"{config.device_target}, MindFormers' LlamaForCausalLM on {self.ranks} card(s), "
                      f"weights {config.model.param_init_type}, KV cache {config.model.compute_dtype}")
@@ -78,9 +79,9 @@ class MindFormersNetwork(Network):
 
         if phase != self._phase:
             # A flag decides which of its two graphs the network traces, a phase which compiled graph MindSpore runs.
-            self._cell.add_flags_custom(is_first_iteration=phase == "prefill")
+            self.cell.add_flags_custom(is_first_iteration=phase == "prefill")
             self._phase = phase
-        self._cell.phase = phase
+        self.cell.phase = phase
         tables = np.full((len(block_tables), self._table_width), -1, np.int32)
         tables[:, :block_tables.shape[1]] = block_tables
         inputs = {"input_ids": input_ids, "batch_valid_length": lengths[None, :], "block_tables": tables,
@@ -90,10 +91,10 @@ class MindFormersNetwork(Network):
             if phase not in self._compiled:
                 stack.enter_context(stdout_to_stderr())
             try:
-                logits = self._cell(**tensors).asnumpy()
+                logits = self.cell(**tensors).asnumpy()
             except RuntimeError as error:
                 raise _explain(error) from error
-        self._compiled[phase] = True
+        self._compiled.add(phase)
         return logits
 
     def agree(self, ids):

@@ -83,7 +83,8 @@ class CpuNetwork(Network):
             self.rank, _ = cluster.join()
         self.vocab_size = model.dims.vocab_size
         split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
-        self._source = weights.Source(checkpoint, model, operators, self.rank, self.ranks, config.parallel.vocab_emb_dp,
+        held_dtype = operators.weight_dtype(model.param_init_type)
+        self._source = weights.Source(checkpoint, model, held_dtype, self.rank, self.ranks, config.parallel.vocab_emb_dp,
                                       whole=config.auto_trans_ckpt or self.ranks == 1)
         cos, sin = rope_tables(model.seq_length, model.dims.head_dim, model.theta)
         self._cell = LlamaForCausalLM(
@@ -95,7 +96,7 @@ class CpuNetwork(Network):
         self._cell.set_train(False)
         # Compile now, so that the first prompt's time is its own.
         self._cell.compile(*(ms.Tensor(np.zeros((1,) * rank, np.int32)) for rank in (1, 1, 1, 1, 1, 2)))
-        self.note = f"CPU, {note}, weights {operators.weight_dtype(model.param_init_type)}, KV cache {model.compute_dtype}"
+        self.note = f"CPU, {note}, weights {held_dtype}, KV cache {model.compute_dtype}"
         if self.ranks > 1:
             self._broadcast = ms.ops.Broadcast(0)
 

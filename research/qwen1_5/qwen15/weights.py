@@ -2,7 +2,6 @@
 
 import os
 import re
-from types import ModuleType
 from typing import Dict, List, Optional, Tuple
 
 import numpy as np
@@ -82,7 +81,7 @@ class Source:
     Args:
         checkpoint: what `resolve` returned.
         model: the model's configuration; `param_init_type` is the dtype of the matrices.
-        operators: the operator set, for the dtype it holds matrices in.
+        held_dtype: dtype in which matrices are handed out by `__call__`.
         rank, ranks, vocab_emb_dp: the slices to take.
         whole: the checkpoint holds whole tensors; otherwise this rank's slices.
 
@@ -90,12 +89,12 @@ class Source:
         UserError: missing, unexpected or misshapen tensors, before any is read.
     """
 
-    def __init__(self, checkpoint: str, model: ModelConfig, operators: ModuleType, rank: int = 0, ranks: int = 1,
+    def __init__(self, checkpoint: str, model: ModelConfig, held_dtype: str, rank: int = 0, ranks: int = 1,
                  vocab_emb_dp: bool = True, whole: bool = True):
         self._path = checkpoint
         self._reader = open_checkpoint(checkpoint)
         self._matrix_dtype = model.param_init_type
-        self._held_dtype = operators.weight_dtype(model.param_init_type)
+        self._held_dtype = held_dtype
         self._rank, self._ranks, self._whole = rank, ranks, whole
         self._axes: Dict[str, Optional[int]] = {}
         self._stored: Dict[str, str] = {}
