@@ -7,8 +7,8 @@ CPU_OPTIONS = {"use_past": False, "use_flash_attention": False, "is_dynamic": Fa
 """What MindFormers' network needs to run on a CPU without emulation: no fused operators, no KV cache."""
 
 
-def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, prompt: str, max_length: int, auto_register: bool) -> list:
-    """Texts of `Trainer.predict`: with the checkpoint named only in the configuration, then with `predict_checkpoint`.
+def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, prompt: str, max_length: int, imported: bool) -> dict:
+    """Texts of `Trainer.predict` with the YAML as it is, but for the paths, the device and the sizes.
 
     Args:
         yaml_path: a shipped predict YAML.
@@ -16,23 +16,29 @@ def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, promp
         checkpoint: a converted .ckpt.
         sizes: keys of model_config that make the network small.
         prompt, max_length: what to continue, and the length of the result in tokens.
-        auto_register: let MindFormers find the tokenizer by REGISTER_PATH; otherwise import it.
+        imported: import the tokenizer's module; otherwise MindFormers finds it by the YAML's auto_register and REGISTER_PATH.
+
+    Returns:
+        only in the YAML: the checkpoint named in `load_checkpoint` alone.
+        greedy: with `predict_checkpoint` and top_k 1.
+        top_k of the YAML: sampled, top_k left to the YAML, which says 0: all tokens.
+        end of text: greedy for the prompt followed by <|endoftext|>.
     """
+    if imported:
+        import qwen1_5_tokenizer  # noqa: F401  registers itself
     config = MindFormerConfig(yaml_path)
     tokenizer = config.processor.tokenizer
-    if auto_register:
-        tokenizer.auto_register = "qwen1_5_tokenizer.Qwen2Tokenizer"
-    else:
-        import qwen1_5_tokenizer  # noqa: F401  registers itself
     tokenizer.vocab_file, tokenizer.merges_file = f"{vocabulary}/vocab.json", f"{vocabulary}/merges.txt"
     config.context.device_target = "CPU"
     config.context.postprocess_use_numpy = True  # the other sampling has no CPU kernels
     config.model.model_config.update({**CPU_OPTIONS, **sizes})
     config.load_checkpoint = checkpoint
     build_context(config)
-    texts = []
-    for arguments in ({}, {"predict_checkpoint": checkpoint}):
-        answer = Trainer(args=config, task="text_generation").predict(input_data=prompt, max_length=max_length, do_sample=True, top_k=1,
-                                                                      **arguments)
-        texts.append(answer[0]["text_generation_text"][0])
+    texts = {}
+    given = {"predict_checkpoint": checkpoint}
+    for name, arguments in (("only in the YAML", {"top_k": 1}), ("greedy", {**given, "top_k": 1}), ("top_k of the YAML", given),
+                            ("end of text", {**given, "top_k": 1, "input_data": f"{prompt}<|endoftext|>"})):
+        answer = Trainer(args=config, task="text_generation").predict(
+            **{"input_data": prompt, "max_length": max_length, "do_sample": True, **arguments})
+        texts[name] = answer[0]["text_generation_text"][0]
     return texts

@@ -743,6 +743,8 @@ def register() -> None:
     """
     from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
+    # The YAML files say `auto_register` for those who import nothing; MindFormers then wants to know the folder from everybody.
+    os.environ.setdefault("REGISTER_PATH", os.path.dirname(os.path.abspath(__file__)))
     MindFormerRegister.register_cls(Qwen2Tokenizer, module_type=MindFormerModuleType.TOKENIZER)
 
 

@@ -123,6 +123,7 @@ def render(recipe: Recipe) -> str:
         "processor:",
         "  tokenizer:",
         "    type: Qwen2Tokenizer",
+        "    auto_register: qwen1_5_tokenizer.Qwen2Tokenizer     # where MindFormers' own Trainer finds it",
         f"    model_max_length: {recipe.model_max_length}",
         '    vocab_file: "/path/vocab.json"      # left like this: the one beside the checkpoint',
         '    merges_file: "/path/merges.txt"',
