@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
-from . import device, supervise
+from . import device, machines, supervise
 from .errors import EXIT_OK, UserError, run_main
 from .rank_process import Task
 
@@ -355,6 +355,22 @@ def hang_timeout_s(environ: Mapping[str, str]) -> int:
     return _integer("QWEN15_HANG_TIMEOUT_S", environ.get("QWEN15_HANG_TIMEOUT_S", str(DEFAULT_HANG_TIMEOUT_S)), 1)
 
 
+def open_link(plan: Plan, port: int) -> Optional[machines.Link]:
+    """The way to the launchers of the other machines; None where there are none, or where it cannot be had, which is said."""
+    link_port = port + machines.PORT_OFFSET
+    if plan.one_machine:
+        return None
+    here = machines.Machine(plan.node_rank, plan.ranks.start, plan.local_worker, plan.worker_num)
+    if plan.node_rank > 0:
+        return machines.Member(here, plan.master_addr, link_port)
+    try:
+        return machines.Hub(here, plan.master_addr, link_port)
+    except (OSError, OverflowError) as error:  # OverflowError: above 65535
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "there is no such port"
+        supervise.say(f"port {link_port} of {plan.master_addr} cannot be used ({reason}): {supervise.NO_LINK}")
+        return None
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code.
 
@@ -375,7 +391,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             supervise.say(f"port {plan.master_port} is in use, {port} is taken")
     scheduler, ranks = tasks(plan, port, os.environ)
     job = supervise.Job(scheduler, ranks, plan.worker_num, plan.master_addr, port, log_dir, plan.timeout_s,
-                        hang_timeout_s(os.environ))
+                        hang_timeout_s(os.environ), open_link(plan, port))
     try:
         return supervise.run(job) if plan.join else supervise.run_detached(job)
     finally:

@@ -7,10 +7,10 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import List, Optional, Sequence, Set, Tuple
 
-from . import foreground
+from . import foreground, machines
 from .errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError, run_main
 from .rank_process import NOTICE, RankProcess, Task
 
@@ -44,6 +44,7 @@ class Job:
         log_dir: absolute.
         timeout_s: within which all ranks have to be there.
         hang_timeout_s: that a rank may keep the others waiting.
+        link: to the launchers of the other machines; None when there are none.
     """
 
     scheduler: Optional[Task]
@@ -54,6 +55,7 @@ class Job:
     log_dir: str
     timeout_s: int
     hang_timeout_s: int
+    link: Optional[machines.Link] = None
 
     @property
     def one_machine(self) -> bool:
@@ -63,6 +65,9 @@ class Job:
     def log(self, task: Task) -> str:
         """Path of a task's log."""
         return os.path.join(self.log_dir, task.log_name)
+
+
+NO_LINK = "a machine that is lost will be noticed after 30 s, by MindSpore's heartbeat, and failures are named where they happen"
 
 
 def say(line: str) -> None:
@@ -106,18 +111,27 @@ def _count(ranks: Sequence[Task]) -> str:
 
 
 class _Failure:
-    """Who is to blame, what is said about it, and the exit code."""
+    """Who is to blame (a process of this machine, None when it is not), what is said about it, and the exit code."""
 
     def __init__(self, process: Optional[RankProcess], what: str, fix: Optional[str] = None, code: int = EXIT_FAILED):
         self.process = process
         self.what = what
         self.fix = fix
         self.code = code
+        self.report: Optional[machines.Report] = None  # as another machine has told it
+
+    @classmethod
+    def elsewhere(cls, report: machines.Report) -> "_Failure":
+        """A failure that another machine has told."""
+        failure = cls(None, report.what, report.fix, report.code)
+        failure.report = report
+        return failure
 
 
 class _Supervisor:
     def __init__(self, job: Job, foreground: bool):
         self._job = job
+        self._link = job.link
         self._foreground = foreground
         self._scheduler: Optional[RankProcess] = None
         self._ranks: List[RankProcess] = []
@@ -128,7 +142,7 @@ class _Supervisor:
         self._kills_before = _out_of_memory_kills()
         self._begin = time.monotonic()
         self._complete = False
-        self._next_report = self._begin + _REPORT_WAITING_S
+        self._next_report = self._begin + min(_REPORT_WAITING_S, job.timeout_s)
         self._next_probe = self._begin
         self._refused = 0
 
@@ -142,6 +156,8 @@ class _Supervisor:
             return self._run()
         finally:
             self._end_all()
+            if self._link is not None:
+                self._link.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -152,6 +168,7 @@ class _Supervisor:
         job = self._job
         if job.scheduler is None and not self._wait_for_scheduler():
             return self._interrupted()
+        self._open_link()
         self._start()
         where = "" if job.one_machine else f" of {job.worker_num}"
         say(f"{_count(job.ranks)}{where} started, scheduler {job.address}:{job.port}, logs in {job.log_dir}")
@@ -159,6 +176,7 @@ class _Supervisor:
             if self._signal is not None:
                 return self._interrupted()
             if self._unread.is_set():
+                self._tell(machines.Report("the launcher", "nobody reads its output any more"))
                 return EXIT_FAILED
             self._lend_terminal()
             failure = self._look()
@@ -185,21 +203,52 @@ class _Supervisor:
                 process.relay(self._unread)
 
     def _interrupted(self) -> int:
+        name = signal.Signals(self._signal).name
+        self._tell(machines.Report("the launcher", f"ended by {name}", code=128 + self._signal))
         self._end_all()
-        say(f"ended by {signal.Signals(self._signal).name}, all workers with it")
+        say(f"ended by {name}, all workers with it")
         return 128 + self._signal
 
     def _finish(self) -> int:
         """All ranks of this machine are through. The scheduler stays for those of other machines, else it has to go."""
         if self._scheduler is not None and not self._job.one_machine:
-            while self._signal is None:
-                if self._scheduler.poll() is not None:
-                    if self._scheduler.code:
-                        self._fail(self._blame_scheduler())
-                    return EXIT_OK
+            while self._scheduler.poll() is None:
+                if self._signal is not None:
+                    return self._interrupted()
+                failure = self._elsewhere()
+                if failure is not None:
+                    self._fail(failure)
                 time.sleep(_POLL_S)
-            return self._interrupted()
+            if self._scheduler.code:
+                self._fail(self._blame_scheduler())
+        if self._link is not None:
+            self._link.done()
         return EXIT_OK
+
+    # -- the other machines
+
+    def _open_link(self) -> None:
+        """Get in touch with the other launchers."""
+        if isinstance(self._link, machines.Member):
+            if self._link.join():
+                return
+            if self._link.refusal:
+                raise UserError(f"machine 0 does not take this one: {self._link.refusal}", where=f"NODE_RANK {self._link.here.number}",
+                                fix="Start the launcher with the same numbers on every machine; only NODE_RANK differs.")
+            say(f"machine 0's launcher does not answer at {self._job.address}:{self._job.port + machines.PORT_OFFSET}: {NO_LINK}")
+            self._link = None
+        elif self._link is not None:
+            self._link.start()
+
+    def _elsewhere(self) -> Optional[_Failure]:
+        """What another machine has told, or that one is lost."""
+        report = self._link.failure if self._link is not None else None
+        return _Failure.elsewhere(report) if report is not None else None
+
+    def _tell(self, report: machines.Report) -> None:
+        """Tell the other machines what has failed here."""
+        if self._link is not None:
+            self._link.failed(replace(report, where=f"{report.where} on machine {self._link.here.number}"))
 
     # -- the terminal
 
@@ -255,8 +304,7 @@ class _Supervisor:
             failure = self._stopped(process)
             if failure is not None:
                 return failure
-        self._report_waiting()
-        return self._scheduler_gone()
+        return self._elsewhere() or self._incomplete() or self._scheduler_gone()
 
     def _all(self) -> List[RankProcess]:
         return self._ranks + ([self._scheduler] if self._scheduler is not None else [])
@@ -277,16 +325,30 @@ class _Supervisor:
         return _Failure(process, f"stopped (SIGSTOP, state T) for {limit_s} s",
                         "What stopped it has to let it go on sooner.")
 
-    def _report_waiting(self) -> None:
-        """Every half minute until the cluster is complete: who is still missing."""
-        if self._complete or self._scheduler is None or time.monotonic() < self._next_report:
-            return
-        self._next_report += _REPORT_WAITING_S
+    def _incomplete(self) -> Optional[_Failure]:
+        """Until the cluster is complete: say every half minute who is still missing, and when the time for it is over."""
+        now, job = time.monotonic(), self._job
+        if self._complete or self._scheduler is None or now < self._next_report:
+            return None
         joined, self._complete = self._joined()
-        if not self._complete and joined:  # a command that forms no cluster is none of our business
-            missing = set(range(self._job.worker_num)) - joined
-            say(f"{_these(joined, 'has', 'have')} joined after {time.monotonic() - self._begin:.0f} s, "
-                f"{_these(missing, 'is', 'are')} missing; waiting up to {self._job.timeout_s} s")
+        over_s = self._begin + job.timeout_s
+        self._next_report = max(now + _PROBE_S, min(self._next_report + _REPORT_WAITING_S, over_s))
+        if self._complete or not joined:  # a command that forms no cluster is none of our business
+            return None
+        if now >= over_s:
+            return self._missing(joined)
+        say(f"{_these(joined, 'has', 'have')} joined after {now - self._begin:.0f} s, "
+            f"{_these(self._absent(joined), 'is', 'are')} missing; waiting up to {job.timeout_s} s")
+        return None
+
+    def _absent(self, joined: Set[int]) -> Set[int]:
+        return set(range(self._job.worker_num)) - joined
+
+    def _missing(self, joined: Set[int]) -> _Failure:
+        """Ranks that are not there in time. MindSpore would find it out too, on each process by a clock of its own."""
+        return _Failure(self._scheduler, f"{_these(self._absent(joined))} did not join within {self._job.timeout_s} s; "
+                                         f"{_these(joined) if joined else 'nobody'} did",
+                        "See the logs of the missing ranks. On several machines: start the launcher on each, with the same address.")
 
     def _joined(self) -> Tuple[Set[int], bool]:
         """Ranks that the scheduler has registered, and whether the cluster is complete."""
@@ -315,7 +377,7 @@ class _Supervisor:
     def _blame(self, ended: List[RankProcess]) -> _Failure:
         """Of the processes that have ended badly, and those that follow at once, the one that did so by itself."""
         deadline = time.monotonic() + (_SETTLE_COLLECTIVE_S if any(map(_gave_up_waiting, ended)) else _SETTLE_S)
-        while time.monotonic() < deadline and self._signal is None:
+        while time.monotonic() < deadline and self._signal is None and self._elsewhere() is None:
             time.sleep(_POLL_S)
             ended = ended + [process for process in self._all() if process not in ended and process.poll()]
         ranks = [process for process in ended if process is not self._scheduler]
@@ -323,6 +385,9 @@ class _Supervisor:
         own = [process for process in ranks if process.code != -signal.SIGTERM and not _gave_up_waiting(process)]
         if own:
             return self._blame_rank(own[0])
+        failure = self._elsewhere()
+        if failure is not None:
+            return failure
         # It has a rank of a lost machine ended before it ends itself, so its log is looked at while it still runs.
         if self._scheduler is not None and (self._scheduler.code or self._lost()):
             return self._blame_scheduler()
@@ -367,11 +432,7 @@ class _Supervisor:
             return _Failure(culprit, f"{state}no heartbeat has come from it for {self._silence_s()} s")
         joined, complete = self._joined()
         if process.code > 0 and not complete and time.monotonic() - self._begin >= self._job.timeout_s:
-            missing = set(range(self._job.worker_num)) - joined
-            return _Failure(process, f"{_these(missing)} did not join within {self._job.timeout_s} s; "
-                                     f"{_these(joined) if joined else 'nobody'} did",
-                            "See the logs of the missing ranks. On several machines: start the launcher on each, with "
-                            "the same address.")
+            return self._missing(joined)
         return self._blame_rank(process)
 
     def _lost(self) -> Set[int]:
@@ -395,19 +456,23 @@ class _Supervisor:
 
     def _fail(self, failure: _Failure) -> None:
         """End all, show the last lines of the culprit's log, and raise."""
-        self._end_all()
-        process = failure.process
-        if process is None:
-            raise UserError(failure.what, fix=failure.fix, exit_code=failure.code)
-        shown = self._foreground and process.task.rank == 0  # its stderr has been on ours all the time
-        lines = [] if shown else _tail(process.log_path)
-        if lines:
-            sys.stderr.write(f"--- last lines of {process.log_path}\n")
-            sys.stderr.writelines(f"{line}\n" for line in lines)
+        report, there = failure.report, " there"
+        if report is None:
+            process, there = failure.process, ""
+            name, log = (process.task.name, process.log_path) if process is not None else ("", "")
+            report = machines.Report(name, failure.what, failure.fix or "", failure.code, log, _tail(log))
+            self._tell(report if name else replace(report, where="the launcher"))
+            self._end_all()
+            shown = self._foreground and process is not None and process.task.rank == 0  # its stderr has been on ours all the time
+            report = replace(report, lines=() if shown else _tail(log))  # again: it may have had last words
+        else:
+            self._end_all()
+        if report.lines:
+            sys.stderr.write(f"--- last lines of {report.log}{there}\n")
+            sys.stderr.writelines(f"{line}\n" for line in report.lines)
             sys.stderr.write("---\n")
-        log = f"Its log: {process.log_path}."
-        raise UserError(failure.what, where=process.task.name, fix=f"{failure.fix} {log}" if failure.fix else log,
-                        exit_code=failure.code)
+        fixes = ([report.fix] if report.fix else []) + ([f"Its log{there}: {report.log}."] if report.log else [])
+        raise UserError(report.what, where=report.where or None, fix=" ".join(fixes) or None, exit_code=report.code)
 
     # -- ending
 
@@ -446,11 +511,11 @@ def _read(path: str) -> bytes:
         return b""
 
 
-def _tail(path: str) -> List[str]:
+def _tail(path: str) -> Tuple[str, ...]:
     """The last lines of a log without MindSpore's notices, or with them when there is nothing else."""
     lines = [line for line in _read(path)[-_TAIL_BYTES:].splitlines() if line.strip()]
     kept = [line for line in lines if not NOTICE.match(line)] or lines
-    return [line.decode("utf-8", "replace") for line in kept[-_TAIL_LINES:]]
+    return tuple(line.decode("utf-8", "replace") for line in kept[-_TAIL_LINES:])
 
 
 def _gave_up_waiting(process: RankProcess) -> bool:
