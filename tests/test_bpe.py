@@ -4,10 +4,11 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from qwen1_5_tokenizer import Qwen2Tokenizer
 from qwen15.bpe import BytePairEncoder, byte_alphabet, merges_are_canonical
+from qwen15.errors import UserError
 
 ALPHABET = byte_alphabet()
 SIZE = 256
@@ -141,7 +142,10 @@ def test_every_vocabulary_gives_the_ids_of_its_merges_file(tmp_path_factory, pic
     made, _ = encoder(tmp_path_factory.mktemp("bpe"), merges, vocab, unknown="c" if missing else None)
     assert made.engine == ("tiktoken" if canonical(merges) else "tokenizers")
     text = "".join(chance.choice("abcabcd") for _ in range(300))
-    assert made.encode(text) == [vocab.get(part, vocab["c"]) for part in by_merges(text, merges)]
+    expected = [vocab.get(part, vocab["c"]) for part in by_merges(text, merges)]
+    assert made.encode(text) == expected
+    made._whole, made._lookups_left = None, 10 ** 9
+    assert made.encode(text) == expected and made._whole is None  # by an engine of what occurs in the text
 
 
 def test_the_slower_engine_serves_the_whole_interface(tmp_path):
@@ -159,3 +163,52 @@ def test_the_slower_engine_serves_the_whole_interface(tmp_path):
 def test_real_vocabularies_use_tiktoken(qwen_vocabulary, small_model):
     for folder in (qwen_vocabulary, small_model):
         assert Qwen2Tokenizer.from_pretrained(folder)._bpe.engine == "tiktoken"
+
+
+@pytest.fixture(scope="module")
+def two_encoders(qwen_vocabulary):
+    """One that never makes the whole engine, one that always does."""
+    files = str(qwen_vocabulary / "vocab.json"), str(qwen_vocabulary / "merges.txt")
+    in_parts, whole = BytePairEncoder(*files, {}), BytePairEncoder(*files, {})
+    in_parts._lookups_left, whole._lookups_left = 10 ** 12, 0
+    yield in_parts, whole
+    assert in_parts._whole is None and whole._whole is not None
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=60) | st.text("etaoin shr\n'\t12,.(", max_size=300))
+@example("")
+@example(" " * 300 + "x")
+@example("帮助我制定一份去上海的旅游攻略，包括景点、美食、住宿等信息" * 5)
+def test_an_engine_of_what_occurs_in_a_text_gives_the_ids_of_the_whole_one(two_encoders, text):
+    in_parts, whole = two_encoders
+    assert in_parts.encode(text) == whole.encode(text)
+
+
+def test_the_whole_engine_is_made_once_the_small_ones_have_cost_as_much(qwen_vocabulary):
+    made = BytePairEncoder(str(qwen_vocabulary / "vocab.json"), str(qwen_vocabulary / "merges.txt"), {})
+    ids = made.encode("Hello")
+    assert made._whole is None
+    assert [made.encode("Hello") for _ in range(200)] == [ids] * 200
+    assert made._whole is not None
+    assert made.encode("Hello") == ids
+
+
+@pytest.mark.parametrize("damage", [("a b\n", "a b \n"), ("a b\n", "a\tb\n"), ("a b\n", "a b\n\n"), ("a b\n", "a b\r\n"), ("a b\n", " a b\n")])
+def test_blanks_around_a_merge_do_not_matter(tmp_path, damage):
+    merges = [("a", "b"), ("ab", "c"), ("Ġ", "ab")]
+    made, vocab = encoder(tmp_path, merges)
+    file = tmp_path / "merges.txt"
+    file.write_bytes(file.read_text(encoding="utf-8").replace(*damage).encode())
+    again = BytePairEncoder(made.vocab_file, made.merges_file, {})
+    assert again.encode("abc ab") == made.encode("abc ab") == [vocab["abc"], vocab["Ġab"]]
+
+
+@pytest.mark.parametrize("line", ["a b c", "ab", "a\u3000b c"])
+def test_a_line_that_is_no_pair_is_named(tmp_path, line):
+    made, _ = encoder(tmp_path, [("a", "b"), ("b", "c"), ("c", "a")])
+    file = tmp_path / "merges.txt"
+    file.write_text(file.read_text(encoding="utf-8").replace("b c", line), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        BytePairEncoder(made.vocab_file, made.merges_file, {})
+    assert caught.value.where == f"{file}:3"

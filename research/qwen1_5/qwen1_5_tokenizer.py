@@ -157,13 +157,13 @@ class Qwen2Tokenizer:
         self._bpe = BytePairEncoder(self.vocab_file, self.merges_file,
                                     {**dict.fromkeys(wanted), **known}, roles["unk_token"])
         vocab = self._bpe.vocab
-        self._token_of = {index: token for token, index in vocab.items()}
         self._added: Dict[int, AddedToken] = {}
         for index, token in listed.items():
-            if vocab.get(token.content, index) != index or self._token_of.get(index, token.content) != token.content:
+            there = self._token_at(index)
+            if vocab.get(token.content, index) != index or there not in ("", token.content):
                 raise UserError(
                     f"added_tokens_decoder puts {token.content!r} at id {index}, vocab.json has it at "
-                    f"{vocab.get(token.content)} and {self._token_of.get(index)!r} at {index}", self.vocab_file,
+                    f"{vocab.get(token.content)} and {there!r} at {index}", self.vocab_file,
                     "tokenizer_config.json and vocab.json belong to different models.")
             self._added[index] = token
         self._index_added()
@@ -181,14 +181,26 @@ class Qwen2Tokenizer:
     def _index_added(self) -> None:
         """Everything that is derived from the added tokens."""
         self._added_ids = {token.content: index for index, token in self._added.items()}
-        self._size = 1 + max([len(self._bpe.token_bytes) - 1, *self._added])
-        self._bytes = self._bpe.token_bytes + [b""] * (self._size - len(self._bpe.token_bytes))
-        for index, token in self._added.items():
-            self._bytes[index] = token.content.encode()
+        self._size = 1 + max([len(self._bpe.tokens) - 1, *self._added])
+        self._bytes_by_id: List[bytes] = []
         self.control_token_ids: FrozenSet[int] = frozenset(i for i, token in self._added.items() if token.special)
         self._any_added = _one_of(self._added_ids)
         self._any_text_added = _one_of(token.content for token in self._added.values() if not token.special)
         self._any_control = _one_of(token.content for token in self._added.values() if token.special)
+
+    @property
+    def _bytes(self) -> List[bytes]:
+        """Per id the bytes it stands for, added tokens included; made when the first token is decoded."""
+        if not self._bytes_by_id:
+            made = self._bpe.token_bytes + [b""] * (self._size - len(self._bpe.tokens))
+            for index, token in self._added.items():
+                made[index] = token.content.encode()
+            self._bytes_by_id = made
+        return self._bytes_by_id
+
+    def _token_at(self, index: int) -> str:
+        """The token of vocab.json with this id, "" where it has none."""
+        return self._bpe.tokens[index] if 0 <= index < len(self._bpe.tokens) else ""
 
     def _default_template(self, template: Any) -> Optional[str]:
         """The template to use; a checkpoint may have several by name, of which `default` is the one for chat."""
@@ -479,7 +491,7 @@ class Qwen2Tokenizer:
         if isinstance(ids, int):
             self._check_ids((ids,))
             added = self._added.get(ids)
-            return self._token_of.get(ids, "") if added is None else added.content
+            return self._token_at(ids) if added is None else added.content
         skipped = self.control_token_ids if skip_special_tokens else ()
         return [self.convert_ids_to_tokens(index) for index in _as_list(ids) if index not in skipped]
 
