@@ -1,12 +1,9 @@
-"""Measure what docs/ascend.md states, and write it there: `python tests/ascend_facts.py docs/ascend.md`, once per MindSpore.
+"""Measure what docs/ascend.md states, and write it there: `python tests/ascend_facts.py docs/ascend.md`; --check compares."""
 
-Each MindSpore version has its own block between markers; a run replaces the block of the version that it runs on.
-"""
-
+import difflib
 import os
 import sys
 import tempfile
-from importlib.metadata import version
 
 from ascend_worker import PACKAGES, Worker
 
@@ -19,6 +16,7 @@ CASES = (("MHA", 4, False), ("MHA, tied", 4, True), ("GQA", 2, False), ("GQA, ti
 MUTATIONS = (("gate_up", "w1 / w3 swapped in one layer"), ("theta", "theta 1e4 for 1e6"), ("eps", "rms_norm_eps 1e-5 for 1e-6"),
              ("q_bias", "wq.bias of one layer dropped"), ("k_bias", "wk.bias of one layer dropped"),
              ("v_bias", "wv.bias of one layer dropped"))
+BEGIN, END = (f"<!-- {edge}: python tests/ascend_facts.py docs/ascend.md -->" for edge in ("begin", "end"))
 SHOWN = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul")
 
 
@@ -99,18 +97,21 @@ def slices(folder: str) -> list:
     return lines
 
 
-def main(path: str) -> None:
-    """Measure, and replace this version's block in the file."""
-    name = f"mindspore {version('mindspore')}, mindformers {version('mindformers')}"
-    begin, end = f"<!-- begin: tests/ascend_facts.py on {name} -->", f"<!-- end: {name} -->"
+def main(arguments: list) -> int:
+    """Measure, and write the figures between the markers of the page; with --check compare them with what stands there."""
+    checking, path = "--check" in arguments, next(argument for argument in arguments if argument != "--check")
     with open(path, encoding="utf-8") as file:
-        before, rest = file.read().split(begin)
-    after = rest.split(end)[1]
+        before, rest = file.read().split(BEGIN)
+    there, after = rest.split(END)
     with tempfile.TemporaryDirectory() as folder:
-        lines = [*emulation(folder), "", *graphs(folder), "", *slices(folder)]
+        found = "\n".join(["", *emulation(folder), "", *graphs(folder), "", *slices(folder), ""])
+    if checking:
+        print("\n".join(difflib.unified_diff(there.splitlines(), found.splitlines(), path, "measured", lineterm="", n=0)))
+        return int(found != there)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(before + begin + "\n" + "\n".join(lines) + "\n" + end + after)
+        file.write(before + BEGIN + found + END + after)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1:]))
