@@ -69,10 +69,10 @@ def _product(shape):
 def test_reference_operators_need_twice_the_weights():
     config = shipped("0_5b", "CPU")
     fused = memory.need(config.model, config.parallel, device.CPU)
-    plain = memory.need(config.model, config.parallel, device.CPU, "float32", "float32", plain_attention=True)
+    plain = memory.need(config.model, config.parallel, device.CPU, "float32", "float32", reference=True)
     assert plain.cache_bytes == 2 * fused.cache_bytes
     assert plain.weight_bytes > 1.99 * fused.weight_bytes
-    assert plain.workspace_bytes - fused.workspace_bytes == 3 * 16 * 2048 * 8192 * 4
+    assert plain.workspace_bytes - fused.workspace_bytes == 3 * 16 * 2048 * 8192 * 4 + 2 * 2816 * 1024 * 8
 
 
 # --- what there is

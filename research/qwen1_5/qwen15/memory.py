@@ -78,7 +78,7 @@ class Available:
 
 
 def need(model: ModelConfig, parallel: ParallelConfig, device_target: str, held_dtype: Optional[str] = None,
-         held_cache_dtype: Optional[str] = None, plain_attention: bool = False) -> Need:
+         held_cache_dtype: Optional[str] = None, reference: bool = False) -> Need:
     """Bytes of one rank.
 
     Args:
@@ -86,7 +86,7 @@ def need(model: ModelConfig, parallel: ParallelConfig, device_target: str, held_
         device_target: 'CPU' or 'Ascend'.
         held_dtype: dtype in which matrices are held; `param_init_type` by default.
         held_cache_dtype: dtype in which the KV cache is held; `compute_dtype` by default.
-        plain_attention: attention writes its scores out, as the reference operators do.
+        reference: by the reference operators: attention writes its scores out, products are summed in float64.
     """
     ranks = parallel.model_parallel if parallel.use_parallel else 1
     item = ITEM_BYTES[held_dtype or model.param_init_type]
@@ -107,18 +107,19 @@ def need(model: ModelConfig, parallel: ParallelConfig, device_target: str, held_
     cache = token_bytes * model.block_size * model.num_blocks * ITEM_BYTES[held_cache_dtype or model.compute_dtype]
     rope_item = 4 if device_target == device.CPU else ITEM_BYTES[model.rotary_dtype]
     rope = 2 * model.seq_length * dims.head_dim * rope_item
-    return Need(embedding, layers, cache, rope, workspace_bytes(model, ranks, device_target, plain_attention),
+    return Need(embedding, layers, cache, rope, workspace_bytes(model, ranks, device_target, reference),
                 CPU_RUNTIME_BYTES if device_target == device.CPU else 0)
 
 
-def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, plain_attention: bool = False) -> int:
+def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, reference: bool = False) -> int:
     """Bytes of activations at the largest prefill, an upper estimate.
 
     T x (4 E + (H + 2 K) D / n + 3 F / n) x item + 2 B V x 4, where T is the most tokens of one prefill call (the engine
     feeds 2048 at a time; on Ascend a prompt is not divided), n the ranks, and item 4 bytes on CPU (float32 between
     operators) or compute_dtype's on Ascend. 4 E: residual, normalised input, attention output and the sum being formed;
     3 F: gate, up and their product. Where param_init_type is not compute_dtype, Ascend also casts one weight at a time.
-    `plain_attention` adds the scores, 3 x H / n x T x C x 4, of T tokens over C = seq_length cached ones.
+    `reference` adds the scores, 3 x H / n x T x C x 4, of T tokens over C = seq_length cached ones, and one layer's gate and
+    up matrices in float64, 2 x F / n x E x 8.
     """
     dims = model.dims
     on_cpu = device_target == device.CPU
@@ -129,8 +130,9 @@ def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, plain_at
     total = tokens * width * item + 2 * model.batch_size * dims.vocab_size * 4
     if not on_cpu and model.param_init_type != model.compute_dtype:
         total += max(dims.intermediate_size // ranks, dims.vocab_size) * dims.hidden_size * item
-    if plain_attention:
+    if reference:
         total += 3 * (dims.num_heads // ranks) * tokens * model.seq_length * 4
+        total += 2 * (dims.intermediate_size // ranks) * dims.hidden_size * 8
     return total
 
 
@@ -236,7 +238,7 @@ def _held(config: Config) -> Dict[str, object]:
 
     if ops.decide()[0] != "reference":
         return {}
-    return {"held_dtype": "float32", "held_cache_dtype": "float32", "plain_attention": True}
+    return {"held_dtype": "float32", "held_cache_dtype": "float32", "reference": True}
 
 
 def _meminfo(path: str) -> Dict[str, int]:
