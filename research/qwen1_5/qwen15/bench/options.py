@@ -54,12 +54,13 @@ def at_least_two(text: str) -> int:
 positive.__name__ = at_least_two.__name__ = "whole number"  # argparse names the type in its message
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add what decides the weights."""
+def add_checkpoint(parser: argparse.ArgumentParser, size: str = "0.5b", layers: Optional[int] = None) -> None:
+    """Add what decides the weights; `size` and `layers` are the random checkpoint's if nothing else is said."""
     group = parser.add_argument_group("weights")
     group.add_argument("--checkpoint", metavar="FOLDER", help="measure with this checkpoint; without it a random one is made and kept")
-    group.add_argument("--size", default="0.5b", help=f"of the random checkpoint: one of {', '.join(family.FAMILY)} (default 0.5b)")
-    group.add_argument("--layers", type=positive, metavar="N", help="of the random checkpoint: another number than the published one")
+    group.add_argument("--size", default=size, help=f"of the random checkpoint: one of {', '.join(family.FAMILY)} (default {size})")
+    group.add_argument("--layers", type=positive, metavar="N", default=layers,
+                       help=f"of the random checkpoint (default {layers or 'the published number'})")
     group.add_argument("--dtype", choices=DTYPES, help="of weights and KV cache (default: the checkpoint's own; bfloat16 for a random one)")
     group.add_argument("--cache", metavar="FOLDER", default=cache_folder(), help="where random checkpoints are kept (default %(default)s)")
 

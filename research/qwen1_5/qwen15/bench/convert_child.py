@@ -1,0 +1,52 @@
+"""A process that converts a checkpoint once and prints as JSON what that took: `python -m qwen15.bench.convert_child ...`."""
+
+import contextlib
+import importlib
+import json
+import sys
+import time
+from typing import Callable, Sequence
+
+
+def ours(module: str, flags: Sequence[str]) -> Callable[[], None]:
+    """One of our commands, everything it needs imported."""
+    from .. import conversion, job, transform  # noqa: F401
+
+    command = importlib.import_module(module)
+    return lambda: command.main(list(flags))
+
+
+def theirs(source: str, target: str) -> Callable[[], None]:
+    """The obvious way: the model through transformers, its weights through NumPy into Tensors, all of them saved at once."""
+    import mindspore
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..naming import hf_to_ms
+
+    def work() -> None:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        tensors = []
+        for name, value in model.state_dict().items():
+            kind = getattr(mindspore, str(value.dtype).split(".")[1])
+            tensors.append({"name": hf_to_ms(name), "data": mindspore.Tensor(value.to(torch.float32).numpy(), kind)})
+        mindspore.save_checkpoint(tensors, target)
+
+    return work
+
+
+def main() -> None:
+    """Arguments: one of our modules and its flags, or `theirs`, source and target."""
+    what, *rest = sys.argv[1:]
+    work = theirs(*rest) if what == "theirs" else ours(what, rest)
+    start_s = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        work()
+    work_s = time.perf_counter() - start_s
+    with open("/proc/self/status", encoding="ascii") as file:
+        peak_kib = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    print(json.dumps({"work_s": work_s, "peak_bytes": peak_kib * 1024}))
+
+
+if __name__ == "__main__":
+    main()
