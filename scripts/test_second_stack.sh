@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the Ascend tests (emulation, compilation, slicing, plug-in) on the second supported pair: MindSpore 2.7.2 with MindFormers 1.8.0.
 #
-#   bash scripts/test_second_stack.sh [pytest arguments]     default: all of tests/test_ascend_*.py
+#   bash scripts/test_second_stack.sh [pytest arguments]     tests/test_ascend_*.py, unless the arguments name other files
 #
 #   QWEN15_SECOND_VENV  its virtual environment (default: .venv-second in the checkout)
 #   QWEN15_PYTHON       the interpreter to make it with (Python 3.9 to 3.11)
@@ -56,7 +56,8 @@ export PATH=$venv/bin:$PATH QWEN15_TEST_DATA=${QWEN15_TEST_DATA:-$root/models}
 python "$root/scripts/get_vocabulary.py" "$QWEN15_TEST_DATA/qwen-vocabulary"
 say "$pair: tests"
 cd "$root"
-if [ $# -eq 0 ]; then
-    set -- tests/test_ascend_*.py
-fi
-exec python -m pytest "$@"
+tests=(tests/test_ascend_*.py)
+for argument in "$@"; do
+    if [ -e "${argument%%::*}" ]; then tests=(); fi
+done
+exec python -m pytest "${tests[@]}" "$@"

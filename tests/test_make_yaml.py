@@ -5,12 +5,16 @@ import os
 
 import pytest
 import yaml
+from conftest import random_model
 
+import convert_weight
 from official_configs import OTHERS, QWEN1_5, config
 from qwen15 import device, make_yaml, memory
 from qwen15.config import Flag, load_config
+from qwen15.engine import Engine, Limits, Request
 from qwen15.errors import UserError
 from qwen15.hf_config import dims_from_hf_config
+from qwen15.network import build_network
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
 
@@ -126,3 +130,21 @@ def test_a_file_that_is_there_is_not_overwritten(folder, tmp_path):
     with pytest.raises(UserError) as caught:
         make_yaml.main(["--checkpoint", str(tmp_path / "none")])
     assert "is not a folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
+def test_the_yaml_and_the_converted_weights_predict_what_transformers_does(tmp_path, tied):
+    """Grouped queries, head tied to the embedding or not; the Ascend tests do the same with MindFormers' network."""
+    torch = pytest.importorskip("torch")
+    folder, path, converted = (str(tmp_path / name) for name in ("hf", "made.yaml", "converted.ckpt"))
+    model = random_model(tmp_path / "hf", tie_word_embeddings=tied)
+    make_yaml.main(["--checkpoint", folder, "--output", path])
+    convert_weight.main(["--torch_ckpt_dir", folder, "--mindspore_ckpt_path", converted])
+    made = load_config(path, [Flag("load_checkpoint", "--load_checkpoint", converted),
+                              Flag("context.device_target", "--device_target", "CPU")], environ={})
+    network = build_network(made, converted, lambda line: None)
+    engine = Engine(network, Limits(made.model.dims.vocab_size, made.model.seq_length, made.model.num_blocks, made.model.block_size))
+    prompt = [5, 17, 99, 3]
+    ours = [step.token for step in engine.generate([Request(tuple(prompt), len(prompt) + 16)])]
+    theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16, pad_token_id=0)[0, len(prompt):].tolist()
+    assert ours == theirs and len(ours) == 16

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from command_fixtures import error_line, make_random, run
 
 from qwen15 import device, memory, naming
 from qwen15.config import Flag, load_config
@@ -228,6 +229,19 @@ def test_float32_on_a_card_is_pointed_to_bfloat16():
     with pytest.raises(UserError) as caught:
         memory.check(shipped("14b", options=[*options, "context.max_device_memory=50GB"]))
     assert "bfloat16" in caught.value.fix
+
+
+# --- the command
+
+def test_the_numbers_come_before_the_weights(tmp_path, small_model):
+    path = make_random(tmp_path, small_model)
+    done = run("--config", path, "--predict_data", "hello", "--max_new_tokens", 1)
+    assert 0 <= done.stderr.find("memory: weights ") < done.stderr.find("weights: loaded ")
+    refused = error_line("--config", path, "--predict_data", "hello", "--options", "model.model_config.num_blocks=900000000")
+    assert re.search(r"memory: weights .* is more than the .* GiB there are .* Set --options model.model_config.num_blocks=\d+$", refused)
+    without_a_card = run("--config", path, "--predict_data", "hello", "--device_target", "Ascend", "--options", "context.max_device_memory=59GB",
+                         *(f"model.model_config.{key}=bfloat16" for key in ("param_init_type", "compute_dtype")), code=2)
+    assert re.search(r"memory: weights .* of 59.00 GiB \(max_device_memory\)\nerror: device_target Ascend, but ", without_a_card.stderr)
 
 
 # --- the page in the docs
