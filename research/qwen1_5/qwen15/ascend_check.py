@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -23,12 +23,15 @@ from . import ascend_operators as plain
 from .config import load_config
 from .errors import EXIT_FAILED, EXIT_OK, UserError, run_main
 from .mindformers_network import MindFormersNetwork, stdout_to_stderr
+from .network import rope_tables
 
 DTYPES = ("bfloat16", "float16")
 OPERATOR_LIMIT = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-5}
 NETWORK_LIMIT = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-4}
 """Largest error allowed, as a fraction of the largest value: a few units in the last place of the dtype (2^-8, 2^-11), grown over
 two layers for the network. A wrong operator is wrong by tenths."""
+
+Pair = Tuple[str, np.ndarray, np.ndarray]
 
 PROMPT_TOKENS = (1, 37, 16, 80)
 DECODE_STEPS = 8
@@ -66,91 +69,118 @@ def check_operators(dtype: str, prepare: Callable[[Any], Any] = lambda cell: Non
         dtype: of the activations.
         prepare: called with each cell before it runs.
     """
-    import mindspore as ms
-    from mindspore import Parameter, nn, ops
-    from mindspore.ops import operations as P
-    from mindspore.ops.operations.nn_ops import FlashAttentionScore
+    operators = _Operators(dtype, prepare)
+    pairs = (*operators.pointwise(), *operators.rotary(), *operators.flash_attention(), *operators.cache())
+    return [Result(name, dtype, relative_error(ours, theirs), OPERATOR_LIMIT[dtype]) for name, ours, theirs in pairs]
 
-    kind = getattr(ms, dtype)
-    random = np.random.default_rng(1)
-    heads, kv_heads, head_dim, block_size, eps = 4, 2, 128, 16, 1e-6
-    lengths = np.asarray(PROMPT_TOKENS, np.int32)
-    tokens, batch, scale = int(lengths.sum()), len(lengths), head_dim ** -0.5
 
-    def tensor(array: np.ndarray, as_kind=kind):
-        return ms.Tensor(np.ascontiguousarray(array)).astype(as_kind)
+class _Operators:
+    """The operators as MindFormers' network calls them, on random values; methods yield (name, device's result, plain result)."""
 
-    def array(value) -> np.ndarray:
-        return value.astype(ms.float32).asnumpy()
+    HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, EPS = 4, 2, 128, 16, 1e-6
 
-    def normal(*shape: int) -> np.ndarray:
-        """Random values that `dtype` holds exactly."""
-        return array(tensor(random.normal(size=shape).astype(np.float32)))
+    def __init__(self, dtype: str, prepare: Callable[[Any], Any]):
+        import mindspore as ms
 
-    class Operator(nn.Cell):
-        def __init__(self, primitive):
-            super().__init__()
-            self.operator = primitive
+        self._ms, self._kind, self._prepare = ms, getattr(ms, dtype), prepare
+        self._random = np.random.default_rng(1)
+        self._lengths = np.asarray(PROMPT_TOKENS, np.int32)
+        tokens, batch = int(self._lengths.sum()), len(self._lengths)
+        self._scale = self.HEAD_DIM ** -0.5
+        # What MindFormers marks masked positions with, by dtype.
+        self._mask = plain.causal_mask(1.0 if dtype == "bfloat16" else -10000.0)
+        width, kv_width = self.HEADS * self.HEAD_DIM, self.KV_HEADS * self.HEAD_DIM
+        self._q, self._k, self._v = (self._normal(1, tokens, size) for size in (width, kv_width, kv_width))
+        self._new_q, self._new_k = self._normal(batch, 1, width), self._normal(batch, 1, kv_width)
 
-        def construct(self, *inputs):
-            return self.operator(*inputs)
+    def _tensor(self, array: np.ndarray):
+        return self._ms.Tensor(np.ascontiguousarray(array)).astype(self._kind)
 
-    class Caching(nn.Cell):
-        def __init__(self, cache: np.ndarray):
-            super().__init__()
-            self.key_cache = Parameter(tensor(cache), name="key_cache", requires_grad=False)
-            self.value_cache = Parameter(tensor(cache), name="value_cache", requires_grad=False)
-            self.operator = ops.auto_generate.ReshapeAndCache()
+    def _array(self, tensor) -> np.ndarray:
+        return tensor.astype(self._ms.float32).asnumpy()
 
-        def construct(self, key, value, slots):
-            return self.operator(key, value, self.key_cache, self.value_cache, slots)
+    def _normal(self, *shape: int) -> np.ndarray:
+        """Random float32 values that the dtype holds exactly."""
+        return self._array(self._tensor(self._random.normal(size=shape).astype(np.float32)))
 
-    def run(primitive, *inputs):
-        cell = Operator(primitive)
-        prepare(cell)
+    def _run(self, primitive, *inputs):
+        """The primitive's outputs, run as a graph of its own."""
+        from mindspore import nn
+
+        class Operator(nn.Cell):
+            def __init__(self):
+                super().__init__()
+                self.operator = primitive
+
+            def construct(self, *inputs):
+                return self.operator(*inputs)
+
+        cell = Operator()
+        self._prepare(cell)
         return cell(*inputs)
 
-    pairs = []
-    x, gamma = normal(tokens, heads * head_dim), random.uniform(0.5, 1.5, heads * head_dim).astype(np.float32)
-    normed = run(P.RmsNorm(eps), tensor(x, ms.float32), tensor(gamma, ms.float32))[0]  # MindFormers normalises in float32
-    pairs.append(("RmsNorm", array(normed), plain.rms_norm(x, gamma, eps)))
-    pairs.append(("SiLU", array(run(P._inner_ops.SiLU(), tensor(x))), plain.silu(x)))
+    def pointwise(self) -> Iterator[Pair]:
+        """RmsNorm, which MindFormers computes in float32, and SiLU."""
+        from mindspore.ops import operations as P
 
-    cos, sin = (array(tensor(table)) for table in ascend_model.rope_tables(ascend_model.SEQ_LENGTH, head_dim, ascend_model.THETA))
-    turn = ops.ApplyRotaryPosEmb
-    q, k, v = normal(1, tokens, heads * head_dim), normal(1, tokens, kv_heads * head_dim), normal(1, tokens, kv_heads * head_dim)
-    turned = run(turn(2), tensor(q), tensor(k), tensor(cos), tensor(sin), ms.Tensor(lengths))
-    for name, ours, theirs in zip("qk", turned, plain.apply_rotary_pos_emb(q, k, cos, sin, lengths)):
-        pairs.append((f"ApplyRotaryPosEmb prefill {name}", array(ours), theirs))
-    new_q, new_k = normal(batch, 1, heads * head_dim), normal(batch, 1, kv_heads * head_dim)
-    rows = lengths - 1
-    turned = run(turn(2), tensor(new_q), tensor(new_k), tensor(cos[rows]), tensor(sin[rows]), ms.Tensor(lengths))
-    for name, ours, theirs in zip("qk", turned, plain.apply_rotary_pos_emb(new_q, new_k, cos[rows], sin[rows], lengths)):
-        pairs.append((f"ApplyRotaryPosEmb decode {name}", array(ours), theirs))
+        x, gamma = self._q[0], self._random.uniform(0.5, 1.5, self._q.shape[-1]).astype(np.float32)
+        normed, _ = self._run(P.RmsNorm(self.EPS), self._ms.Tensor(x), self._ms.Tensor(gamma))
+        yield "RmsNorm", self._array(normed), plain.rms_norm(x, gamma, self.EPS)
+        yield "SiLU", self._array(self._run(P._inner_ops.SiLU(), self._tensor(x))), plain.silu(x)
 
-    masked = 1.0 if dtype == "bfloat16" else -10000.0  # what MindFormers gives for each dtype
-    attention = FlashAttentionScore(head_num=heads, keep_prob=1.0, scale_value=scale, pre_tokens=2147483647, next_tokens=0,
-                                    inner_precise=0, input_layout="TH", sparse_mode=0)
-    mask, ends = plain.causal_mask(masked), ms.Tensor(lengths)
-    ours = run(attention, tensor(q[0]), tensor(k[0]), tensor(v[0]), None, None, None, tensor(mask), None, ends, ends)[3]
-    pairs.append(("FlashAttentionScore", array(ours), plain.flash_attention(q[0], k[0], v[0], mask, lengths, lengths, heads, scale)))
+    def rotary(self) -> Iterator[Pair]:
+        """ApplyRotaryPosEmb: prefill looks positions up in the whole table, decode is given each sequence's row."""
+        from mindspore import ops
 
-    tables, slots = _scattered(lengths, block_size)
-    cache = normal(int(tables.max()) + 2, block_size, kv_heads, head_dim)
-    caches = Caching(cache)
-    prepare(caches)
-    caches(tensor(k), tensor(v), ms.Tensor(slots))
-    expected = [cache.copy(), cache.copy()]
-    plain.reshape_and_cache(k, v, *expected, slots)
-    for name, ours, theirs in zip(("key", "value"), (caches.key_cache, caches.value_cache), expected):
-        pairs.append((f"ReshapeAndCache {name}", array(ours), theirs))
+        cos, sin = (self._array(self._tensor(table)) for table in
+                    rope_tables(ascend_model.SEQ_LENGTH, self.HEAD_DIM, ascend_model.THETA))
+        last = self._lengths - 1
+        for phase, inputs in (("prefill", (self._q, self._k, cos, sin)), ("decode", (self._new_q, self._new_k, cos[last], sin[last]))):
+            turned = self._run(ops.ApplyRotaryPosEmb(2), *map(self._tensor, inputs), self._ms.Tensor(self._lengths))
+            for name, ours, theirs in zip("qk", turned, plain.apply_rotary_pos_emb(*inputs, self._lengths)):
+                yield f"ApplyRotaryPosEmb {phase} {name}", self._array(ours), theirs
 
-    paged = ops.auto_generate.PagedAttention(heads, scale, kv_heads)
-    held = [tensor(one) for one in expected]
-    ours = run(paged, tensor(new_q), *held, ms.Tensor(tables), ms.Tensor(lengths))
-    pairs.append(("PagedAttention", array(ours),
-                  plain.paged_attention(new_q, *expected, tables, lengths, heads, kv_heads, scale)))
-    return [Result(name, dtype, relative_error(ours, theirs), OPERATOR_LIMIT[dtype]) for name, ours, theirs in pairs]
+    def flash_attention(self) -> Iterator[Pair]:
+        """FlashAttentionScore over prompts of different lengths, one after another."""
+        from mindspore.ops.operations.nn_ops import FlashAttentionScore
+
+        attention = FlashAttentionScore(head_num=self.HEADS, keep_prob=1.0, scale_value=self._scale, pre_tokens=2147483647,
+                                        next_tokens=0, inner_precise=0, input_layout="TH", sparse_mode=0)
+        inputs, lengths = (self._q[0], self._k[0], self._v[0]), self._ms.Tensor(self._lengths)
+        ours = self._run(attention, *map(self._tensor, inputs), None, None, None, self._tensor(self._mask), None, lengths, lengths)[3]
+        yield "FlashAttentionScore", self._array(ours), plain.flash_attention(
+            *inputs, self._mask, self._lengths, self._lengths, self.HEADS, self._scale)
+
+    def cache(self) -> Iterator[Pair]:
+        """ReshapeAndCache into scattered blocks, then PagedAttention over them."""
+        from mindspore import Parameter, nn, ops
+
+        tables, slots = _scattered(self._lengths, self.BLOCK_SIZE)
+        cache = self._normal(int(tables.max()) + 2, self.BLOCK_SIZE, self.KV_HEADS, self.HEAD_DIM)
+
+        class Caching(nn.Cell):
+            def __init__(self, key_cache, value_cache):
+                super().__init__()
+                self.key_cache = Parameter(key_cache, name="key_cache", requires_grad=False)
+                self.value_cache = Parameter(value_cache, name="value_cache", requires_grad=False)
+                self.operator = ops.auto_generate.ReshapeAndCache()
+
+            def construct(self, key, value, slots):
+                return self.operator(key, value, self.key_cache, self.value_cache, slots)
+
+        cell = Caching(self._tensor(cache), self._tensor(cache))
+        self._prepare(cell)
+        cell(self._tensor(self._k), self._tensor(self._v), self._ms.Tensor(slots))
+        expected = [cache.copy(), cache.copy()]
+        plain.reshape_and_cache(self._k, self._v, *expected, slots)
+        for name, ours, theirs in zip(("key", "value"), (cell.key_cache, cell.value_cache), expected):
+            yield f"ReshapeAndCache {name}", self._array(ours), theirs
+
+        paged = ops.auto_generate.PagedAttention(self.HEADS, self._scale, self.KV_HEADS)
+        ours = self._run(paged, self._tensor(self._new_q), *map(self._tensor, expected), self._ms.Tensor(tables),
+                         self._ms.Tensor(self._lengths))
+        yield "PagedAttention", self._array(ours), plain.paged_attention(
+            self._new_q, *expected, tables, self._lengths, self.HEADS, self.KV_HEADS, self._scale)
 
 
 def _scattered(lengths: np.ndarray, block_size: int):
