@@ -118,6 +118,13 @@ def test_what_is_not_supported_is_refused_by_name(folder, changes, words):
     assert words in str(caught.value) and str(source) in str(caught.value)
 
 
+def test_a_setting_that_makes_no_sense_is_named_with_its_file(folder):
+    source = folder("Qwen2-7B", MODELS["Qwen2-7B"], generation_config={"temperature": -1})
+    with pytest.raises(UserError) as caught:
+        make_yaml.recipe_for(str(source))
+    assert f"{source / 'generation_config.json'}: temperature must be above 0" in str(caught.value)
+
+
 def test_a_file_that_is_there_is_not_overwritten(folder, tmp_path):
     source = folder("tiny", MODELS["tiny"])
     output = tmp_path / "mine.yaml"

@@ -17,6 +17,7 @@ _LONGEST = 8192
 _CARD = "59GB"
 _RANKS = (1, 2, 4, 8)
 _END = "<|endoftext|>"
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 CHATML = ("{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
           "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
@@ -184,18 +185,17 @@ def recipe_for(checkpoint: str, model_parallel: Optional[int] = None) -> Recipe:
     if not os.path.isdir(checkpoint):
         raise UserError("is not a folder", checkpoint, "Give the downloaded model's folder, the one with config.json.")
     hf = dims_from_hf_config(checkpoint)
-    generation = _settings(os.path.join(checkpoint, "generation_config.json"))
+    generation = _generation_settings(os.path.join(checkpoint, "generation_config.json"))
     tokenizer = _settings(os.path.join(checkpoint, "tokenizer_config.json"))
     longest = hf.max_position_embeddings or _LONGEST
     seq_length, block_size = _lengths(min(longest, _LONGEST))
-    eos = _checked(generation, "eos_token_id") or hf.eos_token_ids
+    eos = generation["eos_token_id"] or hf.eos_token_ids
     end = eos[0] if eos else 0
-    pad, bos = (_first(_checked(generation, name), getattr(hf, name), end) for name in ("pad_token_id", "bos_token_id"))
+    pad, bos = (_first(generation[name], getattr(hf, name), end) for name in ("pad_token_id", "bos_token_id"))
     if not eos:
         raise UserError("no eos_token_id in config.json or generation_config.json", checkpoint,
                         "Add it to config.json: without it no answer ends.")
-    sampling = tuple((name, _first(_checked(generation, name), KEYS[MODEL + name].default)) for name in
-                     ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"))
+    sampling = tuple((name, _first(generation[name], KEYS[MODEL + name].default)) for name in _SAMPLING)
     texts = tuple(_token_text(tokenizer, name) or _END for name in ("unk_token", "eos_token", "pad_token"))
     length = tokenizer.get("model_max_length")
     sequences = 2 if hf.dims.num_kv_heads == hf.dims.num_heads else 4
@@ -252,14 +252,18 @@ def _settings(path: str) -> Mapping[str, Any]:
     contents = read_json(path)
     if not isinstance(contents, dict):
         raise UserError("is not an object of settings", path, "Download the file again.")
-    return {**contents, "": path}
+    return contents
 
 
-def _checked(settings: Mapping[str, Any], name: str) -> Any:
-    try:
-        return convert(KEYS[MODEL + name], settings.get(name))
-    except ValueError as error:
-        raise UserError(f"{name} {error}", settings[""]) from None
+def _generation_settings(path: str) -> Mapping[str, Any]:
+    """What generation_config.json says of tokens and sampling, checked like the YAML's keys; None where it says nothing."""
+    contents, checked = _settings(path), {}
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id", *_SAMPLING):
+        try:
+            checked[name] = convert(KEYS[MODEL + name], contents.get(name))
+        except ValueError as error:
+            raise UserError(f"{name} {error}", path) from None
+    return checked
 
 
 def _first(*values: Any) -> Any:
