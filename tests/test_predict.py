@@ -134,6 +134,8 @@ class TestMistakes:
             shutil.copy(small_model / name, tmp_path)
         line = error_line(run("--load_checkpoint", tmp_path, "--predict_data", "a"))
         assert str(tmp_path) in line and "weights" in line
+        (tmp_path / "vocab.json").unlink()  # lacking everything, it is named for the weights still
+        assert "weights" in error_line(run("--load_checkpoint", tmp_path, "--predict_data", "a"))
 
     def test_truncated_shard(self, run, random_folder, random_yaml, tmp_path):
         broken = shutil.copytree(random_folder, tmp_path / "broken")
@@ -197,6 +199,7 @@ class TestMistakes:
         done = run("--load_checkpoint", folder, "--predict_data", "abc", config=random_yaml)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "model.layers.1.feed_forward.w3.weight" in done.stderr and "not finite" in done.stderr
+        assert done.stdout == "abc\n"  # the error begins on a line of its own
 
     def test_unknown_flag_and_bad_value(self, run, random_yaml):
         assert run("--predict_date", "a", config=random_yaml).returncode == 2

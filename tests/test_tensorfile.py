@@ -119,7 +119,7 @@ def test_what_torch_writes_is_read(tmp_path):
     torch.save(state, tmp_path / "x.bin")
     torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "y.bin")
     with open_checkpoint(tmp_path / "x.bin") as file:
-        assert file.others == {"note": "a str entry"}
+        assert file.others == {"note": "str values"}
         for name, tensor in state.items():
             if name != "note":
                 tensor = tensor.detach()
@@ -175,7 +175,7 @@ def test_what_mindspore_writes_is_read(tmp_path, monkeypatch, crc, slice_kib):
                               crc_check=crc, append_dict={"epoch_num": 3, "note": "text"})
     with TensorFile(str(tmp_path / "x.ckpt")) as file:
         file.check_contents()
-        assert file.others == {"note": "a str entry"}
+        assert file.others == {"note": "str values"}
         for name, value in values.items():
             assert (len(file.stored[name].segments) > 1) == (value.nbytes > slice_kib * 1024)
             assert file.read(name).tobytes() == bytes(value.get_bytes()) and file.infos[name].shape == tuple(value.shape)
@@ -252,7 +252,7 @@ def test_an_index_and_shards_of_two_revisions_are_named(tmp_path):
 
 
 def test_missing_and_foreign_paths_are_named(tmp_path):
-    for path, said in ((tmp_path / "no", "no such file"), (tmp_path, "only nothing"), (tmp_path / "x.zip", "Known extensions")):
+    for path, said in ((tmp_path / "no", "no such file"), (tmp_path, "it is empty"), (tmp_path / "x.zip", "Known extensions")):
         if path.suffix:
             path.write_bytes(b"")
         with pytest.raises(UserError, match=said):

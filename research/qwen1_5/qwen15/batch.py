@@ -101,10 +101,14 @@ def _work(session: Session, todo: Sequence[Tuple[Entry, Prompt]], out: Optional[
         return 0
     sink = _sink(todo, out, args) if session.rank == 0 else None
     progress = Progress(len(prompts), sys.stderr, report.shows("info"))
-    for piece in session.run(prompts):
-        progress.take(piece)
+    try:
+        for piece in session.run(prompts):
+            progress.take(piece)
+            if sink is not None:
+                sink.take(piece)
+    finally:
         if sink is not None:
-            sink.take(piece)
+            sink.close()
     report.info(progress.finish())
     return 0
 
@@ -136,6 +140,9 @@ class Results:
         else:
             self._stdout.write(json_line(made) + "\n")
             self._stdout.flush()
+
+    def close(self) -> None:
+        """No more comes."""
 
 
 # ---- reading ----

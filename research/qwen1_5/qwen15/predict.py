@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Union
 
 from . import config as configuration
 from . import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
@@ -172,15 +172,18 @@ def _answer(session: Session, prompts: Sequence[Prompt], texts: Sequence[str], a
     """Generate, print on rank 0, and return the exit code."""
     out = sys.stdout if session.rank == 0 else None
     if _format(args) == "jsonl":
-        writer = JsonLines(out, texts)
+        writer: Union[JsonLines, Text] = JsonLines(out, texts)
     else:
         echo = not args.chat if args.echo is None else args.echo
         writer = Text(out, texts if echo else [""] * len(texts))
     start_s = time.perf_counter()
     usages: List[Usage] = []
-    for piece in session.run(prompts):
-        writer.take(piece)
-        if piece.usage is not None:
-            usages.append(piece.usage)
+    try:
+        for piece in session.run(prompts):
+            writer.take(piece)
+            if piece.usage is not None:
+                usages.append(piece.usage)
+    finally:
+        writer.close()
     report.info(summary(usages, time.perf_counter() - start_s))
     return 0

@@ -20,6 +20,7 @@ class Text:
         self._waiting = list(heads)
         self._finished = [False] * len(heads)
         self._turn = 0
+        self._within_line = False
         self._write()
 
     def take(self, piece: Piece) -> None:
@@ -34,11 +35,19 @@ class Text:
                 self._turn += 1
                 self._write()
 
+    def close(self) -> None:
+        """No more comes, perhaps in the middle of an answer: whatever is said next begins on a line of its own."""
+        if self._within_line and self._out is not None:
+            self._out.write("\n")
+            self._out.flush()
+            self._within_line = False
+
     def _write(self) -> None:
         if self._turn < len(self._waiting) and self._waiting[self._turn]:
             if self._out is not None:
                 self._out.write(printable(self._waiting[self._turn]))
                 self._out.flush()
+            self._within_line = not self._waiting[self._turn].endswith("\n")
             self._waiting[self._turn] = ""
 
 
@@ -49,6 +58,9 @@ class JsonLines:
         self._out, self._prompts = out, prompts
         self._ready: Dict[int, str] = {}
         self._turn = 0
+
+    def close(self) -> None:
+        """No more comes."""
 
     def take(self, piece: Piece) -> None:
         """More of an answer; nothing is printed before it has ended."""

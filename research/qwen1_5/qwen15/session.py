@@ -14,6 +14,7 @@ from .engine import STOP, Engine, KeptCache, Limits, Request, Step, Usage
 from .errors import UserError
 from .sampling import SamplingParams, Selection
 from .stream import TextStream
+from .tensorfile import open_checkpoint
 
 _KEY_OF = {"seed": "seed", "max_length": MODEL + "max_decode_length",
            **{name: MODEL + name for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")}}
@@ -158,6 +159,8 @@ class Session:
         parallel = config.parallel
         checkpoint = weights.resolve(config.load_checkpoint, env_rank() if parallel.use_parallel else 0, parallel.model_parallel,
                                      config.auto_trans_ckpt)
+        if config.tokenizer.vocab_file is None or config.tokenizer.merges_file is None:
+            open_checkpoint(checkpoint)  # a folder that holds no checkpoint is named as such, not for what else it lacks
         return cls(config, load_tokenizer(config), checkpoint)
 
     @property

@@ -337,8 +337,10 @@ def _nothing_found(path: str, names: Sequence[str], formats: Sequence[str]) -> N
     if ranks:
         raise UserError(f"holds slices (rank_{min(ranks)} to rank_{max(ranks)}), not a whole checkpoint", path,
                         "Give one rank's folder, or merge the slices with transform_ckpt.py.")
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
-    raise UserError(f"holds no {' or '.join('.' + kind for kind in formats)} weights, only {shown}", path,
+    kinds = [f".{kind}" for kind in formats]
+    kinds = ", ".join(kinds[:-1]) + " or " + kinds[-1] if len(kinds) > 1 else kinds[0]
+    shown = f"only {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "it is empty"
+    raise UserError(f"holds no {kinds} weights, {shown}", path,
                     "Give the folder that the weights were downloaded to.")
 
 
