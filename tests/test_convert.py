@@ -341,7 +341,7 @@ def test_caches_optimizer_states_and_counters_are_left_out_and_named(tmp_path, m
     done = run_script(module_dir, "convert_reversed.py", "--mindspore_ckpt_path", tmp_path / "trained.ckpt", "--torch_ckpt_path",
                       tmp_path / "back")
     assert done.returncode == 0, done.stderr
-    for said in ("1 KV caches (model.layers.0.attention.infer", "1 optimizer states (adam_m", "2 training counters (", "remark"):
+    for said in ("1 KV cache (model.layers.0.attention.infer", "1 optimizer state (adam_m", "2 training counters (", "remark"):
         assert said in done.stderr
     assert read_contents(tmp_path / "back") == contents
     assert done.stdout.strip() == str(tmp_path / "back")

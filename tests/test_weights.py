@@ -89,7 +89,9 @@ def test_caches_optimizer_states_and_counters_are_skipped_and_counted(folder):
              "adam_m.model.norm_out.weight": np.zeros(48, np.float32), "global_step": np.zeros((), np.float32)}
     save(folder, {**safetensors_of(folder), **extra})
     source = weights.Source(str(folder), load(folder), "float32")
-    assert source.account().endswith("skipped 3 (1 KV caches, 1 optimizer states, 1 training counters)")
+    assert source.account().endswith(
+        "skipped 3: 1 KV cache (model.layers.0.attention.infer_attention.paged_attention_mgr.key_cache), "
+        "1 optimizer state (adam_m.model.norm_out.weight), 1 training counter (global_step)")
 
 
 def test_wrong_shape_names_both_shapes(folder):

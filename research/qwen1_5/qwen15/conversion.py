@@ -123,13 +123,11 @@ def _account(source: Checkpoint, weights: Sequence[Weight], side: str, config: H
         surplus.remove(head)
     elif not config.dims.tie_word_embeddings and _same_contents(source, head, embedding):
         plan.notes.append(f"{head} equals {embedding} bit for bit, yet tie_word_embeddings is false: both are kept")
-    known, unknown = sort_out(surplus)
+    known, unknown = sort_out(surplus, source.others)
     if unknown:
         raise UserError(f"{_listed(unknown)} {'is' if len(unknown) == 1 else 'are'} no weight of this model", source.path,
                         _surplus_hint(unknown[0], config))
     plan.left_out.update(known)
-    for name, what in source.others.items():
-        plan.left_out.setdefault(what, []).append(name)
     return {name: name for name in wanted}
 
 

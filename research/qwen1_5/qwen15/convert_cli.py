@@ -37,14 +37,15 @@ def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = N
 def carry_out(plan: Any, args: argparse.Namespace) -> bool:
     """Run a plan, or print it with `--dry_run`; tells on stderr what was done. Returns whether there is a result."""
     from .job import check_plan, kept_bytes, run
+    from .leftovers import account
     from .output import partial_path
     from .progress import human_bytes
 
     try:
         for note in plan.notes:
             _tell(f"note: {note}")
-        for kind, names in sorted(plan.left_out.items()):
-            _tell(f"left out: {len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+        for phrase in account(plan.left_out):
+            _tell(f"left out: {phrase}")
         check_plan(plan, args.overwrite)
         if args.dry_run:
             for line in plan.describe():

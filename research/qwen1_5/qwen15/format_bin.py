@@ -124,7 +124,7 @@ def _scan(fd: int) -> Scan:
                 spans[entry.filename] = _span(fd, entry, size)
             tensors[name] = _stored(name, value, spans[entry.filename])
         else:
-            others[name] = f"a {type(value).__name__} entry"
+            others[name] = f"{type(value).__name__} values"
     return Scan(tensors, others, {})
 
 

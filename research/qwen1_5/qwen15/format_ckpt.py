@@ -132,7 +132,7 @@ def _scan(cursor: _Cursor, path: str) -> Scan:
             raise wire.WireError(f"more than {MOST_TENSORS} entries")
         tag, tensor, other = _value(cursor, end)
         if tensor is None or tensor[0] not in _DTYPES:
-            others[tag] = other if tensor is None else f"a {tensor[0]} entry"
+            others[tag] = other if tensor is None else f"{tensor[0]} values"
         elif tag in parts and tag != last:
             raise UserError(f"{tag} appears twice, with other entries between", path, _FIX)
         else:
@@ -145,7 +145,7 @@ def _scan(cursor: _Cursor, path: str) -> Scan:
 
 def _value(cursor: _Cursor, end: int):
     """One entry: its tag, its (type, dims, segment) if it is a tensor, and what else it is if not."""
-    tag, tensor, other = None, None, "an empty entry"
+    tag, tensor, other = None, None, "empty values"
     while cursor.at < end:
         begin = cursor.at
         field = cursor.varint()
@@ -155,7 +155,7 @@ def _value(cursor: _Cursor, end: int):
             length = cursor.length(end, "a tensor")
             tensor = _tensor(cursor, cursor.at + length) if length else None
         elif field == (3 << 3 | wire.BYTES):
-            other = "a hash map parameter"
+            other = "hash map parameters"
             cursor.at += cursor.length(end, "a hash map")
         else:
             raise wire.WireError(f"unknown field {field >> 3} (wire type {field & 7}) at byte {begin}")

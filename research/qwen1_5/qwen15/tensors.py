@@ -76,7 +76,7 @@ class Scan:
 
     Attributes:
         tensors: by name, in the file's order.
-        others: name -> what it is, for entries that are no tensors (strings, hash maps).
+        others: name -> what it is, in the plural, for entries that are no tensors (strings, hash maps).
         metadata: the format's free text, if it has any.
     """
 

@@ -6,21 +6,12 @@ from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 
-from . import casting, family, naming
+from . import casting, family, leftovers, naming
 from .config import ModelConfig
 from .errors import UserError
 from .naming import Dims
 from .tensorfile import open_checkpoint, rank_folders
 from .tensors import LONG_NAMES, SHORT_NAMES
-
-SKIPPED = (
-    (re.compile(r"\.(key_cache|value_cache)$"), "KV caches"),
-    (re.compile(r"^(adam_[mv]\.|moment[12s]?\.|moments\.|accum\.|fp32_params\.)"), "optimizer states"),
-    (re.compile(r"^(global_step|epoch_num|step_num|loss_scale|scale_sense|learning_rate|beta[12]_power|current_iterator_step|"
-                r"last_overflow_iterator_step|append_info.*)$"), "training counters"),
-    (re.compile(r"rotary_emb\.inv_freq$"), "RoPE frequencies"),
-)
-"""Entries of a checkpoint that predicting does not need, by what they are; they are counted and named, not loaded."""
 
 
 def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = True) -> str:
@@ -98,7 +89,7 @@ class Source:
         self._rank, self._ranks, self._whole = rank, ranks, whole
         self._axes: Dict[str, Optional[int]] = {}
         self._stored: Dict[str, str] = {}
-        self._skipped: Dict[str, int] = {}
+        self._skipped: Dict[str, List[str]] = {}
         self._casts: Dict[Tuple[str, str], casting.Count] = {}
         self._loaded, self._tied, self._mapped_bytes, self._copied_bytes = 0, 0, 0, 0
         self._check(model.dims, vocab_emb_dp)
@@ -106,7 +97,7 @@ class Source:
     def _check(self, dims: Dims, vocab_emb_dp: bool) -> None:
         infos = self._reader.infos
         expected = {w.ms: w for w in naming.weights(dims)}
-        unexpected = []
+        surplus = []
         for stored in infos:
             name = naming.hf_to_ms(stored) or stored
             if name in expected:
@@ -116,7 +107,8 @@ class Source:
             elif name == naming.HEAD.ms and dims.tie_word_embeddings:
                 self._tied = 1  # looked at below, once the embedding is known to be there
             else:
-                self._count_skipped(stored, unexpected)
+                surplus.append(stored)
+        self._skipped, unexpected = leftovers.sort_out(surplus, self._reader.others)
         self._check_shapes(dims, expected, vocab_emb_dp)
         missing = [name for name in expected if name not in self._stored]
         if missing:
@@ -129,13 +121,6 @@ class Source:
                             self._path, _unexpected_hint(unexpected[0], dims))
         if self._tied:
             self._check_tied_head()
-
-    def _count_skipped(self, stored: str, unexpected: List[str]) -> None:
-        for pattern, kind in SKIPPED:
-            if pattern.search(stored):
-                self._skipped[kind] = self._skipped.get(kind, 0) + 1
-                return
-        unexpected.append(stored)
 
     def _check_shapes(self, dims: Dims, expected: Dict[str, naming.Weight], vocab_emb_dp: bool) -> None:
         for name, weight in expected.items():
@@ -208,8 +193,8 @@ class Source:
         line = f"weights: loaded {self._loaded} of {len(self._stored)}, missing 0, unexpected 0"
         if self._tied:
             line += ", tied 1 (head = embedding)"
-        skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(self._skipped.items()))
-        line += f", skipped {sum(self._skipped.values())}" + (f" ({skipped})" if skipped else "")
+        skipped = ", ".join(leftovers.account(self._skipped))
+        line += f", skipped {sum(map(len, self._skipped.values()))}" + (f": {skipped}" if skipped else "")
         for (source, target), count in self._casts.items():
             line += f"; {LONG_NAMES.get(source, source)} -> {LONG_NAMES[target]}: {count}"
         return line
