@@ -107,11 +107,11 @@ class Launch:
             time.sleep(0.05)
         raise AssertionError(f"not within {timeout_s} s; stderr: {self.err}")
 
-    def read_until(self, text, timeout_s=90):
-        """Read stdout until `text` (bytes) has come."""
+    def read_until(self, text, timeout_s=90, more=0):
+        """Read stdout until `text` has come, and `more` bytes beside it."""
         deadline = time.monotonic() + timeout_s
         os.set_blocking(self.popen.stdout.fileno(), False)
-        while text not in self.out:
+        while text not in self.out or len(self.out) < len(text) + more:
             assert time.monotonic() < deadline, f"only {self.out!r} within {timeout_s} s; stderr: {self.err}"
             self.out += self.popen.stdout.read() or b""
             time.sleep(0.02)
