@@ -70,6 +70,17 @@ inline V v_load_part_f16(const uint16_t* p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
 }
 
+#define QWEN15_REPEAT 1
+// The G dwords at p (1, 2, 4 or 8), as often as they fit.
+template <int G>
+inline V v_repeat(const void* p) {
+  static_assert(G == 1 || G == 2 || G == 4 || G == 8, "what can be broadcast");
+  if (G == 1) return _mm512_castsi512_ps(_mm512_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)p));
+  if (G == 2) return _mm512_castsi512_ps(_mm512_set1_epi64(*(const int64_t __attribute__((may_alias, aligned(1)))*)p));
+  if (G == 4) return _mm512_castsi512_ps(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)));
+  return _mm512_castsi512_ps(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p)));
+}
+
 // 16 vectors of 16 dwords, transposed in place.
 inline void v_transpose(V r[W]) {
   V t[16];
