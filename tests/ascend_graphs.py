@@ -4,13 +4,16 @@ With several ranks MindSpore's auto-parallel front end runs behind `ascend_shim.
 communication and writes the strategy file, for one pretended rank, as it would on a card.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
+import io
 import os
 import subprocess
 import tempfile
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 
@@ -24,7 +27,7 @@ import ascend_emulation
 import convert_weight
 from qwen15 import ascend_check
 from qwen15 import config as configuration
-from qwen15 import mindformers_network, naming, strategy, weights
+from qwen15 import device, mindformers_network, naming, strategy, weights
 
 build_context = importlib.import_module("mindformers.core.context.build_context")  # its package has a function of that name
 
@@ -94,30 +97,40 @@ def _on_cpu(function):
     return call
 
 
-def build(yaml_path: str, options=(), ranks: int = 1, rank: int = 0):
-    """(config, cell): the network of a YAML with overrides, its parameters without contents; for `rank` of `ranks`, not cut yet.
-
-    The way there is production's: `mindformers_config`, `start` (MindFormers' build_context), `build`.
-    """
+def pretend(ranks: int, rank: int) -> None:
+    """Let this process be `rank` of `ranks` cards; MindFormers' build_context can be called once more."""
     for name, value in (("RANK_SIZE", ranks), ("RANK_ID", rank)):
         os.environ[name] = str(value)
-    flags = [configuration.Flag("context.device_target", "--device_target", "CPU"),
-             configuration.Flag("use_parallel", "--use_parallel", ranks > 1)]
-    config = configuration.load_config(yaml_path, flags, options)
-    settings = mindformers_network.mindformers_config(config)
-    if ranks > 1:
-        _load_shim()
-        parallel.init, parallel.get_group_size, parallel.get_rank = (lambda: None), (lambda: ranks), (lambda: rank)
     build_context.Context.reset_instance()
     build_context.set_ms_affinity = lambda *arguments: None  # MindSpore takes it once in a process
     context.reset_auto_parallel_context()
-    assert mindformers_network.start(settings) == (rank, ranks)
-    if ranks > 1:
-        context.set_auto_parallel_context(global_rank=rank)  # MindSpore takes it from the communication that is not there
+    if ranks == 1:
+        return
+    _load_shim()
+
+    def get_rank():
+        context.set_auto_parallel_context(global_rank=rank)  # what `init` does when there is a communication
+        return rank
+
+    parallel.init, parallel.get_group_size, parallel.get_rank = (lambda: None), (lambda: ranks), get_rank
+
+
+def load(yaml_path: str, options=(), ranks: int = 1):
+    """The configuration for `ranks` cards."""
+    flags = [configuration.Flag("context.device_target", "--device_target", "CPU"),
+             configuration.Flag("use_parallel", "--use_parallel", ranks > 1)]
+    return configuration.load_config(yaml_path, flags, options)
+
+
+def build(yaml_path: str, options=(), ranks: int = 1):
+    """The network of a YAML with overrides, its parameters without contents; production's way there, but not cut or filled."""
+    pretend(ranks, 0)
+    settings = mindformers_network.mindformers_config(load(yaml_path, options, ranks))
+    assert mindformers_network.start(settings) == (0, ranks)
     cell = mindformers_network.build(settings)
     # Without cards there is nobody to give 100 GB of parameters their contents for.
     object.__setattr__(cell, "init_parameters_data", lambda auto_parallel_mode=False: {})
-    return config, cell
+    return cell
 
 
 def compile_phase(cell, phase: str) -> dict:
@@ -145,13 +158,13 @@ def compile_phase(cell, phase: str) -> dict:
 
 def graphs(yaml_path: str, options=(), ranks: int = 1) -> dict:
     """Both graphs of a YAML's network, as `compile_phase` tells, under 'prefill' and 'increment'."""
-    _, cell = build(yaml_path, options, ranks)
+    cell = build(yaml_path, options, ranks)
     return {phase: compile_phase(cell, phase) for phase in ("prefill", "increment")}
 
 
 def refused(yaml_path: str, options=()) -> str:
     """The compiler's words about a network that it must not accept."""
-    _, cell = build(yaml_path, options)
+    cell = build(yaml_path, options)
     try:
         compile_phase(cell, "prefill")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -160,7 +173,7 @@ def refused(yaml_path: str, options=()) -> str:
 
 
 def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: int = 0, whole: bool = True) -> dict:
-    """Cut the network as production does, fill it, and say what the front end made of it.
+    """Make the network as production does: set up, build, cut, fill; and say what the front end made of it.
 
     Args:
         yaml_path, options: the configuration.
@@ -175,36 +188,35 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
         strategy: parameter -> (device matrix, tensor map) in the strategy file MindSpore wrote.
         prefill, increment: see `compile_phase`.
         account: the line about the weights.
-        left_behind: files that compiling without a strategy file leaves in the working directory.
+        left_behind: files that all this leaves in the working directory.
         lost: files of an earlier run under ./output, where MindFormers empties folders, that are gone or changed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        mine = _somebodys_output(rank)
-        config, cell = build(yaml_path, [*options, f"parallel_config.model_parallel={ranks}"], ranks, rank)
-        strategy_file = os.path.join(folder, "strategy.ckpt")
+    pretend(ranks, rank)
+    config = load(yaml_path, [*options, f"parallel_config.model_parallel={ranks}", f"auto_trans_ckpt={whole}"], ranks)
+    production_cut, told, result = mindformers_network.cut, [], {}
+
+    def cut(cell, model):
         context.set_auto_parallel_context(strategy_ckpt_save_file=strategy_file)
-        mindformers_network.cut(cell, config.model)
-        layouts = {name: [list(layout.devices), list(layout.tensor_map)]
-                   for name, layout in strategy.read_strategy(strategy_file).items()}
+        production_cut(cell, model)
         context.set_auto_parallel_context(strategy_ckpt_save_file="")
-        shapes = {parameter.name: list(parameter.shape) for parameter in cell.get_parameters()}
-        before = _files()
-        result = {"shapes": shapes, "strategy": layouts}
-        result.update({phase: compile_phase(cell, phase) for phase in ("prefill", "increment")})
-        result["left_behind"] = sorted(_files() - before)
-        result["lost"] = [path for path, text in mine.items() if not os.path.exists(path) or open(path).read() != text]
-        object.__delattr__(cell, "init_parameters_data")
-        read_from = checkpoint
+        result["shapes"] = {parameter.name: list(parameter.shape) for parameter in cell.get_parameters()}
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(mindformers_network, "cut", cut):
+        strategy_file, read_from = os.path.join(folder, "strategy.ckpt"), checkpoint
         if not whole:
             read_from = os.path.join(folder, "sliced")
             convert_weight.main(["--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path", read_from, "--model_parallel", str(ranks),
                                  "--vocab_emb_dp", str(config.parallel.vocab_emb_dp)])
-        source = weights.Source(weights.resolve(read_from, rank, ranks, whole), config.model, config.model.param_init_type, rank,
-                                ranks, config.parallel.vocab_emb_dp, whole=whole)
-        told = []
-        mindformers_network.fill(cell, source, config, ranks, told.append)
-        result["wrong"] = _compare_contents(cell, checkpoint, config, ranks, rank)
-        result["account"] = told[-1]
+        mine = _somebodys_output(rank)
+        before = _files()
+        network = mindformers_network.MindFormersNetwork(config, weights.resolve(read_from, rank, ranks, whole), told.append)
+        layouts = strategy.read_strategy(strategy_file)
+    result["strategy"] = {name: [list(layout.devices), list(layout.tensor_map)] for name, layout in layouts.items()}
+    result["wrong"] = _compare_contents(network.cell, checkpoint, config, ranks, rank)
+    result.update({phase: compile_phase(network.cell, phase) for phase in ("prefill", "increment")})
+    result["left_behind"] = sorted(_files() - before)
+    result["lost"] = [path for path, text in mine.items() if not os.path.exists(path) or open(path).read() != text]
+    result["account"] = told[-1]
     return result
 
 
@@ -241,6 +253,23 @@ def _compare_contents(cell, checkpoint: str, config, ranks: int, rank: int) -> l
         if not np.array_equal(held, expected.astype(held.dtype)):
             wrong.append(parameter.name)
     return wrong
+
+
+def report(ranks: int) -> list:
+    """`ascend_check` on `ranks` cards of which nobody computes: its exit code and standard output, every logit 0."""
+    pretend(ranks, 0)
+    card = device.Ascend(tuple(f"/dev/davinci{number}" for number in range(ranks)), "/usr/local/Ascend/cann", "plugin", None)
+    output = io.StringIO()
+
+    def zeros(network, phase, input_ids, lengths, block_tables, slot_mapping):
+        return np.zeros((len(lengths), network.vocab_size), np.float32)
+
+    with mock.patch.object(ascend_check, "check_network", functools.partial(ascend_check.check_network, device_target="CPU")), \
+            mock.patch.object(mindformers_network.MindFormersNetwork, "_run", zeros), \
+            mock.patch.object(device, "find_ascend", lambda: card), \
+            mock.patch.dict(os.environ, MS_WORKER_NUM=str(ranks)), contextlib.redirect_stdout(output):
+        code = ascend_check.main([])
+    return [code, output.getvalue()]
 
 
 def check_graphs(dtype: str) -> list:

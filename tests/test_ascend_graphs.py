@@ -1,6 +1,7 @@
 """The 910B graphs compile up to kernel selection with the fused operators they should have, whole and cut over cards."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -131,3 +132,11 @@ def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp,
     assert found["wrong"] == []
     assert found["account"].startswith(f"weights: loaded {len(weights)} of {len(weights)}, missing 0, unexpected 0")
     assert found["left_behind"] == [] and found["lost"] == []
+
+
+def test_the_check_examines_the_cut_network_on_several_cards(cards):
+    """Nobody computes here: every comparison fails, and none of them because it could not be made."""
+    code, output = cards(2).call("ascend_graphs.report", ranks=2)
+    results = re.findall(r"^  network, 2 card\(s\)(, vocabulary cut)?: (?:prefill|decode) [12] +b?float16 .* FAILED$", output, re.MULTILINE)
+    assert code == 1 and len(results) == 16 and results.count(", vocabulary cut") == 8, output
+    assert "0 of 16 comparisons passed, 0 checks could not run" in output
