@@ -28,6 +28,7 @@ import convert_weight
 from qwen15 import ascend_check
 from qwen15 import config as configuration
 from qwen15 import device, mindformers_network, naming, strategy, weights
+from qwen15.engine import Engine, Limits, Request
 
 build_context = importlib.import_module("mindformers.core.context.build_context")  # its package has a function of that name
 
@@ -134,21 +135,25 @@ def build(yaml_path: str, options=(), ranks: int = 1):
 
 
 def compile_phase(cell, phase: str) -> dict:
-    """Compile the 'prefill' or 'increment' graph with dynamic shapes, as `MindFormersNetwork` has it compiled on Ascend.
+    """Compile the 'prefill' or 'increment' graph with dynamic shapes, as `MindFormersNetwork` has it compiled on Ascend."""
+    cell.add_flags_custom(is_first_iteration=phase == "prefill")
+    cell.phase = f"export.{phase}"
+    none = (None,)
+    inputs = (DYNAMIC, *none * 6, DYNAMIC, *none * 2, DYNAMIC, ms.Tensor(shape=[None], dtype=ms.int32), *none * 7)
+    full_phase, _ = _executor().compile(cell, *inputs, phase=cell.phase, do_convert=False)
+    return describe(cell, full_phase)
+
+
+def describe(cell, full_phase: str) -> dict:
+    """What a compiled graph is made of.
 
     Returns:
         operators: how many of each of COUNTED the graph has.
         output: its shape, -1 where it is dynamic.
         inputs: name -> shape.
     """
-    cell.add_flags_custom(is_first_iteration=phase == "prefill")
-    cell.phase = f"export.{phase}"
-    none = (None,)
-    inputs = (DYNAMIC, *none * 6, DYNAMIC, *none * 2, DYNAMIC, ms.Tensor(shape=[None], dtype=ms.int32), *none * 7)
-    executor = _executor()
-    full_phase, _ = executor.compile(cell, *inputs, phase=cell.phase, do_convert=False)
     model = mind_ir_pb2.ModelProto()
-    model.ParseFromString(executor._get_func_graph_proto(cell, full_phase, "mind_ir"))
+    model.ParseFromString(_executor()._get_func_graph_proto(cell, full_phase, "mind_ir"))
     names = {f"REF::{primitive.name}": primitive.op_type for primitive in model.primitives}
     found = Counter(names.get(node.op_type, node.op_type) for node in model.graph.node)
     return {"operators": {name: found[name] for name in COUNTED if found[name]},
@@ -157,9 +162,11 @@ def compile_phase(cell, phase: str) -> dict:
 
 
 def graphs(yaml_path: str, options=(), ranks: int = 1) -> dict:
-    """Both graphs of a YAML's network, as `compile_phase` tells, under 'prefill' and 'increment'."""
+    """Both graphs of a YAML's network, see `describe`, under 'prefill' and 'increment'; under left_behind the files this wrote."""
+    before = _files()
     cell = build(yaml_path, options, ranks)
-    return {phase: compile_phase(cell, phase) for phase in ("prefill", "increment")}
+    found = {phase: compile_phase(cell, phase) for phase in ("prefill", "increment")}
+    return {**found, "left_behind": sorted(_files() - before)}
 
 
 def refused(yaml_path: str, options=()) -> str:
@@ -186,7 +193,7 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
         shapes: parameter -> shape after the cut.
         wrong: parameters whose contents are not this rank's slice as NumPy cuts it.
         strategy: parameter -> (device matrix, tensor map) in the strategy file MindSpore wrote.
-        prefill, increment: see `compile_phase`.
+        prefill, increment: see `describe`.
         account: the line about the weights.
         left_behind: files that all this leaves in the working directory.
         lost: files of an earlier run under ./output, where MindFormers empties folders, that are gone or changed.
@@ -220,8 +227,45 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
     return result
 
 
+def generations(yaml_path: str, checkpoint: str, ranks: int) -> dict:
+    """Let the engine generate twice in graph mode; each call of the network is compiled up to kernel selection and answers zeros.
+
+    Returns:
+        compiled: [phase, whether a graph had to be compiled] of each call.
+        prefill, increment: see `describe`.
+    """
+    pretend(ranks, 0)
+    config = load(yaml_path, ranks=ranks)
+    network = mindformers_network.MindFormersNetwork(config, checkpoint, lambda line: None)
+    executor = _executor()
+    compile_on, run_network = executor.compile, network._run
+    found, batches = {"compiled": []}, []
+
+    def compile_only(cell, *inputs, phase, **options):
+        full_phase, new = compile_on(cell, *inputs, phase=f"export.{phase}", do_convert=False, **options)
+        found["compiled"].append([phase, new])
+        if new:
+            found[phase] = describe(cell, full_phase)
+        return full_phase, new
+
+    def remember(phase, input_ids, lengths, *others):
+        batches.append(len(lengths))
+        return run_network(phase, input_ids, lengths, *others)
+
+    network._run, network.agree = remember, lambda ids: ids  # nobody is there to agree with
+    engine = Engine(network, Limits(network.vocab_size, config.model.seq_length, config.model.num_blocks, config.model.block_size))
+    with mock.patch.object(executor, "compile", compile_only), mock.patch.object(
+            type(executor), "__call__", lambda *_, **__: ms.Tensor(np.zeros((batches[-1], network.vocab_size), np.float32))):
+        for lengths in ((3, 20), (7, 1, 40)):
+            list(engine.generate([Request((1,) * length, config.model.seq_length, max_new_tokens=3) for length in lengths]))
+    return found
+
+
 def _files() -> set:
-    return {os.path.join(folder, name) for folder, _, names in os.walk(".") for name in names}
+    """What lies in the working directory, but for MindFormers' logs."""
+    logs = os.path.relpath(os.environ["LOG_MF_PATH"])
+    found = (os.path.relpath(os.path.join(folder, name)) for folder, _, names in os.walk(".") for name in names)
+    return {path for path in found if not path.startswith(logs + os.sep)}
 
 
 def _somebodys_output(rank: int) -> dict:

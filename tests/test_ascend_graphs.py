@@ -69,6 +69,7 @@ def compiled(cards):
 
 
 def check_graphs(config, found) -> None:
+    assert found["left_behind"] == []
     for phase in ("prefill", "increment"):
         assert found[phase]["operators"] == expected_operators(phase, config.parallel.model_parallel, config.parallel.vocab_emb_dp)
         assert found[phase]["output"] == [[-1, config.model.dims.vocab_size]]
@@ -132,6 +133,19 @@ def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp,
     assert found["wrong"] == []
     assert found["account"].startswith(f"weights: loaded {len(weights)} of {len(weights)}, missing 0, unexpected 0")
     assert found["left_behind"] == [] and found["lost"] == []
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_two_generations_compile_two_graphs(cards, tmp_path, ranks):
+    """The engine's own calls, whatever their batch and lengths, run the prefill graph and the increment graph and no third."""
+    sizes = ascend_model.dims(ranks)
+    yaml_path = ascend_model.save(str(tmp_path), sizes, ascend_model.random_weights(sizes), ranks)
+    found = cards(ranks).call("ascend_graphs.generations", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks)
+    one = [["prefill", False], ["increment", False], ["increment", False]]
+    assert found["compiled"] == [["prefill", True], ["increment", True], ["increment", False], *one]
+    for phase in ("prefill", "increment"):
+        assert found[phase]["operators"] == expected_operators(phase, ranks, True)
+        assert found[phase]["output"] == [[-1, sizes.vocab_size]]
 
 
 def test_the_check_examines_the_cut_network_on_several_cards(cards):
