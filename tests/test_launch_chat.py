@@ -4,12 +4,14 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 from command_fixtures import Terminal, make_random
-from launch_runs import LAUNCHER, free_port
+from conftest import MODULE
+from launch_runs import LAUNCHER, Launch, free_port
 
 pytest.importorskip("mindspore")
 pytest.importorskip("torch")
@@ -145,3 +147,20 @@ def test_a_prompt_on_the_command_line_can_be_interrupted_at_a_terminal(start):
     terminal.type("\x03")
     assert terminal.end() == 130
     assert "error" not in terminal.seen
+
+
+@pytest.mark.slow
+def test_lines_from_a_pipe_get_the_answers_of_one_process(random_yaml, tmp_path):
+    lines = b"Who are you?\n/system Be brief.\nAnd what do you like?\n"
+    arguments = ["--config", str(random_yaml), "--device_target", "CPU", "--chat", "--max_new_tokens", "12"]
+    alone = subprocess.run([sys.executable, "run_qwen1_5.py", *arguments], cwd=MODULE, input=lines, capture_output=True, timeout=120)
+    assert alone.returncode == 0 and alone.stdout.strip(), alone.stderr.decode()
+    command = shlex.join(["python", "run_qwen1_5.py", *arguments, "--use_parallel", "True", "--auto_trans_ckpt", "True", "--options",
+                          "parallel_config.model_parallel=2"])
+    with Launch(command, 2, folder=tmp_path, stdin=subprocess.PIPE) as run:
+        run.popen.stdin.write(lines)
+        run.popen.stdin.close()
+        run.popen.stdin = None
+        assert run.wait() == 0, run.err
+        assert run.out == alone.stdout and "[the system message is set]" in run.err
+        run.assert_nothing_left(run.port)
