@@ -12,8 +12,9 @@ import safetensors
 
 from qwen15 import naming
 from qwen15.naming import Dims
+from qwen15.format_safetensors import steps
 from qwen15.tensorfile import open_checkpoint
-from qwen15.tensors import element_count, itemsize
+from qwen15.tensors import TensorInfo, element_count, itemsize, total_bytes
 
 LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SIDECARS = {"generation_config.json": '{"max_length": 7}\n', "vocab.json": '{"a": 0}\n', "merges.txt": "#version: 0.2\n",
@@ -109,3 +110,41 @@ def run_script(module_dir: Path, script: str, *arguments: object, **options: obj
     command = [sys.executable, str(module_dir / script), *map(str, arguments)]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120,
                           env={**os.environ, "QWEN15_DEBUG": "0"}, **options)
+
+
+def write_sparse(folder: Path, sizes: Dims, marked: bool = False) -> None:
+    """A model whose weights are holes in a file: zeros, and no disk taken, but for one number that tells embedding from head.
+
+    Args:
+        folder: to make.
+        sizes: of the model; all tensors are bfloat16.
+        marked: random bits at the start and at the end of every tensor, so that one in another's place, or moved, is seen.
+    """
+    folder.mkdir()
+    write_config(folder, sizes)
+    infos = [TensorInfo.of(w.hf, "BF16", w.shape) for w in naming.weights(sizes)]
+    layout = steps(infos, {"format": "pt"})
+    path = folder / "model.safetensors"
+    path.write_bytes(layout[0])
+    os.truncate(path, total_bytes(layout))
+    rng = np.random.default_rng(0)
+    with open(path, "r+b") as file:
+        at = len(layout[0])
+        file.seek(at)
+        file.write(b"\x80\x3f")
+        for info in infos if marked else ():
+            for place in (at, at + info.nbytes - 512):
+                file.seek(place)
+                file.write(random_bits("BF16", (256,), rng))
+            at += info.nbytes
+
+
+def peak_of(module_dir: Path, script: str, *arguments: object) -> int:
+    """Run one of the converters, which must succeed, and return the most bytes of memory it had resident."""
+    program = ("import runpy, sys; sys.argv = sys.argv[1:]\n"  # VmHWM, for ru_maxrss would count what we had before exec
+               "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+               "finally: print('peak', *(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))")
+    done = subprocess.run([sys.executable, "-c", program, str(module_dir / script), *map(str, arguments)], stdout=subprocess.PIPE,
+                          universal_newlines=True)
+    assert done.returncode == 0
+    return int(done.stdout.split("peak ")[1]) * 1024

@@ -13,12 +13,13 @@ import time
 from contextlib import closing
 
 import pytest
-from checkpoint_fixtures import dims, model_contents, read_contents, run_script, under_ms_names, write_model
+from checkpoint_fixtures import dims, model_contents, peak_of, read_contents, run_script, under_ms_names, write_model, write_sparse
 from test_convert import to_hugging_face, to_mindspore
 
 from qwen15 import file_writer, job, output
 from qwen15.conversion import Options, plan_to_mindspore
 from qwen15.errors import UserError
+from qwen15.family import FAMILY
 from qwen15.job import run
 from qwen15.output import partial_path
 from qwen15.slices import Slicing
@@ -465,9 +466,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path, module_dir):
     """A sparse checkpoint of 0.4 GB: the peak stays below what two of its largest tensors take, Python included."""
     sizes = dims(hidden=1024, intermediate=2048, layers=1, heads=8, kv_heads=8, head_dim=128, vocab=102400)
     write_sparse(tmp_path / "hf", sizes)
-    program = ("import runpy, sys; sys.argv = sys.argv[1:]\n"  # VmHWM, for ru_maxrss would count what we had before exec
-               "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-               "finally: print('peak', *(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))")
     for flags, options in ((["--mindspore_ckpt_path", str(tmp_path / "x.ckpt")], {"target": str(tmp_path / "x.ckpt")}),
                            (["--mindspore_ckpt_path", str(tmp_path / "cast"), "--dtype", "float16"],
                             {"target": str(tmp_path / "cast"), "dtype": "float16"}),
@@ -475,35 +473,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path, module_dir):
                             {"target": str(tmp_path / "ranks"), "slicing": Slicing(4, True)})):
         with closing(plan_to_mindspore(str(tmp_path / "hf"), Options(**options))) as plan:
             told_mb = plan.memory_bytes / 1e6
-        done = subprocess.run([sys.executable, "-c", program, str(module_dir / "convert_weight.py"), "--torch_ckpt_dir", str(tmp_path / "hf"),
-                               *flags], stdout=subprocess.PIPE, universal_newlines=True)
-        assert done.returncode == 0
-        peak_mb = int(done.stdout.split("peak ")[1]) * 1024 / 1e6
+        peak_mb = peak_of(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", *flags) / 1e6
         assert peak_mb < told_mb < 2 * peak_mb < 300, (flags, peak_mb, told_mb)
     shutil.rmtree(tmp_path / "ranks")
     shutil.rmtree(tmp_path / "cast")
     os.unlink(tmp_path / "x.ckpt")
 
 
-def write_sparse(folder, sizes):
-    """A model whose weights are holes in a file: zeros, and no disk taken."""
-    from qwen15 import naming
-    from qwen15.format_safetensors import steps
-    from qwen15.tensors import TensorInfo, total_bytes
-    from checkpoint_fixtures import write_config
-    folder.mkdir()
-    write_config(folder, sizes)
-    layout = steps([TensorInfo.of(w.hf, "BF16", w.shape) for w in naming.weights(sizes)], {"format": "pt"})
-    (folder / "model.safetensors").write_bytes(layout[0])
-    os.truncate(folder / "model.safetensors", total_bytes(layout))
-    with open(folder / "model.safetensors", "r+b") as file:  # but for one number, so that embedding and head differ
-        file.seek(len(layout[0]))
-        file.write(b"\x80\x3f")
-
-
 def test_the_plan_of_the_largest_model_needs_no_more_memory_than_a_small_one(tmp_path):
     """72B: the plan's own arithmetic, on a sparse checkpoint of its exact shapes (145 GB, no disk taken)."""
-    from qwen15.family import FAMILY
     write_sparse(tmp_path / "hf", FAMILY["72B"])
     for slicing in (None, Slicing(4, True)):
         plan = plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "o"), slicing=slicing))
