@@ -65,8 +65,9 @@ class Record:
                  for key, count in self.account.casts.items()}
         content = {"fingerprint": self._fingerprint, "done": done, "moves": moves, "begun": begun, "casts": casts,
                    "non_finite": self.account.non_finite}
-        write_small(self._path, json.dumps(content).encode("utf-8"))
+        # First here: who is interrupted while it is written down keeps the files, and the record that is on the disk is true of them.
         self.done, self._moves, self._begun = done, moves, begun
+        write_small(self._path, json.dumps(content).encode("utf-8"))
 
 
 def _read(path: str) -> Optional[Dict[str, Any]]:
