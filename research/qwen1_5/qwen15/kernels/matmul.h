@@ -19,6 +19,7 @@ constexpr int64_t kDotBytes = 32768;  // bytes of activations then: they stay in
 constexpr int64_t kPackFrom = 64;     // tokens from which packing pays
 constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
 constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
+constexpr int64_t kSum = 128;         // float32 products in one sum: longer ones move a real model's logits by 4e-4
 
 // ---------------------------------------------------------------- rows against few tokens
 
@@ -176,37 +177,44 @@ struct PairTile {
 };
 #endif
 
-// c (M, N vectors) (+)= a (M, k) panel (k / depth, N vectors)
+// c (M, N vectors) (+)= a (M, k) panel (k / depth, N vectors), float32 products summed in parts of kSum
 template <class T, int M, int N>
 __attribute__((noinline)) void tile(const typename T::A* a, int64_t a_stride, const typename T::P* panel, int64_t k,
                                     float* c, int64_t c_stride, bool accumulate) {
   constexpr int64_t kLine = 64 / sizeof(typename T::A);
-  V acc[M][N];
+  int64_t i = 0, most = T::depth == 1 ? kSum : k;
+  do {
+    V acc[M][N];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) acc[m][n] = accumulate ? v_load(c + m * c_stride + n * W) : v_zero();
-  for (int64_t i = 0; i < k;) {
-    // One cache line of every row at a time; the same lines of the rows after these are asked for meanwhile.
+      for (int n = 0; n < N; ++n) acc[m][n] = v_zero();
+    for (int64_t stop = k - i < most ? k : i + most; i < stop;) {
+      // One cache line of every row at a time; the same lines of the rows after these are asked for meanwhile.
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) __builtin_prefetch(a + (M + m) * a_stride + i, 0, 2);
-    for (int64_t end = k - i < kLine ? k : i + kLine; i < end; i += T::depth) {
-      V w[N];
+      for (int m = 0; m < M; ++m) __builtin_prefetch(a + (M + m) * a_stride + i, 0, 2);
+      for (int64_t end = stop - i < kLine ? stop : i + kLine; i < end; i += T::depth) {
+        V w[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) w[n] = T::load(panel + n * W * T::depth);
+        for (int n = 0; n < N; ++n) w[n] = T::load(panel + n * W * T::depth);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        V x = T::broadcast(a + m * a_stride + i);
+        for (int m = 0; m < M; ++m) {
+          V x = T::broadcast(a + m * a_stride + i);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], w[n], x);
+          for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], w[n], x);
+        }
+        panel += N * W * T::depth;
       }
-      panel += N * W * T::depth;
     }
-  }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) v_store(c + m * c_stride + n * W, acc[m][n]);
+      for (int n = 0; n < N; ++n) {
+        float* at = c + m * c_stride + n * W;
+        v_store(at, accumulate ? v_add(v_load(at), acc[m][n]) : acc[m][n]);
+      }
+    accumulate = true;
+  } while (i < k);
 }
 
 // Rows of memory that will be packed next; `fetch` asks for a share of them, so that they are in L2 by then.
@@ -398,54 +406,63 @@ constexpr int64_t kWideFrom = 5;      // tokens from which this pays
 constexpr int64_t kWideMost = 64;     // tokens that 4 vectors hold
 constexpr int64_t kWideBytes = 1 << 18;  // of the panel: it stays in L2 beside the weights
 
-// c (M rows, N vectors) (+)= w (M, k) panel. Meanwhile M lines for each line of a row are asked for from `ahead` on, in
-// address order: `ahead_row` bytes between the lines of one step, `ahead_step` between steps.
+// c (M rows, N vectors) (+)= w (M, k) panel, float32 products summed in parts of kSum. Meanwhile M lines for each line of
+// a row are asked for from `ahead` on, in address order: `ahead_row` bytes between the lines of one step, `ahead_step`
+// between steps.
 template <class T, int M, int N, int G>
 __attribute__((noinline)) void wide_tile(const typename T::A* w, int64_t stride, int64_t k, const typename T::P* panel,
                                          float* c, bool accumulate, const char* ahead, int64_t ahead_row,
                                          int64_t ahead_step) {
   constexpr int kLine = 64 / sizeof(typename T::A);
-  V acc[M][N];
+  int64_t i = 0, most = T::depth == 1 ? kSum : k;
+  do {
+    V acc[M][N];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[m][n] = accumulate ? v_load(c + (m * N + n) * W) : v_zero();
-  int64_t i = 0;
-  for (; i + kLine <= k; i += kLine, ahead += ahead_step) {
+      for (int n = 0; n < N; ++n) acc[m][n] = v_zero();
+    int64_t end = k - i < most ? k : i + most;
+    for (; i + kLine <= end; i += kLine, ahead += ahead_step) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_row, 0, 3);
+      for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_row, 0, 3);
 #pragma GCC unroll 16
-    for (int j = 0; j < kLine; j += G * T::depth) {
-      V x[N];
+      for (int j = 0; j < kLine; j += G * T::depth) {
+        V x[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) x[n] = T::load(panel + n * W * T::depth);
+        for (int n = 0; n < N; ++n) x[n] = T::load(panel + n * W * T::depth);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        V units = v_repeat<G>(w + m * stride + i + j);
+        for (int m = 0; m < M; ++m) {
+          V units = v_repeat<G>(w + m * stride + i + j);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], x[n], units);
+          for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], x[n], units);
+        }
+        panel += N * W * T::depth;
       }
-      panel += N * W * T::depth;
     }
-  }
-  if (i < k) {  // the rest of the rows, with zeros after it as the panel has them
-    typename T::A rest[M][kLine];
-    memset(rest, 0, sizeof rest);
-    for (int m = 0; m < M; ++m) memcpy(rest[m], w + m * stride + i, (k - i) * sizeof(typename T::A));
-    for (int j = 0; j < kLine; j += G * T::depth) {
+    if (i < end) {  // the rest of the rows, with zeros after it as the panel has them
+      typename T::A rest[M][kLine];
+      memset(rest, 0, sizeof rest);
+      for (int m = 0; m < M; ++m) memcpy(rest[m], w + m * stride + i, (end - i) * sizeof(typename T::A));
+      for (int j = 0; j < kLine; j += G * T::depth) {
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        V units = v_repeat<G>(rest[m] + j);
+        for (int m = 0; m < M; ++m) {
+          V units = v_repeat<G>(rest[m] + j);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], T::load(panel + n * W * T::depth), units);
+          for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], T::load(panel + n * W * T::depth), units);
+        }
+        panel += N * W * T::depth;
       }
-      panel += N * W * T::depth;
+      i = end;
     }
-  }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) v_store(c + (m * N + n) * W, acc[m][n]);
+      for (int n = 0; n < N; ++n) {
+        float* at = c + (m * N + n) * W;
+        v_store(at, accumulate ? v_add(v_load(at), acc[m][n]) : acc[m][n]);
+      }
+    accumulate = true;
+  } while (i < k);
 }
 
 // Activations of `tokens` tokens as a panel; rows of x are zero from `cols` up to whole lines.
