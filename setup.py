@@ -59,6 +59,7 @@ setup(
     ],
     extras_require={
         "quickstart": ["gguf>=0.10"],
+        "bench": ["matplotlib>=3.7"],
         # .bin files only. Take a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu
         "torch": ["torch>=2.4"],
         # torch is left out: scripts/test.sh installs a CPU build where one is offered.

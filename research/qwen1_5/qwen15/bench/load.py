@@ -76,4 +76,4 @@ COLUMNS = (
 def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
     return report.Bars(f"Loading {checkpoint.label}, {checkpoint.dtype}", "seconds; gigabytes",
                        ["imports, s", "imported to\nready, s", "ready to\nfirst token, s", "peak\nmemory, GB"],
-                       {row["who"]: [row["import_s"], row["ready_s"], row["first_token_s"], row["peak_bytes"] / 1e9] for row in rows})
+                       {"transformers" if row["who"] == "hf" else row["who"]: [row["import_s"], row["ready_s"], row["first_token_s"], row["peak_bytes"] / 1e9] for row in rows})

@@ -40,12 +40,13 @@ def dims_of(size: str, layers: Optional[int] = None) -> naming.Dims:
 
 def hf_config(dims: naming.Dims, dtype: str) -> dict:
     """config.json of a Qwen2ForCausalLM with these sizes."""
+    end = min(151643, dims.vocab_size - 1)
     return {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": dtype,
         "hidden_size": dims.hidden_size, "intermediate_size": dims.intermediate_size, "num_hidden_layers": dims.num_layers,
         "num_attention_heads": dims.num_heads, "num_key_value_heads": dims.num_kv_heads, "vocab_size": dims.vocab_size,
         "tie_word_embeddings": dims.tie_word_embeddings, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "max_position_embeddings": 32768, "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151643,
+        "max_position_embeddings": 32768, "use_sliding_window": False, "bos_token_id": end, "eos_token_id": end,
         "initializer_range": 0.02, "attention_dropout": 0.0, "use_cache": True,
     }
 

@@ -140,15 +140,17 @@ def write_plot(path: str, bars: Bars) -> None:
     for number_, (name, values) in enumerate(bars.series.items()):
         places = [i - 0.4 + width * (number_ + 0.5) for i, value in enumerate(values) if value is not None]
         drawn = axes.bar(places, [value for value in values if value is not None], width * 0.94, label=name)
-        axes.bar_label(drawn, fmt="%.3g", fontsize=8, padding=1)
+        axes.bar_label(drawn, [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values if value is not None],
+                       fontsize=8, padding=1)
     for name, values in (bars.limit or {}).items():
         axes.hlines(values, [i - 0.45 for i in range(len(values))], [i + 0.45 for i in range(len(values))], colors="black",
                     linestyles="dashed", linewidth=1.2, label=name)
     axes.set_xticks(range(len(bars.labels)), bars.labels)
     axes.set_ylabel(bars.unit)
-    axes.set_title(bars.title, fontsize=10)
-    axes.margins(y=0.15)
-    axes.legend(fontsize=8)
+    axes.set_title(bars.title, fontsize=10, pad=26)
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": _MADE_BY})
