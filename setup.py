@@ -42,7 +42,7 @@ setup(
     package_dir={"": SOURCE},
     packages=find_packages(SOURCE),
     py_modules=["convert_reversed", "convert_weight", "qwen1_5_tokenizer", "run_qwen1_5", "transform_ckpt"],
-    package_data={"qwen15.kernels": ["*.cpp", "*.h", "_lib/*.so"]},
+    package_data={"qwen15": ["py.typed"], "qwen15.kernels": ["*.cpp", "*.h", "_lib/*.so"]},
     data_files=[("share/qwen1_5", sorted(glob.glob(f"{SOURCE}/*.yaml")))],
     cmdclass={"build_py": BuildWithKernels},
     install_requires=[
