@@ -7,7 +7,8 @@
 driver_venv=${QWEN15_VENV:-}
 QWEN15_VENV=unused source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# need TOOL PACKAGE [TOOL PACKAGE]...: installs Debian packages for tools that are missing, or says by name what is.
+# need TOOL PACKAGE [TOOL PACKAGE]...: installs Debian packages for tools that are missing; where it may not, says by name what is
+# missing and exits with 77.
 need() {
     local missing=() packages=()
     while [ $# -gt 0 ]; do
@@ -19,8 +20,8 @@ need() {
     done
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-        echo "error: ${missing[*]} not found. Install it (Debian: apt-get install ${packages[*]})" >&2
-        exit 2
+        echo "skipped: ${missing[*]} not found. Install it (Debian: apt-get install ${packages[*]})" >&2
+        exit 77
     fi
     say "installing ${packages[*]}"
     apt-get update -qq

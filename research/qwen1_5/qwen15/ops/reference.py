@@ -42,14 +42,15 @@ class _Linear(nn.Cell):
 
 
 class _RMSNorm(nn.Cell):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in float64 (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
 
     def __init__(self, eps: float):
         super().__init__()
         self.eps = eps
 
     def construct(self, x, weight):
-        return x * ops.rsqrt(ops.mean(x * x, -1, True) + self.eps) * weight
+        wide = ops.cast(x, ms.float64)
+        return ops.cast(wide * ops.rsqrt(ops.mean(wide * wide, -1, True) + self.eps), ms.float32) * weight
 
 
 class Qkv(nn.Cell):
@@ -89,7 +90,7 @@ class Qkv(nn.Cell):
 
 
 class Attention(nn.Cell):
-    """softmax(q k^T / sqrt(D)) v over each token's own sequence, read from the paged cache.
+    """softmax(q k^T / sqrt(D)) v over each token's own sequence, read from the paged cache, in float64.
 
     Every token is scored against every cached token of the batch, and a mask leaves those of its own sequence up to its own
     position: wasteful, and impossible to get subtly wrong.
@@ -108,8 +109,9 @@ class Attention(nn.Cell):
         block_size = key_cache.shape[1]
         capacity = block_tables.shape[1] * block_size  # cached tokens a block table has room for
         blocks = ops.maximum(block_tables.reshape(-1), 0)
-        k = ops.gather(key_cache, blocks, 0).reshape(-1, self.kv_heads, self.dim)  # (B * capacity, K, D)
-        v = ops.gather(value_cache, blocks, 0).reshape(-1, self.kv_heads, self.dim)
+        q = ops.cast(q, ms.float64)
+        k = ops.cast(ops.gather(key_cache, blocks, 0).reshape(-1, self.kv_heads, self.dim), ms.float64)  # (B * capacity, K, D)
+        v = ops.cast(ops.gather(value_cache, blocks, 0).reshape(-1, self.kv_heads, self.dim), ms.float64)
 
         ends = ops.cumsum(query_lens, 0)
         token = ops.arange(0, tokens, 1).astype(ms.int32)
@@ -123,11 +125,11 @@ class Attention(nn.Cell):
         q = q.reshape(-1, self.kv_heads, self.group, self.dim).transpose(1, 0, 2, 3).reshape(self.kv_heads, -1, self.dim)
         s = self.scores(q, k.transpose(1, 0, 2)) * self.scale  # (K, T * group, B * capacity)
         s = s.reshape(self.kv_heads, -1, self.group, k.shape[0])
-        s = ops.where(visible.expand_dims(0).expand_dims(2), s, ms.Tensor(-1e30, ms.float32))
+        s = ops.where(visible.expand_dims(0).expand_dims(2), s, ms.Tensor(-1e30, ms.float64))
         p = ops.softmax(s, -1).reshape(self.kv_heads, -1, k.shape[0])
         out = self.weigh(p, v.transpose(1, 0, 2))  # (K, T * group, D)
         out = out.reshape(self.kv_heads, -1, self.group, self.dim).transpose(1, 0, 2, 3)
-        return out.reshape(-1, self.heads * self.dim)
+        return ops.cast(out.reshape(-1, self.heads * self.dim), ms.float32)
 
 
 class Project(nn.Cell):
