@@ -123,7 +123,7 @@ def test_killed_at_any_moment_there_is_no_result_or_a_whole_one(tmp_path, form, 
         target = target_of(form, place)
         if overwrite:
             convert(form, sources["old"], target)
-        dies_at(point, lambda: convert(form, sources["new"], target, overwrite))
+        dies_at(point, lambda to=target: convert(form, sources["new"], to, overwrite))
         found = contents_of(form, target, sizes)
         assert found == new or found == (old if overwrite else None), point
         convert(form, sources["new"], target, overwrite=True)
@@ -204,15 +204,16 @@ def test_work_on_files_that_are_written_together_is_taken_up_inside_of_them(tmp_
 
     monkeypatch.setattr(job, "RECORD_EVERY_BYTES", 2500)
     moved, original = [], job.transfer
-    for attempt in range(attempts):
-        def transfer(moves, *rest):
+    for _ in range(attempts):
+        started = []
+
+        def transfer(moves, *rest, started=started):
             if len(started) == 2:
                 raise KeyboardInterrupt
             started.append(moves)
             original(moves, *rest)
             moved.extend(move.label for move in moves)
 
-        started = []
         monkeypatch.setattr(job, "transfer", transfer)
         with pytest.raises(KeyboardInterrupt):
             run(plan(tmp_path / "out"))

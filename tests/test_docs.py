@@ -43,7 +43,7 @@ def commands():
     """(page, command) of every shell block, each command once, continued lines joined."""
     seen = {}
     for page in PAGES:
-        for indent, block in re.findall(r"^( *)```(?:shell|bash)\n(.*?)^ *```", page.read_text("utf-8"), re.M | re.S):
+        for _, block in re.findall(r"^( *)```(?:shell|bash)\n(.*?)^ *```", page.read_text("utf-8"), re.M | re.S):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
                 line = " ".join(line.split())
                 if line and not line.startswith("#"):

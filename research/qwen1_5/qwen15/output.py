@@ -253,6 +253,6 @@ def _remove_ours(folder: str) -> None:
     for name in _files_below(folder):
         if _OURS.match(name) or os.path.basename(name).startswith("."):
             os.unlink(os.path.join(folder, name))
-    for root, _, names in os.walk(folder, topdown=False):
+    for root, _, _ in os.walk(folder, topdown=False):
         if not os.listdir(root):
             os.rmdir(root)

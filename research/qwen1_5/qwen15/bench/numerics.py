@@ -8,7 +8,6 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 
 from ..config import Flag, load_config
-from ..engine import Engine, Limits, Request
 from ..errors import UserError
 from ..network import build_network
 

@@ -45,8 +45,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for name, whole in texts.items():
         whole = whole[:args.characters]
         messages = [whole[place:place + _MESSAGE_CHARACTERS] for place in range(0, len(whole), _MESSAGE_CHARACTERS)]
-        for form, calls in (("one text", {who: (lambda e=encoder: e.encode(whole)) for who, encoder in encoders.items()}),
-                            ("messages", {who: (lambda e=encoder: e(messages)["input_ids"]) for who, encoder in encoders.items()})):
+        for form, calls in (("one text", {who: (lambda e=encoder, text=whole: e.encode(text)) for who, encoder in encoders.items()}),
+                            ("messages", {who: (lambda e=encoder, texts=messages: e(texts)["input_ids"]) for who, encoder in encoders.items()})):
             rows.append(_measure(f"{name}, {form}", len(whole.encode()), calls, args.rounds))
     facts = {"vocabulary": len(ours), "rounds": args.rounds}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(rows), plot)
