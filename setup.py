@@ -63,7 +63,7 @@ setup(
         # .bin files only. Take a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu
         "torch": ["torch>=2.4"],
         # torch is left out: scripts/test.sh installs a CPU build where one is offered.
-        "test": ["gguf>=0.10", "hypothesis>=6", "pytest>=7", "pytest-timeout"],
+        "test": ["gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7", "pytest>=7", "pytest-timeout"],
     },
     entry_points={"console_scripts": ["qwen15 = qwen15.__main__:run"]},
 )

@@ -110,3 +110,12 @@ def test_log_probabilities_are_those_of_the_softmax():
     expected = np.log(np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum())
     assert ids.tolist() == [2, 1]
     np.testing.assert_allclose(values, expected[[2, 1]], rtol=1e-12)
+
+
+def test_a_rounding_error_of_the_logits_does_not_change_what_is_drawn():
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal(50000).astype(np.float32)
+    nearly = (logits + rng.uniform(-3e-6, 3e-6, len(logits))).astype(np.float32)
+    for params in (SamplingParams(do_sample=True, seed=1), SamplingParams(do_sample=True, top_p=0.8, seed=1)):
+        one, other = Sampler(params, [0]), Sampler(params, [0])
+        assert [one.choose(logits) for _ in range(200)] == [other.choose(nearly) for _ in range(200)]

@@ -202,11 +202,13 @@ class Sampler:
     def _draw(self, candidates: Candidates) -> int:
         if not np.isfinite(candidates.values[0]):
             raise NonFiniteLogits
-        cumulative = np.cumsum(_softmax(candidates.values, self.params.temperature))
+        # In the order of ids: in that of probability, two neighbours that change places by a rounding error would change the token.
+        order = np.argsort(candidates.ids)
+        cumulative = np.cumsum(_softmax(candidates.values, self.params.temperature)[order])
         if not np.isfinite(cumulative[-1]):
             raise NonFiniteLogits
         point = self._random.random() * cumulative[-1]
-        return int(candidates.ids[min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)])
+        return int(candidates.ids[order[min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)]])
 
 
 def log_probabilities(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:

@@ -94,13 +94,13 @@ def plot_target(asked: Optional[str], otherwise: str) -> Optional[str]:
     import importlib.util
 
     path = asked or otherwise
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise UserError("the folder does not exist", where=f"--plot {path}")
     if importlib.util.find_spec("matplotlib") is None:
         if asked is not None:
             raise UserError("matplotlib is not installed", where="--plot", fix="Run: pip install matplotlib")
         print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         return None
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise UserError("the folder does not exist", where=f"--plot {path}")
     if os.path.lexists(path):
         if not os.path.isfile(path):
             raise UserError("is not a file", where=f"--plot {path}")
