@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import threading
 import zlib
 
 import numpy as np
@@ -135,6 +136,26 @@ def test_a_write_that_fails_in_its_thread_is_told_and_no_thread_hangs(tmp_path, 
             writer.finish()
     os.close(fd)
     assert error.value.exit_code == 1 and 1 <= len(calls) < 10
+
+
+def test_two_threads_that_are_refused_at_once_both_write_as_usual(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_writer, "_SMALL_FILE_BYTES", 0)
+    tensors, together, original = tensors_of([20 * 2 ** 20]), threading.Barrier(2, timeout=20), os.pwrite
+
+    def pwrite(fd, data, at):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            together.wait()
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return original(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    fd = open_file(tmp_path / "x")
+    with Blocks() as blocks:
+        writer = FileWriter(fd, "x", steps_of(tensors), blocks)
+        writer.feed("t0", memoryview(tensors["t0"]))
+        writer.finish()
+    os.close(fd)
+    assert (tmp_path / "x").read_bytes() == expected_of(tensors)
 
 
 def test_many_files_at_once_share_little_memory():

@@ -209,10 +209,11 @@ class FileWriter:
     def write_at(self, data: memoryview, at: int) -> None:
         """Write bytes at a place of the file, all of them."""
         while len(data):
+            direct = self._direct  # as it is now: the other thread may learn at the same moment that it cannot be
             try:
                 written = os.pwrite(self._fd, data, at)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
+                if error.errno != errno.EINVAL or not direct:
                     raise
                 self._go_direct(False)  # the flag was accepted, writes like this are not
                 continue
