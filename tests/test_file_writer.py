@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import mmap
 import os
 import threading
 import zlib
@@ -162,3 +163,27 @@ def test_many_files_at_once_share_little_memory():
     for writers in (1, 4, 16, 64):
         blocks = Blocks(writers)
         assert blocks.nbytes % 4096 == 0 and blocks.nbytes * (writers + 3) <= 24 * 2 ** 20
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_memory_for_blocks_begins_at_a_huge_page_also_where_there_is_none(monkeypatch, refused):
+    class Mapped(mmap.mmap):
+        def madvise(self, *arguments):
+            if refused:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return super().madvise(*arguments)
+
+    monkeypatch.setattr(file_writer.mmap, "mmap", Mapped)
+    for nbytes in (1, 4096, 2 ** 21, 3 * 2 ** 20 + 1):
+        memory = file_writer.huge(nbytes)
+        assert memory.size == nbytes and memory.ctypes.data % 2 ** 21 == 0
+        memory[...] = 1
+
+
+def test_blocks_do_not_overlap():
+    with Blocks(4) as blocks:
+        taken = [blocks.take() for _ in range(7)]
+        for i, block in enumerate(taken):
+            assert block.size == blocks.nbytes and block.ctypes.data % 4096 == 0
+            block[...] = i
+        assert all((block == i).all() for i, block in enumerate(taken))

@@ -8,7 +8,7 @@ import os
 import queue
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
@@ -18,6 +18,7 @@ from .tensors import Step, Tail, total_bytes
 
 _PAGE_BYTES = 4096
 """What offsets, lengths and addresses of direct writes are multiples of."""
+_HUGE_PAGE_BYTES = 2 * 2 ** 20
 _LEAST_BLOCK_BYTES, _MOST_BLOCK_BYTES = 256 * 2 ** 10, 4 * 2 ** 20
 _ALL_BLOCKS_BYTES = 24 * 2 ** 20
 _WRITING_THREADS = 2
@@ -45,6 +46,20 @@ def told(path: str) -> Iterator[None]:
         raise UserError(f"cannot be written: {error.strerror or error}", path, fix, exit_code=EXIT_FAILED) from None
 
 
+def huge(nbytes: int) -> np.ndarray:
+    """Memory for reading and writing files, uint8 [nbytes], in huge pages where the system has them.
+
+    A request to the disk names the pieces of memory that it is gathered from, and takes so many and no more: in ordinary pages that
+    is every 4 KiB, and a large write falls apart into many small requests.
+    """
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    every = np.frombuffer(memory, np.uint8)
+    begin = -every.ctypes.data % _HUGE_PAGE_BYTES
+    return every[begin:begin + nbytes]
+
+
 class Blocks:
     """Memory for bytes on their way to the disk, and the threads that write it: one block is filled while others are written.
 
@@ -62,6 +77,7 @@ class Blocks:
         self._left = writers + _WRITING_THREADS + 1  # not made yet
         self.nbytes = min(_MOST_BLOCK_BYTES, max(_LEAST_BLOCK_BYTES, _ALL_BLOCKS_BYTES // self._left)) // _PAGE_BYTES * _PAGE_BYTES
         self.all_bytes = self._left * self.nbytes
+        self._memory = huge(self.all_bytes)
         self._free: "queue.SimpleQueue[np.ndarray]" = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(_WRITING_THREADS)
 
@@ -69,7 +85,7 @@ class Blocks:
         """A block to fill, uint8 [nbytes]; waits for one that has been written when all are in use."""
         if self._left:
             self._left -= 1
-            return np.frombuffer(mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+            return self._memory[self._left * self.nbytes:(self._left + 1) * self.nbytes]
         return self._free.get()
 
     def write(self, writer: "FileWriter", block: np.ndarray, nbytes: int, at: int) -> "Future[None]":

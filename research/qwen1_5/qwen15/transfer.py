@@ -12,7 +12,7 @@ import numpy as np
 
 from .casting import FLOATS, Count, cast
 from .errors import EXIT_FAILED, UserError
-from .file_writer import FileWriter
+from .file_writer import FileWriter, huge
 from .tensorfile import Checkpoint
 from .tensors import LONG_NAMES, NUMPY_DTYPES, element_count, itemsize
 
@@ -212,7 +212,7 @@ class _Lender:
         self._turn ^= 1
         buffer = self._buffers[self._turn]
         if buffer is None or buffer.size < nbytes:
-            buffer = self._buffers[self._turn] = np.empty(max(nbytes, STRIP_BYTES), np.uint8)
+            buffer = self._buffers[self._turn] = huge(max(nbytes, STRIP_BYTES))
         return buffer[:nbytes]
 
 
