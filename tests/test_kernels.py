@@ -203,12 +203,13 @@ class StackCase:
                         weight(rng, shape, cache_dtype, 1.0)] for _ in range(layers)]
         self.ids = rng.integers(0, vocab, self.batch.tokens).astype(np.int32)
         self.logits_shape = (len(lens), vocab)
+        self.binding = 0
 
     @property
     def inputs(self):
         batch = self.batch
-        return (self.ids, batch.positions, batch.slots, batch.query_lens, batch.context_lens, batch.tables, self.cos, self.sin,
-                np.array([EPS], np.float32), self.table, self.norm, self.head, *(p for layer in self.layers for p in layer))
+        return (self.ids, batch.positions, batch.slots, batch.query_lens, batch.context_lens, batch.tables,
+                np.array([EPS], np.float32), np.array([self.binding], np.int32), self.cos, self.sin, self.table, self.norm, self.head, *(p for layer in self.layers for p in layer))
 
     def twin(self):
         x = self.table.values[self.ids]
