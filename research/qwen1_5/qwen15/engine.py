@@ -302,7 +302,7 @@ class Engine:
             logits = self.network.decode(
                 np.asarray([s.ids[-1] for s in sequences], np.int32), np.asarray(lengths, np.int32),
                 table_array([s.table for s in sequences], lengths, self.pool.block_size),
-                np.concatenate([s.table.slots(len(s.ids) - 1, len(s.ids)) for s in sequences]))
+                np.asarray([s.table.slot(length - 1) for s, length in zip(sequences, lengths)], np.int32))
         for sequence in sequences:
             sequence.cached = len(sequence.ids)
         steps = self._choose(sequences, logits, range(len(sequences)))
@@ -331,8 +331,10 @@ class Engine:
                         logprobs[i] = self._logprobs(logits[rows[i]], int(ids[i]), sequence.request.logprobs)
             except NonFiniteLogits:
                 ids[:-1] = -1  # every rank has to learn of it, or the others would wait for a token for ever
-        with interrupts.held():
-            *ids, interrupted = self.network.agree(ids).tolist()
+        if self.network.ranks > 1:
+            with interrupts.held():
+                ids = self.network.agree(ids)
+        *ids, interrupted = ids.tolist()
         self._interrupted = bool(interrupted)
         if ids and ids[0] < 0:
             raise self._non_finite(sequences)

@@ -101,7 +101,8 @@ class CpuNetwork(Network):
         self._cell.phase = "prefill"
         # Compile now, so that the first prompt's time is its own.
         self._cell.compile(*(ms.Tensor(np.zeros((1,) * rank, np.int32)) for rank in (1, 1, 1, 1, 1, 2)))
-        self._short = _ShortDecode(operators, self._cell) if self._cell.fused else None
+        blocks = -(-model.seq_length // model.block_size)
+        self._short = _ShortDecode(operators, self._cell, blocks) if self._cell.fused else None
         self.note = f"CPU, {note}, weights {held_dtype}, KV cache {model.compute_dtype}"
         if self.ranks > 1:
             self._broadcast = ms.ops.Broadcast(0)
@@ -136,42 +137,63 @@ class CpuNetwork(Network):
 class _ShortDecode:
     """Decoding steps that do not pass the parameters and caches again: the kernels have kept where the last whole call found them.
 
-    MindSpore's preparation of those hundreds of inputs took longer than everything else around the kernels.
+    MindSpore's preparation of those hundreds of inputs took longer than everything else around the kernels. One sequence, whose
+    steps are the shortest, has a graph of its own with fixed shapes: for others MindSpore infers them at every call.
 
     Args:
         operators: the operator set, one with `Decode`.
         cell: the network (`model.LlamaForCausalLM`).
+        blocks: most blocks of a sequence.
     """
 
-    def __init__(self, operators: ModuleType, cell: Any):
+    def __init__(self, operators: ModuleType, cell: Any, blocks: int):
         import mindspore as ms
+        from mindspore.nn import cell as cells
 
+        self._ms = ms
+        self._operators, self._network = operators, cell
+        # What a call of a cell compiled as this one ends in; on the way there is as much again.
+        self._execute = cells._cell_graph_executor._graph_executor
+        self._held = cell.held
+        self._address_of = ms.Tensor._data_ptr  # what Tensor.data_ptr calls
+        self._cells: List[Any] = []
+        self._addresses: List[int] = []
+        weakref.finalize(self, cell.binding.close)
+        self._row = np.full((1, 3 + blocks), -1, np.int32)
+        self._one = self._compile(ms.Tensor(self._row))
+        self._many: Optional[str] = None
+
+    def _compile(self, rows: Any) -> str:
+        """The compiled graph for such rows, as `_execute` knows it."""
         from .model import Decode
 
-        self._tensor = ms.Tensor
-        self._binding = cell.binding
-        self._held = cell.held  # whose memory the kernels know of stays as long as this
-        self._addresses: List[int] = []
-        self._finalizer = weakref.finalize(self, self._binding.close)
-        self._cell = Decode(operators, cell)
-        self._cell.set_inputs(ms.Tensor(shape=[None, None], dtype=ms.int32))
-        self._cell.set_train(False)
-        self._cell.phase = "increment"  # the other name that is run at once
-        self._cell.compile(ms.Tensor(np.zeros((1, 4), np.int32)))
+        cell = Decode(self._operators, self._network)
+        cell.set_inputs(rows)
+        cell.set_train(False)
+        cell.phase = "increment"
+        cell.compile(self._ms.Tensor(np.full((2, 4) if -1 in rows.shape else rows.shape, -1, np.int32)))
+        self._cells.append(cell)
+        return cell.phase_cache[cell.phase]
 
     def note_whole_call(self) -> None:
         """The whole network has just run and passed everything."""
-        self._addresses = self._binding.addresses()
+        self._addresses = self._network.binding.addresses()
 
     def is_current(self) -> bool:
         """Whether every parameter and cache is still where the kernels know it: none has been given other memory since."""
-        return self._addresses == [parameter.data_ptr() for parameter in self._held]
+        return self._addresses == list(map(self._address_of, self._held))
 
     def run(self, input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray, slot_mapping: np.ndarray) -> np.ndarray:
         """`Network.decode`; only when `is_current`."""
-        rows = np.empty((len(input_ids), 3 + block_tables.shape[1]), np.int32)
-        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:] = input_ids, context_lens, slot_mapping, block_tables
-        return self._cell(self._tensor.from_numpy(rows)).asnumpy()
+        count, blocks = block_tables.shape
+        if count == 1 and 3 + blocks <= self._row.shape[1]:
+            graph, rows = self._one, self._row
+        else:
+            if self._many is None:
+                self._many = self._compile(self._ms.Tensor(shape=[None, None], dtype=self._ms.int32))
+            graph, rows = self._many, np.empty((count, 3 + blocks), np.int32)
+        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:3 + blocks] = input_ids, context_lens, slot_mapping, block_tables
+        return self._execute((self._ms.Tensor.from_numpy(rows),), graph).asnumpy()
 
 
 def build_network(config: Config, checkpoint: str, tell: Callable[[str], None]) -> Network:

@@ -4,6 +4,7 @@ Selecting over the vocabulary is done by the kernel library where there is one; 
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional, Sequence, Tuple
 
@@ -109,7 +110,7 @@ def accelerated(library) -> Selection:
             ids = library.argmax(logits)
         except ValueError:
             raise NonFiniteLogits from None
-        if not np.isfinite(logits[np.arange(len(ids)), ids]).all():
+        if not all(math.isfinite(row[token]) for row, token in zip(logits, ids.tolist())):
             raise NonFiniteLogits
         return ids
 
