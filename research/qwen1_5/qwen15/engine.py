@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Deque, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
@@ -331,10 +332,8 @@ class Engine:
                         logprobs[i] = self._logprobs(logits[rows[i]], int(ids[i]), sequence.request.logprobs)
             except NonFiniteLogits:
                 ids[:-1] = -1  # every rank has to learn of it, or the others would wait for a token for ever
-        if self.network.ranks > 1:
-            with interrupts.held():
-                ids = self.network.agree(ids)
-        *ids, interrupted = ids.tolist()
+        with interrupts.held() if self.network.ranks > 1 else nullcontext():
+            *ids, interrupted = self.network.agree(ids).tolist()
         self._interrupted = bool(interrupted)
         if ids and ids[0] < 0:
             raise self._non_finite(sequences)
