@@ -41,7 +41,7 @@ class SamplingParams:
 
 
 class Candidates(NamedTuple):
-    """Tokens that may be drawn, most probable first: values (N,) float32 are logits, ids (N,) int32."""
+    """Tokens that may be drawn, most probable first (all of the vocabulary: by id): values (N,) float32 are logits, ids (N,) int32."""
 
     values: np.ndarray
     ids: np.ndarray
@@ -79,9 +79,9 @@ def nucleus_candidates(row: np.ndarray, temperature: float, top_p: float) -> Can
 
 
 def _softmax(values: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities of descending `values` in float64."""
+    """Probabilities of `values` in float64."""
     scaled = values.astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled[0])
+    weights = np.exp(scaled - scaled.max())
     return weights / weights.sum()
 
 
@@ -191,25 +191,28 @@ class Sampler:
         params = self.params
         if 0 < params.top_k < len(row):
             found = self._select.top_candidates(row, params.top_k)
-            if params.top_p < 1.0 and np.isfinite(found.values[0]):
+            if params.top_p < 1.0 and math.isfinite(found.values[0]):
                 size = _nucleus_size(_softmax(found.values, params.temperature), params.top_p)
                 found = Candidates(found.values[:size], found.ids[:size])
         elif params.top_p < 1.0:
             found = self._select.nucleus_candidates(row, params.temperature, params.top_p)
         else:
-            found = self._select.top_candidates(row, len(row))
+            found = Candidates(row, np.arange(len(row), dtype=np.int32))  # sorting them took longer than the network
         return found
 
     def _draw(self, candidates: Candidates) -> int:
-        if not np.isfinite(candidates.values[0]):
+        values, ids = candidates
+        if not math.isfinite(values.max()):
             raise NonFiniteLogits
         # In the order of ids: in that of probability, two neighbours that change places by a rounding error would change the token.
-        order = np.argsort(candidates.ids)
-        cumulative = np.cumsum(_softmax(candidates.values, self.params.temperature)[order])
-        if not np.isfinite(cumulative[-1]):
+        if not (ids[1:] > ids[:-1]).all():
+            order = np.argsort(ids)
+            values, ids = values[order], ids[order]
+        cumulative = np.cumsum(_softmax(values, self.params.temperature))
+        if not math.isfinite(cumulative[-1]):
             raise NonFiniteLogits
         point = self._random.random() * cumulative[-1]
-        return int(candidates.ids[order[min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)]])
+        return int(ids[min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)])
 
 
 def log_probabilities(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
