@@ -168,7 +168,7 @@ class Sampler:
         """
         row = self.penalised(logits)
         if self.params.do_sample:
-            token = self._draw(self.candidates(row))
+            token = self._draw(row, self.candidates(row))
         else:
             token = int(self._select.argmax(row[None])[0])
         self._seen.add(token)
@@ -200,15 +200,12 @@ class Sampler:
             found = Candidates(row, np.arange(len(row), dtype=np.int32))  # sorting them took longer than the network
         return found
 
-    def _draw(self, candidates: Candidates) -> int:
-        values, ids = candidates
-        if not math.isfinite(values.max()):
+    def _draw(self, row: np.ndarray, candidates: Candidates) -> int:
+        if not math.isfinite(candidates.values.max()):
             raise NonFiniteLogits
         # In the order of ids: in that of probability, two neighbours that change places by a rounding error would change the token.
-        if not (ids[1:] > ids[:-1]).all():
-            order = np.argsort(ids)
-            values, ids = values[order], ids[order]
-        cumulative = np.cumsum(_softmax(values, self.params.temperature))
+        ids = np.sort(candidates.ids)
+        cumulative = np.cumsum(_softmax(row[ids], self.params.temperature))
         if not math.isfinite(cumulative[-1]):
             raise NonFiniteLogits
         point = self._random.random() * cumulative[-1]
