@@ -277,6 +277,24 @@ def test_a_parameter_that_gets_other_values_while_decoding_is_used_at_once(whole
     assert np.abs(fresh.decode(9) - changed).max() > 1e-4
 
 
+def test_a_parameter_that_moves_unnoticed_is_seen_within_eight_tokens(whole_calls, tmp_path):
+    import mindspore as ms
+
+    random_model(tmp_path / "hf")
+    networks = [open_network(tmp_path / "hf", tmp_path)[1] for _ in range(2)]
+    moved, old = (Conversations(network, [[5, 6, 7]]) for network in networks)
+    np.testing.assert_array_equal(moved.decode(8), old.decode(8))
+    parameter = [p for p in networks[0]._cell.get_parameters() if p.name.endswith("layers.1.feed_forward.w2.weight")][0]
+    type(parameter).assign_value(parameter, ms.Tensor(parameter.asnumpy() * np.float32(1.5)))
+    del whole_calls[:]
+    for token in range(9, 17):
+        got = moved.decode(token)
+        if whole_calls:
+            break
+        np.testing.assert_array_equal(got, old.decode(token))  # memory that is still there
+    assert whole_calls == [networks[0]]
+
+
 def test_two_networks_in_turn_keep_to_their_own_parameters(whole_calls, tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         random_model(tmp_path / name, seed=seed)
