@@ -209,7 +209,8 @@ class StackCase:
     def inputs(self):
         batch = self.batch
         return (self.ids, batch.positions, batch.slots, batch.query_lens, batch.context_lens, batch.tables,
-                np.array([EPS], np.float32), np.array([self.binding], np.int32), self.cos, self.sin, self.table, self.norm, self.head, *(p for layer in self.layers for p in layer))
+                np.array([EPS], np.float32), np.array([self.binding], np.int32), self.cos, self.sin, self.table, self.norm,
+                self.head, *(p for layer in self.layers for p in layer))
 
     def twin(self):
         x = self.table.values[self.ids]
@@ -272,7 +273,8 @@ def test_a_decode_on_kept_weights_equals_the_whole_stack(kernels, binding, dtype
     case = StackCase(dtype, F32, (1,) * len(cached), cached)
     case.binding = binding
     wanted = call("decoder", case.inputs, case.logits_shape)
-    assert kernels.bound_addresses(binding) == [a.memory.ctypes.data if isinstance(a, Stored) else a.ctypes.data for a in case.inputs[8:]]
+    held = [value.memory if isinstance(value, Stored) else value for value in case.inputs[8:]]
+    assert kernels.bound_addresses(binding) == [memory.ctypes.data for memory in held]
     got = call("decode", [np.array([binding], np.int32), decode_rows(case), case.head], case.logits_shape)
     np.testing.assert_array_equal(got, wanted)
 

@@ -229,7 +229,8 @@ class _ShortDecode:
             self._forget()
         return current
 
-    def run(self, input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray, slot_mapping: np.ndarray) -> np.ndarray:
+    def run(self, input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray,
+            slot_mapping: np.ndarray) -> np.ndarray:
         """`Network.decode`; only when `is_current`."""
         count, blocks = block_tables.shape
         if count == 1 and 3 + blocks <= self._row.shape[1]:

@@ -41,7 +41,7 @@ class SamplingParams:
 
 
 class Candidates(NamedTuple):
-    """Tokens that may be drawn, most probable first (all of the vocabulary: by id): values (N,) float32 are logits, ids (N,) int32."""
+    """Tokens that may be drawn, most probable first (the whole vocabulary: by id): values (N,) float32 logits, ids (N,) int32."""
 
     values: np.ndarray
     ids: np.ndarray

@@ -141,7 +141,8 @@ class Cases:
         lens = Array(np.full(sequences, each, np.int32))
         ids = Array(self.rng.integers(0, d.vocab_size, tokens).astype(np.int32))
         call = prepare("decoder", [ids, Array(place), Array(slots), lens, lens, Array(tables), self.eps,
-                                   Array(np.zeros(1, np.int32)), cos, sin, head, self.floats(e), head, *layers], (sequences, d.vocab_size))
+                                   Array(np.zeros(1, np.int32)), cos, sin, head, self.floats(e), head, *layers],
+                       (sequences, d.vocab_size))
         flop = sequences * work.prefill_flop(d, each)
         return Case("whole network", tokens, each, work.decode_bytes(d, self.dtype, sequences, each), flop, itertools.repeat(call))
 

@@ -104,7 +104,7 @@ class Library:
         return self._handle.qwen15_open_binding()
 
     def close_binding(self, number: int) -> None:
-        """Forget what is kept under a number of `open_binding`, before that memory is given back; `decode` refuses it from then on."""
+        """Forget what is kept under a number of `open_binding`, before that memory is given back; `decode` refuses it then."""
         self._handle.qwen15_close_binding(number)
 
     def bound_addresses(self, number: int) -> List[int]:
