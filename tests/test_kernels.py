@@ -203,12 +203,14 @@ class StackCase:
                         weight(rng, shape, cache_dtype, 1.0)] for _ in range(layers)]
         self.ids = rng.integers(0, vocab, self.batch.tokens).astype(np.int32)
         self.logits_shape = (len(lens), vocab)
+        self.binding = 0
 
     @property
     def inputs(self):
         batch = self.batch
-        return (self.ids, batch.positions, batch.slots, batch.query_lens, batch.context_lens, batch.tables, self.cos, self.sin,
-                np.array([EPS], np.float32), self.table, self.norm, self.head, *(p for layer in self.layers for p in layer))
+        return (self.ids, batch.positions, batch.slots, batch.query_lens, batch.context_lens, batch.tables,
+                np.array([EPS], np.float32), np.array([self.binding], np.int32), self.cos, self.sin, self.table, self.norm,
+                self.head, *(p for layer in self.layers for p in layer))
 
     def twin(self):
         x = self.table.values[self.ids]
@@ -253,3 +255,56 @@ def test_calls_from_several_threads_while_the_team_changes_size(kernels, lens, c
         load().threads = before
     for result in results:
         np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.fixture
+def binding(kernels):
+    """A number to keep a network's weights under; the driver has them only during a call."""
+    if os.environ.get(COMMAND):
+        pytest.skip("the weights have to stay where they are between calls")
+    number = kernels.open_binding()
+    yield number
+    kernels.close_binding(number)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cached", ((9,), (0, 20, 33)))
+def test_a_decode_on_kept_weights_equals_the_whole_stack(kernels, binding, dtype, cached):
+    case = StackCase(dtype, F32, (1,) * len(cached), cached)
+    case.binding = binding
+    wanted = call("decoder", case.inputs, case.logits_shape)
+    held = [value.memory if isinstance(value, Stored) else value for value in case.inputs[8:]]
+    assert kernels.bound_addresses(binding) == [memory.ctypes.data for memory in held]
+    got = call("decode", [np.array([binding], np.int32), decode_rows(case), case.head], case.logits_shape)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def decode_rows(case):
+    """The batch of a StackCase as `decode` takes it, with room for more blocks than there are."""
+    batch = case.batch
+    columns = [column[:, None] for column in (case.ids, batch.context_lens, batch.slots)]
+    return np.concatenate([*columns, batch.tables, np.full((len(case.ids), 3), -1, np.int32)], 1).astype(np.int32)
+
+
+def test_decode_refuses_what_it_cannot_run_on(kernels, binding):
+    case = StackCase(F32, F32, (1, 1), (9, 3))
+    rows, number = decode_rows(case), np.array([binding], np.int32)
+
+    def refused(why, rows=rows, number=number, head=case.head):
+        with pytest.raises(RuntimeError, match=why):
+            call("decode", [number, rows, head], case.logits_shape)
+
+    refused("has not been given any weights")
+    case.binding = binding
+    call("decoder", case.inputs, case.logits_shape)
+    refused("is not open", number=number + 1000)
+    refused("head is not the one", head=Stored(case.head.values, F32))
+    refused("head .* wanted", head=Stored(case.head.values[1:], F32))
+    refused("no block table", rows=np.ascontiguousarray(rows[:, :3]))
+    for column, value, why in ((0, -1, "ids"), (0, 10 ** 6, "ids"), (1, 0, "positions"), (1, 10 ** 6, "positions"),
+                               (2, 10 ** 6, "slots"), (3, -1, "block table"), (3, 10 ** 6, "block table")):
+        wrong = rows.copy()
+        wrong[1, column] = value
+        refused(why, rows=wrong)
+    kernels.close_binding(binding)
+    refused("is not open")

@@ -196,6 +196,148 @@ def forced_logits(network, prompts, tokens):
     return np.stack(rows, 1)
 
 
+class Conversations:
+    """Sequences in a network's cache, and the next logits of each.
+
+    Args:
+        network: ours, with 64 blocks of 4.
+        prompts: their beginnings.
+    """
+
+    def __init__(self, network, prompts):
+        self.network, pool = network, BlockPool(64, 4)
+        self.tables = [BlockTable(pool) for _ in prompts]
+        self.texts = [list(prompt) for prompt in prompts]
+        for table, prompt in zip(self.tables, prompts):
+            table.reserve(len(prompt) + 9)
+        lengths = [len(text) for text in self.texts]
+        network.prefill(np.concatenate(self.texts).astype(np.int32), *[np.array(lengths, np.int32)] * 2,
+                        table_array(self.tables, lengths, 4), np.concatenate([t.slots(0, n) for t, n in zip(self.tables, lengths)]))
+
+    def decode(self, token):
+        """Logits after one more token."""
+        for text in self.texts:
+            text.append(token)
+        lengths = [len(text) for text in self.texts]
+        return self.network.decode(np.full(len(lengths), token, np.int32), np.array(lengths, np.int32),
+                                   table_array(self.tables, lengths, 4),
+                                   np.array([t.slot(n - 1) for t, n in zip(self.tables, lengths)], np.int32)).copy()
+
+
+@pytest.fixture
+def whole_calls(operators, monkeypatch):
+    """Counts the calls that pass all parameters; only for the kernels, which can do without."""
+    if operators != "kernels":
+        pytest.skip("always passes all parameters")
+    from qwen15.network import CpuNetwork
+
+    run, calls = CpuNetwork._run, []
+    monkeypatch.setattr(CpuNetwork, "_run", lambda self, *arrays: (calls.append(self), run(self, *arrays))[1])
+    return calls
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_decoding_without_passing_the_parameters_gives_the_same_logits(whole_calls, count, dtype, tmp_path, monkeypatch):
+    random_model(tmp_path / "hf")
+    _, network = open_network(tmp_path / "hf", tmp_path, dtype)
+    prompts = random_prompts(199, count)
+    short = Conversations(network, prompts)
+    got = [short.decode(token) for token in (3, 50, 7, 90, 12)]
+    assert len(whole_calls) == 1
+    monkeypatch.setattr(network._short, "is_current", lambda: False)
+    whole = Conversations(network, prompts)
+    np.testing.assert_array_equal(got, [whole.decode(token) for token in (3, 50, 7, 90, 12)])
+    assert len(whole_calls) == 7
+
+
+@pytest.mark.parametrize("name", ["layers.1.feed_forward.w2.weight", "layers.0.attention.wq.bias", "tok_embeddings.embedding_weight",
+                                  "lm_head.weight", "rope.cos", "layers.1.attention.value_cache"])
+def test_a_parameter_that_gets_other_values_while_decoding_is_used_at_once(whole_calls, name, tmp_path):
+    import mindspore as ms
+
+    random_model(tmp_path / "hf")
+    _, network = open_network(tmp_path / "hf", tmp_path)
+    _, other = open_network(tmp_path / "hf", tmp_path)
+    one, twin = (Conversations(n, [[5, 6, 7]]) for n in (network, other))
+    np.testing.assert_array_equal(one.decode(8), twin.decode(8))
+    parameter, same = ([p for p in n._cell.get_parameters() if p.name.endswith(name)][0] for n in (network, other))
+    values = parameter.asnumpy() * np.float32(1.5)
+    parameter.set_data(ms.Tensor(values))  # other memory
+    del whole_calls[:]
+    changed = one.decode(9)
+    assert whole_calls == [network]
+    same.asnumpy()[...] = values  # the same memory
+    np.testing.assert_array_equal(changed, twin.decode(9))
+    assert whole_calls == [network]
+    np.testing.assert_array_equal(one.decode(10), twin.decode(10))
+    assert whole_calls == [network]
+    fresh = Conversations(open_network(tmp_path / "hf", tmp_path)[1], [[5, 6, 7]])
+    fresh.decode(8)
+    assert np.abs(fresh.decode(9) - changed).max() > 1e-4
+
+
+def test_a_parameter_that_moves_unnoticed_is_seen_within_eight_tokens(whole_calls, tmp_path):
+    import mindspore as ms
+
+    random_model(tmp_path / "hf")
+    networks = [open_network(tmp_path / "hf", tmp_path)[1] for _ in range(2)]
+    moved, old = (Conversations(network, [[5, 6, 7]]) for network in networks)
+    np.testing.assert_array_equal(moved.decode(8), old.decode(8))
+    parameter = [p for p in networks[0]._cell.get_parameters() if p.name.endswith("layers.1.feed_forward.w2.weight")][0]
+    type(parameter).assign_value(parameter, ms.Tensor(parameter.asnumpy() * np.float32(1.5)))
+    del whole_calls[:]
+    for token in range(9, 17):
+        got = moved.decode(token)
+        if whole_calls:
+            break
+        np.testing.assert_array_equal(got, old.decode(token))  # memory that is still there
+    assert whole_calls == [networks[0]]
+
+
+def test_two_networks_in_turn_keep_to_their_own_parameters(whole_calls, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        random_model(tmp_path / name, seed=seed)
+    networks = [open_network(tmp_path / name, tmp_path)[1] for name in ("a", "b")]
+    alone = []
+    for network in networks:
+        conversation = Conversations(network, [[5, 6, 7]])
+        alone.append([conversation.decode(token) for token in (8, 9, 10)])
+    in_turn = [Conversations(network, [[5, 6, 7]]) for network in networks]
+    del whole_calls[:]
+    for step, token in enumerate((8, 9, 10)):
+        for conversation, wanted in zip(in_turn, alone):
+            np.testing.assert_array_equal(conversation.decode(token), wanted[step])
+    assert not whole_calls
+
+
+def test_a_network_that_goes_is_forgotten_by_the_kernels(whole_calls, tmp_path):
+    import gc
+
+    from qwen15.kernels import library
+
+    random_model(tmp_path / "hf")
+    _, network = open_network(tmp_path / "hf", tmp_path)
+    conversation = Conversations(network, [[5, 6, 7]])
+    conversation.decode(8)
+    binding, short = network._cell.binding, network._short
+    number = binding.tensor().asnumpy()[0]
+    assert len(library.load().bound_addresses(number)) == len(network._cell.held)
+    binding.close()
+    with pytest.raises(RuntimeError):
+        short.run(np.array([9], np.int32), np.array([5], np.int32), np.array([[0, 1]], np.int32), np.array([4], np.int32))
+    assert f"binding {number} is not open" in library.load().last_error
+    del whole_calls[:], conversation, network, short
+
+    _, network = open_network(tmp_path / "hf", tmp_path)
+    Conversations(network, [[5, 6, 7]])
+    number = network._cell.binding.tensor().asnumpy()[0]
+    assert library.load().bound_addresses(number)
+    del whole_calls[:], network
+    gc.collect()
+    assert not library.load().bound_addresses(number)
+
+
 def test_rope_tables_equal_transformers():
     from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding

@@ -77,6 +77,10 @@ class BlockTable:
         self._pool.give_back(self.blocks)
         self.blocks = []
 
+    def slot(self, position: int) -> int:
+        """Slot of the token at `position`."""
+        return self.blocks[position // self._pool.block_size] * self._pool.block_size + position % self._pool.block_size
+
     def slots(self, start: int, stop: int) -> np.ndarray:
         """Slots of tokens start..stop-1, (stop - start,) int32: block * block_size + offset in the block."""
         token = np.arange(start, stop)

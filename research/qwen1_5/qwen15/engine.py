@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Deque, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
@@ -302,7 +303,7 @@ class Engine:
             logits = self.network.decode(
                 np.asarray([s.ids[-1] for s in sequences], np.int32), np.asarray(lengths, np.int32),
                 table_array([s.table for s in sequences], lengths, self.pool.block_size),
-                np.concatenate([s.table.slots(len(s.ids) - 1, len(s.ids)) for s in sequences]))
+                np.asarray([s.table.slot(length - 1) for s, length in zip(sequences, lengths)], np.int32))
         for sequence in sequences:
             sequence.cached = len(sequence.ids)
         steps = self._choose(sequences, logits, range(len(sequences)))
@@ -331,7 +332,7 @@ class Engine:
                         logprobs[i] = self._logprobs(logits[rows[i]], int(ids[i]), sequence.request.logprobs)
             except NonFiniteLogits:
                 ids[:-1] = -1  # every rank has to learn of it, or the others would wait for a token for ever
-        with interrupts.held():
+        with interrupts.held() if self.network.ranks > 1 else nullcontext():
             *ids, interrupted = self.network.agree(ids).tolist()
         self._interrupted = bool(interrupted)
         if ids and ids[0] < 0:

@@ -7,21 +7,19 @@ imported first.
 
 import signal
 import threading
-from contextlib import contextmanager
-from typing import Iterator
 
 
-@contextmanager
-def held() -> Iterator[None]:
-    """Hold SIGINT back, in this thread and in those that are started within."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
+class held:
+    """Hold SIGINT back within `with held():`, in this thread and in those that are started there."""
+
+    def __enter__(self) -> None:
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def __exit__(self, *failure: object) -> None:
         handler = signal.getsignal(signal.SIGINT)  # Python's, whatever is in place now
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
 
 with held():

@@ -187,17 +187,35 @@ class LlamaForCausalLM(nn.Cell):
         # One operator for the whole stack where the set has one and no rank has to be heard in between.
         self.fused = ranks == 1 and hasattr(operators, "Decoder")
         if self.fused:
-            self.decoder = operators.Decoder(eps)
-            self.in_order = ParameterTuple([p for layer in self.model.layers for p in layer.in_order()])
+            self.binding = operators.Binding()
+            self.decoder = operators.Decoder(eps, self.binding)
+            w = self.model.tok_embeddings.embedding_weight
+            head = w if self.tied else self.lm_head.weight
+            self.held = ParameterTuple([self.cos, self.sin, w, self.model.norm_out.weight, head] +
+                                       [p for layer in self.model.layers for p in layer.in_order()])
 
     def construct(self, ids, positions, slots, query_lens, context_lens, block_tables):
         w = self.model.tok_embeddings.embedding_weight if self.tied else self.lm_head.weight
         if self.fused:
-            return self.decoder(ids, positions, slots, query_lens, context_lens, block_tables, self.cos, self.sin,
-                                self.model.tok_embeddings.embedding_weight, self.model.norm_out.weight, w, self.in_order)
+            return self.decoder(ids, positions, slots, query_lens, context_lens, block_tables, self.held)
         x = self.model(ids, self.cos, self.sin, positions, slots, query_lens, context_lens, block_tables)
         logits = self.head(x, query_lens, self.model.norm_out.weight, w)
         if self.split_vocab:
             slices = self.gather_ranks(logits).reshape(self.ranks, -1, w.shape[0])  # (ranks, B, V/ranks)
             logits = slices.transpose(1, 0, 2).reshape(-1, self.ranks * w.shape[0])
         return logits
+
+
+class Decode(nn.Cell):
+    """rows (B, 3 + M) int32 -> logits (B, V): `network` with one new token for each sequence, by the operator set's `Decode`.
+
+    It runs on the parameters and caches that the network's last call has passed; see there for rows.
+    """
+
+    def __init__(self, operators: ModuleType, network: LlamaForCausalLM):
+        super().__init__(auto_prefix=False)
+        self.head = network.model.tok_embeddings.embedding_weight if network.tied else network.lm_head.weight
+        self.decode = operators.Decode(network.binding)
+
+    def construct(self, rows):
+        return self.decode(rows, self.head)

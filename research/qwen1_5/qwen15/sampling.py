@@ -4,6 +4,7 @@ Selecting over the vocabulary is done by the kernel library where there is one; 
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional, Sequence, Tuple
 
@@ -40,7 +41,7 @@ class SamplingParams:
 
 
 class Candidates(NamedTuple):
-    """Tokens that may be drawn, most probable first: values (N,) float32 are logits, ids (N,) int32."""
+    """Tokens that may be drawn, most probable first (the whole vocabulary: by id): values (N,) float32 logits, ids (N,) int32."""
 
     values: np.ndarray
     ids: np.ndarray
@@ -78,9 +79,9 @@ def nucleus_candidates(row: np.ndarray, temperature: float, top_p: float) -> Can
 
 
 def _softmax(values: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities of descending `values` in float64."""
+    """Probabilities of `values` in float64."""
     scaled = values.astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled[0])
+    weights = np.exp(scaled - scaled.max())
     return weights / weights.sum()
 
 
@@ -109,7 +110,7 @@ def accelerated(library) -> Selection:
             ids = library.argmax(logits)
         except ValueError:
             raise NonFiniteLogits from None
-        if not np.isfinite(logits[np.arange(len(ids)), ids]).all():
+        if not all(math.isfinite(row[token]) for row, token in zip(logits, ids.tolist())):
             raise NonFiniteLogits
         return ids
 
@@ -167,7 +168,7 @@ class Sampler:
         """
         row = self.penalised(logits)
         if self.params.do_sample:
-            token = self._draw(self.candidates(row))
+            token = self._draw(row, self.candidates(row))
         else:
             token = int(self._select.argmax(row[None])[0])
         self._seen.add(token)
@@ -190,25 +191,25 @@ class Sampler:
         params = self.params
         if 0 < params.top_k < len(row):
             found = self._select.top_candidates(row, params.top_k)
-            if params.top_p < 1.0 and np.isfinite(found.values[0]):
+            if params.top_p < 1.0 and math.isfinite(found.values[0]):
                 size = _nucleus_size(_softmax(found.values, params.temperature), params.top_p)
                 found = Candidates(found.values[:size], found.ids[:size])
         elif params.top_p < 1.0:
             found = self._select.nucleus_candidates(row, params.temperature, params.top_p)
         else:
-            found = self._select.top_candidates(row, len(row))
+            found = Candidates(row, np.arange(len(row), dtype=np.int32))  # sorting them took longer than the network
         return found
 
-    def _draw(self, candidates: Candidates) -> int:
-        if not np.isfinite(candidates.values[0]):
+    def _draw(self, row: np.ndarray, candidates: Candidates) -> int:
+        if not math.isfinite(candidates.values.max()):
             raise NonFiniteLogits
         # In the order of ids: in that of probability, two neighbours that change places by a rounding error would change the token.
-        order = np.argsort(candidates.ids)
-        cumulative = np.cumsum(_softmax(candidates.values, self.params.temperature)[order])
-        if not np.isfinite(cumulative[-1]):
+        ids = np.sort(candidates.ids)
+        cumulative = np.cumsum(_softmax(row[ids], self.params.temperature))
+        if not math.isfinite(cumulative[-1]):
             raise NonFiniteLogits
         point = self._random.random() * cumulative[-1]
-        return int(candidates.ids[order[min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)]])
+        return int(ids[min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1)])
 
 
 def log_probabilities(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:

@@ -140,8 +140,9 @@ class Cases:
         slots = np.repeat(tables[:, 0] * BLOCK, each).astype(np.int32) + place  # a sequence's blocks follow one another
         lens = Array(np.full(sequences, each, np.int32))
         ids = Array(self.rng.integers(0, d.vocab_size, tokens).astype(np.int32))
-        call = prepare("decoder", [ids, Array(place), Array(slots), lens, lens, Array(tables), cos, sin, self.eps, head,
-                                   self.floats(e), head, *layers], (sequences, d.vocab_size))
+        call = prepare("decoder", [ids, Array(place), Array(slots), lens, lens, Array(tables), self.eps,
+                                   Array(np.zeros(1, np.int32)), cos, sin, head, self.floats(e), head, *layers],
+                       (sequences, d.vocab_size))
         flop = sequences * work.prefill_flop(d, each)
         return Case("whole network", tokens, each, work.decode_bytes(d, self.dtype, sequences, each), flop, itertools.repeat(call))
 

@@ -3,14 +3,14 @@
 import ctypes
 import os
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 import numpy as np
 
 from ..errors import UserError
 from .build import LIBRARY_NAME, OUTPUT_DIR
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """What `qwen15_abi_version()` must return: the arguments of the functions below and the operators' inputs."""
 
 KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
@@ -58,6 +58,9 @@ class Library:
                 ("use_kernels", ctypes.c_int, (ctypes.c_char_p,)),
                 ("threads", ctypes.c_int, ()),
                 ("set_threads", None, (ctypes.c_int,)),
+                ("open_binding", ctypes.c_int64, ()),
+                ("close_binding", None, (ctypes.c_int64,)),
+                ("bound_addresses", ctypes.c_int64, (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)),
                 ("argmax", None, (_F32, ctypes.c_int64, ctypes.c_int64, _I32)),
                 ("top_candidates", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_int64, _F32, _I32)),
                 ("nucleus", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, _F32, _I32, ctypes.c_int64,
@@ -95,6 +98,21 @@ class Library:
     @threads.setter
     def threads(self, count: int) -> None:
         self._handle.qwen15_set_threads(count)
+
+    def open_binding(self) -> int:
+        """A number under which the operator `decoder` keeps where a network's weights and caches are, for the operator `decode`."""
+        return self._handle.qwen15_open_binding()
+
+    def close_binding(self, number: int) -> None:
+        """Forget what is kept under a number of `open_binding`, before that memory is given back; `decode` refuses it then."""
+        self._handle.qwen15_close_binding(number)
+
+    def bound_addresses(self, number: int) -> List[int]:
+        """Addresses of what is kept under this number, in the order of decoder's inputs from cos on; none when nothing is."""
+        count = self._handle.qwen15_bound_addresses(number, None, 0)
+        addresses = (ctypes.c_int64 * count)()
+        self._handle.qwen15_bound_addresses(number, addresses, count)
+        return list(addresses)
 
     def argmax(self, logits: np.ndarray) -> np.ndarray:
         """First id of the largest logit of each row: (B, V) float32 -> (B,) int32. Raises ValueError on NaN."""

@@ -10,6 +10,8 @@
 #include <string.h>
 
 #include <exception>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -35,6 +37,39 @@ void fail(const char* format, ...) {
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   throw std::runtime_error(text);
+}
+
+void check_query_lens(const int32_t* lens, int64_t sequences, int64_t tokens) {
+  int64_t sum = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    if (lens[s] < 1) fail("sequence %lld has %d new tokens", static_cast<long long>(s), lens[s]);
+    sum += lens[s];
+  }
+  if (sum != tokens) fail("query_lens sum to %lld, there are %lld tokens", static_cast<long long>(sum),
+                          static_cast<long long>(tokens));
+}
+
+// Every block a sequence needs must exist.
+void check_batch(const Batch& b, int64_t num_blocks, int64_t block_size) {
+  check_query_lens(b.query_lens, b.sequences, b.tokens);
+  for (int64_t s = 0; s < b.sequences; ++s) {
+    int64_t context = b.context_lens[s], blocks = (context + block_size - 1) / block_size;
+    if (context < b.query_lens[s] || blocks > b.table_stride)
+      fail("sequence %lld: context of %lld tokens with %d new ones and room for %lld", static_cast<long long>(s),
+           static_cast<long long>(context), b.query_lens[s], static_cast<long long>(b.table_stride * block_size));
+    for (int64_t n = 0; n < blocks; ++n) {
+      int32_t block = b.block_tables[s * b.table_stride + n];
+      if (block < 0 || block >= num_blocks)
+        fail("sequence %lld: block table entry %lld is %d, the cache has %lld blocks", static_cast<long long>(s),
+             static_cast<long long>(n), block, static_cast<long long>(num_blocks));
+    }
+  }
+}
+
+void check_between(const char* name, int64_t t, int32_t value, int64_t low, int64_t high) {
+  if (value < low || value >= high)
+    fail("%s[%lld] is %d, outside [%lld, %lld)", name, static_cast<long long>(t), value, static_cast<long long>(low),
+         static_cast<long long>(high));
 }
 
 // The inputs and outputs of one call, with checks that name what does not fit.
@@ -120,40 +155,15 @@ class Call {
       fail("query_lens, context_lens and block_tables are for %lld, %lld and %lld sequences",
            static_cast<long long>(b.sequences), static_cast<long long>(dim(i + 1, 0)),
            static_cast<long long>(dim(i + 2, 0)));
-    check_query_lens(b.query_lens, b.sequences, tokens);
-    for (int64_t s = 0; s < b.sequences; ++s) {
-      int64_t context = b.context_lens[s], blocks = (context + block_size - 1) / block_size;
-      if (context < b.query_lens[s] || blocks > b.table_stride)
-        fail("sequence %lld: context of %lld tokens with %d new ones and room for %lld",
-             static_cast<long long>(s), static_cast<long long>(context), b.query_lens[s],
-             static_cast<long long>(b.table_stride * block_size));
-      for (int64_t n = 0; n < blocks; ++n) {
-        int32_t block = b.block_tables[s * b.table_stride + n];
-        if (block < 0 || block >= num_blocks)
-          fail("sequence %lld: block table entry %lld is %d, the cache has %lld blocks", static_cast<long long>(s),
-               static_cast<long long>(n), block, static_cast<long long>(num_blocks));
-      }
-    }
+    check_batch(b, num_blocks, block_size);
     return b;
-  }
-  static void check_query_lens(const int32_t* lens, int64_t sequences, int64_t tokens) {
-    int64_t sum = 0;
-    for (int64_t s = 0; s < sequences; ++s) {
-      if (lens[s] < 1) fail("sequence %lld has %d new tokens", static_cast<long long>(s), lens[s]);
-      sum += lens[s];
-    }
-    if (sum != tokens) fail("query_lens sum to %lld, there are %lld tokens", static_cast<long long>(sum),
-                            static_cast<long long>(tokens));
   }
   // int32 values at i, each in [low, high)
   const int32_t* bounded(int i, const char* name, int64_t tokens, int64_t low, int64_t high) const {
     const int32_t* values = ints(i, name, 1);
     if (dim(i, 0) != tokens) fail("%s (input %d) has %lld values for %lld tokens", name, i,
                                   static_cast<long long>(dim(i, 0)), static_cast<long long>(tokens));
-    for (int64_t t = 0; t < tokens; ++t)
-      if (values[t] < low || values[t] >= high)
-        fail("%s[%lld] is %d, outside [%lld, %lld)", name, static_cast<long long>(t), values[t],
-             static_cast<long long>(low), static_cast<long long>(high));
+    for (int64_t t = 0; t < tokens; ++t) check_between(name, t, values[t], low, high);
     return values;
   }
 
@@ -206,10 +216,65 @@ Qkv read_qkv(const Call& call, int i, int c, float eps, int64_t hidden) {
   return s;
 }
 
+// The weights and caches of one network as a call of the whole stack was given them, for calls that name them by a number.
+// MindSpore's preparation of a call costs microseconds for every input, and the whole stack has hundreds.
+struct Bound {
+  Stack stack;
+  std::vector<Layer> layers;
+  int64_t positions = 0;               // rows of cos and sin
+  std::vector<const void*> addresses;  // of these inputs, in decoder's order: cos to the last value_cache
+};
+
+std::mutex bindings_mutex;
+int64_t last_binding = 0;
+std::map<int64_t, std::shared_ptr<const Bound>> bindings;  // of those that are open; null until the first whole call
+
+void check_open(int64_t number) {
+  if (bindings.find(number) == bindings.end()) fail("binding %lld is not open", static_cast<long long>(number));
+}
+
+void keep_bound(int64_t number, std::shared_ptr<const Bound> bound) {
+  std::lock_guard<std::mutex> lock(bindings_mutex);
+  check_open(number);
+  bindings[number] = std::move(bound);
+}
+
+std::shared_ptr<const Bound> find_bound(int64_t number) {
+  std::lock_guard<std::mutex> lock(bindings_mutex);
+  check_open(number);
+  if (!bindings[number]) fail("binding %lld has not been given any weights", static_cast<long long>(number));
+  return bindings[number];
+}
+
 }  // namespace
 }  // namespace qwen15
 
 using namespace qwen15;
+
+// A new number for `decoder` to keep a network's weights and caches under, above 0; nothing is kept yet.
+QWEN15_API int64_t qwen15_open_binding() {
+  std::lock_guard<std::mutex> lock(bindings_mutex);
+  bindings[++last_binding] = nullptr;
+  return last_binding;
+}
+
+// Forget what is kept under this number. To be called before the memory of the weights is given back.
+QWEN15_API void qwen15_close_binding(int64_t number) {
+  std::lock_guard<std::mutex> lock(bindings_mutex);
+  bindings.erase(number);
+}
+
+// Where the inputs kept under this number are in memory, see Bound; at most `room` of them. Returns how many there are,
+// 0 when nothing is kept.
+QWEN15_API int64_t qwen15_bound_addresses(int64_t number, int64_t* addresses, int64_t room) {
+  std::lock_guard<std::mutex> lock(bindings_mutex);
+  auto found = bindings.find(number);
+  if (found == bindings.end() || !found->second) return 0;
+  const std::vector<const void*>& kept = found->second->addresses;
+  int64_t count = static_cast<int64_t>(kept.size());
+  for (int64_t i = 0; i < count && i < room; ++i) addresses[i] = static_cast<int64_t>(reinterpret_cast<intptr_t>(kept[i]));
+  return count;
+}
 
 QWEN15_API const char* qwen15_last_error() {
   static thread_local std::string copy;
@@ -325,7 +390,7 @@ QWEN15_API int qwen15_head(int n, void** params, int* ndims, int64_t** shapes, c
     batch.tokens = call.dim(0, 0);
     batch.query_lens = call.ints(1, "query_lens", 1);
     batch.sequences = call.dim(1, 0);
-    Call::check_query_lens(batch.query_lens, batch.sequences, batch.tokens);
+    check_query_lens(batch.query_lens, batch.sequences, batch.tokens);
     Head s;
     s.norm = call.vector(2, "norm", call.dim(0, 1));
     s.w = call.matrix(3, "w", call.dim(0, 1));
@@ -337,30 +402,33 @@ QWEN15_API std::vector<int64_t> qwen15_headInferShape(int*, int64_t** shapes, Ao
   return {shapes[1][0], shapes[3][0]};
 }
 
-// ids (T,), positions (T,), slots (T,), query_lens (B,), context_lens (B,), block_tables (B, M), cos (P, D), sin (P, D),
-// eps (1,), table (V, E), norm (E,), head (V, E), then for each layer: norm, wq, bq, wk, bk, wv, bv, wo, norm2, w1, w3,
-// w2, key_cache, value_cache -> logits (B, V)
+// ids (T,), positions (T,), slots (T,), query_lens (B,), context_lens (B,), block_tables (B, M), eps (1,), binding (1,),
+// cos (P, D), sin (P, D), table (V, E), norm (E,), head (V, E), then for each layer: norm, wq, bq, wk, bk, wv, bv, wo,
+// norm2, w1, w3, w2, key_cache, value_cache -> logits (B, V)
+// binding: 0, or the number under which everything after it is kept for `decode`.
 QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   return guarded("decoder", [&] {
-    constexpr int kFirst = 12, kPerLayer = 14;
+    constexpr int kBound = 8, kFirst = 13, kPerLayer = 14;
     Call call(n, params, ndims, shapes, dtypes);
     int inputs = n - 1, layers = (inputs - kFirst) / kPerLayer;
     if (inputs < kFirst + kPerLayer || kFirst + layers * kPerLayer != inputs)
       fail("%d inputs are not %d and %d for each layer", inputs, kFirst, kPerLayer);
-    float eps = call.number(8, "eps");
-    Stack stack;
-    stack.table = call.matrix(9, "table");
+    float eps = call.number(6, "eps");
+    auto bound = std::make_shared<Bound>();
+    Stack& stack = bound->stack;
+    stack.table = call.matrix(10, "table");
     int64_t hidden = stack.table.cols;
-    stack.head.norm = call.vector(10, "norm", hidden);
-    stack.head.w = call.matrix(11, "head", hidden);
+    stack.head.norm = call.vector(11, "norm", hidden);
+    stack.head.w = call.matrix(12, "head", hidden);
     stack.head.eps = eps;
-    std::vector<Layer> all(layers);
+    std::vector<Layer>& all = bound->layers;
+    all.resize(layers);
     for (int l = 0; l < layers; ++l) {
       int i = kFirst + l * kPerLayer;
       Layer& layer = all[l];
       layer.qkv = read_qkv(call, i, i + 12, eps, hidden);
-      layer.qkv.cos = call.floats(6, "cos", 2);
-      layer.qkv.sin = call.floats(7, "sin", 2);
+      layer.qkv.cos = call.floats(8, "cos", 2);
+      layer.qkv.sin = call.floats(9, "sin", 2);
       layer.wo = call.matrix(i + 7, "wo", layer.qkv.wq.rows, hidden);
       layer.gate_up.norm = call.vector(i + 8, "norm", hidden);
       layer.gate_up.eps = eps;
@@ -379,18 +447,70 @@ QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes
         fail("layer %d: sizes or cache differ from layer 0's", l);
     }
     const Cache& cache = all[0].qkv.cache;
-    check_rope(call, 6, cache.head_dim);
+    check_rope(call, 8, cache.head_dim);
+    bound->positions = call.dim(8, 0);
     call.rank(0, "ids", 1);
     int64_t tokens = call.dim(0, 0);
     const int32_t* ids = call.bounded(0, "ids", tokens, 0, stack.table.rows);
-    const int32_t* positions = call.bounded(1, "positions", tokens, 0, call.dim(6, 0));
+    const int32_t* positions = call.bounded(1, "positions", tokens, 0, bound->positions);
     const int32_t* slots = call.bounded(2, "slots", tokens, -1, cache.num_blocks * cache.block_size);
     Batch batch = call.batch(3, tokens, cache.num_blocks, cache.block_size);
     stack.layers = all.data();
     stack.layer_count = layers;
+    if (int32_t number = call.ints(7, "binding", 1)[0]) {
+      bound->addresses.assign(params + kBound, params + inputs);
+      keep_bound(number, bound);
+    }
     decoder(stack, ids, batch, positions, slots, call.floats(inputs, "output", 2));
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_decoderInferShape(int*, int64_t** shapes, AotExtra*) {
-  return {shapes[3][0], shapes[11][0]};
+  return {shapes[3][0], shapes[12][0]};
+}
+
+// binding (1,), rows (B, 3 + M), head (V, E) -> logits (B, V): `decoder` with one new token for each sequence, on the
+// weights and caches it has kept. A row is id, context_len, slot, then the sequence's block table. The head is passed for
+// its shape; that it is the one that is kept is checked.
+QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
+  return guarded("decode", [&] {
+    constexpr int kTable = 3;
+    Call call(n, params, ndims, shapes, dtypes);
+    std::shared_ptr<const Bound> bound = find_bound(call.ints(0, "binding", 1)[0]);
+    const Stack& stack = bound->stack;
+    const int32_t* rows = call.ints(1, "rows", 2);
+    int64_t sequences = call.dim(1, 0), stride = call.dim(1, 1);
+    if (stride <= kTable) fail("rows have %lld columns and no block table", static_cast<long long>(stride));
+    if (call.matrix(2, "head", stack.head.w.cols, stack.head.w.rows).data != stack.head.w.data)
+      fail("head is not the one that is kept under this binding");
+    const Cache& cache = stack.layers[0].qkv.cache;
+    std::vector<int32_t> columns(5 * sequences);
+    int32_t *ids = columns.data(), *ones = ids + sequences, *lens = ones + sequences, *positions = lens + sequences,
+            *slots = positions + sequences;
+    for (int64_t b = 0; b < sequences; ++b) {
+      const int32_t* row = rows + b * stride;
+      ids[b] = row[0];
+      ones[b] = 1;
+      lens[b] = row[1];
+      positions[b] = row[1] - 1;
+      slots[b] = row[2];
+      check_between("ids", b, ids[b], 0, stack.table.rows);
+      check_between("positions", b, positions[b], 0, bound->positions);
+      check_between("slots", b, slots[b], -1, cache.num_blocks * cache.block_size);
+    }
+    std::vector<int32_t> tables;
+    tables.reserve(sequences * (stride - kTable));
+    for (int64_t b = 0; b < sequences; ++b)
+      tables.insert(tables.end(), rows + b * stride + kTable, rows + (b + 1) * stride);
+    Batch batch;
+    batch.tokens = batch.sequences = sequences;
+    batch.query_lens = ones;
+    batch.context_lens = lens;
+    batch.block_tables = tables.data();
+    batch.table_stride = stride - kTable;
+    check_batch(batch, cache.num_blocks, cache.block_size);
+    decoder(stack, ids, batch, positions, slots, call.floats(3, "output", 2));
+  });
+}
+QWEN15_API std::vector<int64_t> qwen15_decodeInferShape(int*, int64_t** shapes, AotExtra*) {
+  return {shapes[1][0], shapes[2][0]};
 }

@@ -17,7 +17,7 @@ using namespace qwen15;
 namespace {
 
 // Bumped whenever a function's arguments or an operator's inputs change.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 struct Candidate {
   float value;
@@ -43,6 +43,36 @@ void collect(const float* logits, int64_t n, const std::vector<float>& maxima, f
     for (int64_t i = static_cast<int64_t>(c) * kLogitChunk; i < end; ++i)
       if (logits[i] >= threshold) out->push_back({logits[i], static_cast<int32_t>(i)});
   }
+}
+
+// Sorts with `before`. Many are first dealt into small buckets of values that lie near each other, which is most of the work
+// in one pass.
+void sort_candidates(std::vector<Candidate>* all) {
+  constexpr size_t kFew = 4096, kPerBucket = 32;
+  float top = -INFINITY, low = INFINITY;
+  for (const Candidate& c : *all) {
+    top = std::max(top, c.value);
+    if (c.value > -INFINITY) low = std::min(low, c.value);
+  }
+  if (all->size() < kFew || !(static_cast<double>(top) - low > 0) || top == INFINITY) {
+    std::sort(all->begin(), all->end(), before);
+    return;
+  }
+  size_t last = all->size() / kPerBucket;
+  double scale = last / (static_cast<double>(top) - low);
+  auto bucket = [&](const Candidate& c) {
+    return static_cast<size_t>(std::min((static_cast<double>(top) - c.value) * scale, static_cast<double>(last)));
+  };
+  std::vector<size_t> ends(last + 1, 0);
+  for (const Candidate& c : *all) ++ends[bucket(c)];
+  for (size_t b = 1; b <= last; ++b) ends[b] += ends[b - 1];
+  std::vector<size_t> places(ends.size(), 0);
+  std::copy(ends.begin(), ends.end() - 1, places.begin() + 1);
+  std::vector<Candidate> dealt(all->size());
+  for (const Candidate& c : *all) dealt[places[bucket(c)]++] = c;
+  for (size_t b = 0, begin = 0; b <= last; begin = ends[b++])
+    std::sort(dealt.begin() + begin, dealt.begin() + ends[b], before);
+  all->swap(dealt);
 }
 
 }  // namespace
@@ -116,7 +146,7 @@ QWEN15_API int64_t qwen15_nucleus(const float* logits, int64_t vocab, float temp
     for (const Candidate& c : found) mass += exp((static_cast<double>(c.value) - top) / temperature);
     if (mass >= top_p * total || everything) break;
   }
-  std::sort(found.begin(), found.end(), before);
+  sort_candidates(&found);
   double mass = 0.0;
   int64_t count = 0;
   for (const Candidate& c : found) {

@@ -1,5 +1,7 @@
 """The operators as fused C++ kernels (qwen15/kernels), called through MindSpore's `ops.Custom` on the parameters' own memory."""
 
+from typing import List
+
 import mindspore as ms
 from mindspore import nn, ops
 
@@ -116,16 +118,62 @@ class Head(nn.Cell):
 class Decoder(nn.Cell):
     """The whole stack as one operator: ids (T,) -> logits (B, V). Its plain twin is the composition in model.py.
 
-    `construct` takes ids, positions, slots (T,), query_lens, context_lens (B,), block_tables (B, M), cos and sin (P, D), the
-    embedding (V, E), the final norm (E,), the head (V, E), and `layers`: for every layer, one after another, attention_norm, wq,
-    bq, wk, bk, wv, bv, wo, ffn_norm, w1, w3, w2, key_cache, value_cache.
+    `construct` takes ids, positions, slots (T,), query_lens, context_lens (B,), block_tables (B, M), and `held`, everything that
+    is the same at each call: cos and sin (P, D), the embedding (V, E), the final norm (E,), the head (V, E), and for every layer,
+    one after another, attention_norm, wq, bq, wk, bk, wv, bv, wo, ffn_norm, w1, w3, w2, key_cache, value_cache.
+
+    Args:
+        eps: RMSNorm's epsilon.
+        binding: the operator keeps under it where all of `held` is, for `Decode`.
     """
 
-    def __init__(self, eps: float):
+    def __init__(self, eps: float, binding: "Binding"):
         super().__init__(auto_prefix=False)
         self.run = _operator("decoder")
         self.eps = _eps(eps)
+        self.binding = binding.tensor()
 
-    def construct(self, ids, positions, slots, query_lens, context_lens, block_tables, cos, sin, table, norm, head, layers):
-        return self.run(ids, positions, slots, query_lens, context_lens, block_tables, cos, sin, self.eps, table, norm, head,
-                        *layers)
+    def construct(self, ids, positions, slots, query_lens, context_lens, block_tables, held):
+        return self.run(ids, positions, slots, query_lens, context_lens, block_tables, self.eps, self.binding, *held)
+
+
+class Decode(nn.Cell):
+    """`Decoder` with one new token for each sequence, on what it was last given: the logits (B, V).
+
+    MindSpore's preparation of a call costs some microseconds for each input, and `held` has 14 for every layer.
+    `construct` takes rows (B, 3 + M) int32, each the token's id, context_len, slot and the block table, and the head (V, E).
+
+    Args:
+        binding: the Decoder's. Whoever calls makes sure that it `holds` what the network has now.
+    """
+
+    def __init__(self, binding: "Binding"):
+        super().__init__(auto_prefix=False)
+        self.run = _operator("decode")
+        self.binding = binding.tensor()
+
+    def construct(self, rows, head):
+        return self.run(self.binding, rows, head)
+
+
+class Binding:
+    """A number under which the kernels keep where one network's parameters and caches are in memory.
+
+    They keep addresses and own nothing: `close` it before the parameters go.
+    """
+
+    def __init__(self):
+        self._library = library.load()
+        self._number = self._library.open_binding()
+
+    def tensor(self) -> ms.Tensor:
+        """The number as an operator's input."""
+        return ms.Tensor([self._number], ms.int32)
+
+    def addresses(self) -> List[int]:
+        """Where the last Decoder call found all of its `held`; empty before the first."""
+        return self._library.bound_addresses(self._number)
+
+    def close(self) -> None:
+        """Forget them; Decode fails from then on."""
+        self._library.close_binding(self._number)
