@@ -6,7 +6,7 @@ namespace {
 
 constexpr int W = 16;  // floats per vector
 constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
-constexpr int kDotTokens = 6;                  // times 4 rows: 24 as well
+constexpr int kDotTokens = 12;                 // times 2 rows: 24 as well
 typedef __m512 V;
 
 inline V v_zero() { return _mm512_setzero_ps(); }
@@ -68,6 +68,17 @@ inline V v_load_part_bf16(const uint16_t* p, int n) {
 }
 inline V v_load_part_f16(const uint16_t* p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+}
+
+#define QWEN15_LOAD_REST 1
+// A vector's elements from the nth on, zeros before them; memory there is not touched.
+inline V v_load_rest(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)(0xffffu << n), p); }
+inline V v_load_rest_bf16(const uint16_t* p, int n) {
+  __m256i v = _mm256_maskz_loadu_epi16((__mmask16)(0xffffu << n), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+inline V v_load_rest_f16(const uint16_t* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)(0xffffu << n), p));
 }
 
 #define QWEN15_REPEAT 1
