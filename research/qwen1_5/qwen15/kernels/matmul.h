@@ -454,17 +454,18 @@ void few_rows(const void* matrix, int64_t cols, const Places& places, int64_t bl
   if (first > both) dot_block<R, 1>(w + both * cols, 0, first - both, cols, x, tokens, out + both);
 }
 
-// Calls f(job, places, block) for this thread's blocks of every job in order, then for what others have not begun yet: two
-// cores seldom get the same share of the memory's bandwidth, and the faster one would wait at every matrix.
-template <class F>
-void for_blocks(Team& team, const Job* jobs, int job_count, int64_t tokens, F f) {
+// Calls f(job, owner, block) for this thread's blocks of every job in order, then for what others have not begun yet: two cores
+// seldom get the same share of the memory's bandwidth, and the faster one would wait at every matrix. blocks(job, owner) is how
+// many a thread has.
+template <class Blocks, class F>
+void for_blocks(Team& team, const Job* jobs, int job_count, Blocks blocks, F f) {
   for (int i = 0; i < team.size(); ++i) {
     int owner = (team.rank() + i) % team.size();
     int64_t before = 0, block = team.take_of(owner);
     for (int j = 0; j < job_count; ++j) {
-      Places places(team, owner, jobs[j], tokens);
-      for (; block - before < places.blocks; block = team.take_of(owner)) f(jobs[j], places, block - before);
-      before += places.blocks;
+      int64_t count = blocks(jobs[j], owner);
+      for (; block - before < count; block = team.take_of(owner)) f(jobs[j], owner, block - before);
+      before += count;
     }
   }
 }
@@ -475,7 +476,9 @@ void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64
   char* memory = (char*)team.scratch(2 * x_bytes + 4 * sums * sizeof(float));
   float *c = (float*)(memory + 2 * x_bytes), *c_up = c + 2 * sums;
   Shifted<R> shifted, shifted_up;
-  for_blocks(team, jobs, job_count, tokens, [&](const Job& job, const Places& places, int64_t block) {
+  auto blocks = [&](const Job& job, int owner) { return Places(team, owner, job, tokens).blocks; };
+  for_blocks(team, jobs, job_count, blocks, [&](const Job& job, int owner, int64_t block) {
+    Places places(team, owner, job, tokens);
     shifted.meet(job.w.data, cols, x, tokens, memory);
     if (int64_t distance = pair_distance(job, tokens); distance != 0) {
       int64_t row = places.begin + block * kRowBlock, n = places.rows(block, 0);
@@ -505,7 +508,7 @@ void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64
 // N and G follow from the number of tokens: 2 vectors for each broadcast at least, or the loads are what limits.
 
 constexpr int kWideRows = 8;          // rows at once, 16 to 24 accumulators
-constexpr int64_t kWideFrom = 9;      // tokens from which this pays for bf16, and
+constexpr int64_t kWideFrom = 8;      // tokens from which this pays for bf16, and
 constexpr int64_t kWideFromFloat = 5; // for float32, whose activations fill the first cache level sooner
 constexpr int64_t kWideMost = 64;     // tokens that 4 vectors hold
 constexpr int64_t kWideBytes = 1 << 18;  // of the panel: it stays in L2 beside the weights
@@ -578,20 +581,12 @@ void pack_tokens(const typename T::A* x, int64_t x_stride, int64_t tokens, int64
     const typename T::A* from = x + first * x_stride;
     typename T::P* to = panel + n * W * T::depth;
     for (int64_t i = 0; i < cols; i += kLine, to += kLine / kUnit * kStep) {
-      if (G == 1) {
-        V block[W];
+      V block[kTokens];
 #pragma GCC unroll 16
-        for (int t = 0; t < W; ++t) block[t] = t < count ? T::load(from + t * x_stride + i) : v_zero();
-        v_transpose(block);
+      for (int t = 0; t < kTokens; ++t) block[t] = t < count ? T::load(from + t * x_stride + i) : v_zero();
+      v_transpose_units<G>(block);
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) T::store(to + j * kStep, block[j]);
-      } else {
-        for (int t = 0; t < kTokens; ++t)
-          for (int j = 0; j < kLine / kUnit; ++j) {
-            if (t < count) memcpy(to + j * kStep + t * kUnit, from + t * x_stride + i + j * kUnit, kUnit * sizeof(typename T::A));
-            else memset(to + j * kStep + t * kUnit, 0, kUnit * sizeof(typename T::A));
-          }
-      }
+      for (int j = 0; j < kTokens; ++j) T::store(to + j * kStep, block[j]);
     }
   }
 }
@@ -630,36 +625,41 @@ void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t 
   float* c = (float*)(memory + panel_bytes);
   float* y[2] = {c + c_floats, c + c_floats + y_floats};
   pack_tokens<T, N, G>((const A*)x.data, x.stride, tokens, cols, panel);
-  for (int j = 0; j < job_count; ++j) {
-    const Job& job = jobs[j];
+  auto share = [&](const Job& job, int owner, int64_t* begin) {
+    int64_t end;
+    team.share_of(owner, job.w.rows, W, begin, &end);
+    return end;
+  };
+  auto blocks = [&](const Job& job, int owner) {
+    int64_t begin, end = share(job, owner, &begin);
+    return (end - begin + kRowBlock - 1) / kRowBlock;
+  };
+  for_blocks(team, jobs, job_count, blocks, [&](const Job& job, int owner, int64_t block) {
     bool gated = job.up.data != nullptr;
-    int64_t begin, end;
-    team.share(job.w.rows, W, &begin, &end);
-    for (int64_t row = begin; row < end; row += kRowBlock) {
-      int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
-      for (int part = 0; part <= (gated ? 1 : 0); ++part) {
-        const A* w = (const A*)(part == 0 ? job.w.data : job.up.data) + row * cols;
-        const A* after = !gated ? w + rows * cols : part == 0 ? (const A*)job.up.data + row * cols
-                                                              : (const A*)job.w.data + (row + rows) * cols;
-        for (int64_t k0 = 0; k0 < cols; k0 += piece) {
-          int64_t k = cols - k0 < piece ? cols - k0 : piece, m = 0;
-          const P* columns = panel + k0 / (T::depth * G) * N * W * T::depth;
-          bool all = k == cols;
-          int64_t ahead_row = all ? 64 : cols * (int64_t)sizeof(A), ahead_step = all ? 64 * kRows : 64;
-          for (; m + kRows <= rows; m += kRows) {
-            const A* ahead = m + 2 * kRows <= rows ? w + (m + kRows) * cols + k0 : k0 + piece < cols ? w + k0 + piece : after;
-            wide_tile<T, kRows, N, G>(w + m * cols + k0, cols, k, columns, c + m * N * W, k0 > 0, (const char*)ahead,
-                                      ahead_row, ahead_step);
-          }
-          for (; m < rows; ++m)
-            wide_tile<T, 1, N, G>(w + m * cols + k0, cols, k, columns, c + m * N * W, k0 > 0,
-                                  (const char*)(w + (m + 1) * cols + k0), 64, 64);
+    int64_t begin, end = share(job, owner, &begin), row = begin + block * kRowBlock;
+    int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
+    for (int part = 0; part <= (gated ? 1 : 0); ++part) {
+      const A* w = (const A*)(part == 0 ? job.w.data : job.up.data) + row * cols;
+      const A* after = !gated ? w + rows * cols : part == 0 ? (const A*)job.up.data + row * cols
+                                                            : (const A*)job.w.data + (row + rows) * cols;
+      for (int64_t k0 = 0; k0 < cols; k0 += piece) {
+        int64_t k = cols - k0 < piece ? cols - k0 : piece, m = 0;
+        const P* columns = panel + k0 / (T::depth * G) * N * W * T::depth;
+        bool all = k == cols;
+        int64_t ahead_row = all ? 64 : cols * (int64_t)sizeof(A), ahead_step = all ? 64 * kRows : 64;
+        for (; m + kRows <= rows; m += kRows) {
+          const A* ahead = m + 2 * kRows <= rows ? w + (m + kRows) * cols + k0 : k0 + piece < cols ? w + k0 + piece : after;
+          wide_tile<T, kRows, N, G>(w + m * cols + k0, cols, k, columns, c + m * N * W, k0 > 0, (const char*)ahead, ahead_row,
+                                    ahead_step);
         }
-        turn<N, G>(c, round_up(rows, W), tokens, y[part]);
+        for (; m < rows; ++m)
+          wide_tile<T, 1, N, G>(w + m * cols + k0, cols, k, columns, c + m * N * W, k0 > 0, (const char*)(w + (m + 1) * cols + k0),
+                                64, 64);
       }
-      finish(job, 0, tokens, row, rows, y[0], y[1], kRowBlock, round_bf16);
+      turn<N, G>(c, round_up(rows, W), tokens, y[part]);
     }
-  }
+    finish(job, 0, tokens, row, rows, y[0], y[1], kRowBlock, round_bf16);
+  });
 }
 
 template <class T>

@@ -123,6 +123,37 @@ inline void v_transpose(V r[W]) {
   }
 }
 
+// 4 vectors of 4 units of 128 bits, transposed in place.
+inline void v_transpose_quarters(V& a, V& b, V& c, V& d) {
+  V t0 = _mm512_shuffle_f32x4(a, b, 0x44), t1 = _mm512_shuffle_f32x4(c, d, 0x44);
+  V t2 = _mm512_shuffle_f32x4(a, b, 0xee), t3 = _mm512_shuffle_f32x4(c, d, 0xee);
+  a = _mm512_shuffle_f32x4(t0, t1, 0x88);
+  b = _mm512_shuffle_f32x4(t0, t1, 0xdd);
+  c = _mm512_shuffle_f32x4(t2, t3, 0x88);
+  d = _mm512_shuffle_f32x4(t2, t3, 0xdd);
+}
+// 16 / G vectors of 16 / G units of G dwords (1, 2 or 4), transposed in place.
+template <int G>
+inline void v_transpose_units(V* r) {
+  static_assert(G == 1 || G == 2 || G == 4, "what can be transposed");
+  if (G == 1) return v_transpose(r);
+  if (G == 4) return v_transpose_quarters(r[0], r[1], r[2], r[3]);
+  V even[4], odd[4];  // units 0, 2, 4, 6 and 1, 3, 5, 7 of two vectors each
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m512d a = _mm512_castps_pd(r[2 * i]), b = _mm512_castps_pd(r[2 * i + 1]);
+    even[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    odd[i] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  v_transpose_quarters(even[0], even[1], even[2], even[3]);
+  v_transpose_quarters(odd[0], odd[1], odd[2], odd[3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[2 * i] = even[i];
+    r[2 * i + 1] = odd[i];
+  }
+}
+
 #ifdef __AVX512BF16__
 #define QWEN15_BF16_PAIRS 1
 // Two bf16 per dword: acc[i] += a[2i] b[2i] + a[2i + 1] b[2i + 1]
