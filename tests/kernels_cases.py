@@ -31,6 +31,18 @@ class Stored:
     def shape(self):
         return self.memory.shape
 
+    def among_nans(self, skipped: int) -> "Stored":
+        """The same values `skipped` elements behind the beginning of a cache line, with NaN before and after them."""
+        nan = Stored(np.full(1, np.nan), self.dtype).memory[0]
+        line = 64 // self.memory.itemsize
+        room = np.full(self.memory.size + 4 * line, nan, self.memory.dtype)
+        first = -room.ctypes.data % 64 // self.memory.itemsize + line + skipped % line
+        placed = room[first:first + self.memory.size].reshape(self.memory.shape)
+        placed[...] = self.memory
+        copy = Stored(np.zeros(1), self.dtype)
+        copy.memory = placed
+        return copy
+
 
 def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *how: int) -> np.ndarray:
     """Run qwen15_<operator> as MindSpore would; inputs are Stored or int32/float32 arrays. Raises RuntimeError on its complaint.

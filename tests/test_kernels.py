@@ -62,6 +62,22 @@ def test_project_with_and_without_residual(kernels, dtype, tokens):
         assert relative_error(call("project_add", (x, w, residual), (tokens, rows)), wanted + residual) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("skipped, more", ((1, 0), (4, 32), (9, 5), (31, 1)))
+def test_weights_begin_anywhere_in_a_cache_line_and_nothing_beside_them_counts(kernels, dtype, skipped, more):
+    rng = np.random.default_rng(skipped)
+    rows, cols = 130, 320
+    gate, up = weight(rng, (rows, cols), dtype), weight(rng, (rows, cols), dtype)
+    placed = gate.among_nans(skipped), up.among_nans(skipped + more)
+    norm, eps = weight(rng, cols, dtype, 1.0), np.array([EPS], np.float32)
+    for tokens in (1, 2, 4, 8, 11, 20, 70):
+        x = rng.standard_normal((tokens, cols)).astype(np.float32)
+        assert relative_error(call("project", (x, placed[0]), (tokens, rows)), linear(x.astype(np.float64), gate)) < 2e-5
+        normed = rmsnorm(x.astype(np.float64), norm, EPS)
+        got = call("gate_up", (x, norm, *placed, eps), (tokens, rows))
+        assert relative_error(got, silu(linear(normed, gate)) * linear(normed, up)) < tolerance(dtype)
+
+
 @pytest.mark.parametrize("tokens", (1, 4, 8, 16, 20, 32, 48, 64, 80, 512))
 def test_float32_sums_stay_accurate_beside_an_outlier(kernels, tokens):
     rng = np.random.default_rng(tokens)

@@ -6,6 +6,6 @@
 #include "isa.h"
 
 namespace qwen15 {
-extern const Kernels kernels_avx512_bf16 = {"avx512_bf16",    true,     rmsnorm,      prepare, matmul,     rope_and_cache,
+extern const Kernels kernels_avx512_bf16 = {"avx512_bf16",    true,     rmsnorm,      prepare, matmul,     ask,      rope_and_cache,
                                   attention, embed,    chunk_maxima, sum_exp, read_bytes, peak_flops};
 }  // namespace qwen15

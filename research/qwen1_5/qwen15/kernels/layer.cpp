@@ -97,10 +97,11 @@ Job adding(const Matrix& w, const float* residual, float* out) {
 void qkv_step(Team& team, const Kernels& k, const Qkv& s, const float* x, int64_t tokens, const int32_t* positions,
               const int32_t* slots, Activations normed, float* out) {
   int64_t dim = s.cache.head_dim, q_cols = s.wq.rows, kv_cols = s.wk.rows, width = q_cols + 2 * kv_cols;
-  k.rmsnorm(team, x, s.wq.cols, tokens, s.wq.cols, s.norm, s.eps, normed, rounds(s.wq));
-  team.barrier();
   Job jobs[3] = {plain(s.wq, s.bq, out, width), plain(s.wk, s.bk, out + q_cols, width),
                  plain(s.wv, s.bv, out + q_cols + kv_cols, width)};
+  k.ask(team, jobs[0], tokens);
+  k.rmsnorm(team, x, s.wq.cols, tokens, s.wq.cols, s.norm, s.eps, normed, rounds(s.wq));
+  team.barrier();
   k.matmul(team, jobs, 3, normed, tokens);
   team.barrier();
   k.rope_and_cache(team, out, tokens, q_cols / dim, s.cos, s.sin, positions, slots, s.cache);
@@ -120,9 +121,10 @@ void last_tokens(Team& team, const float* x, int64_t cols, const Batch& batch, f
 // Final norm and logits of B rows; ends without a barrier.
 void head_step(Team& team, const Kernels& k, const Head& s, const float* rows, int64_t count, Activations normed,
                float* logits) {
+  Job job = plain(s.w, Vector(), logits, s.w.rows);
+  k.ask(team, job, count);
   k.rmsnorm(team, rows, s.w.cols, count, s.w.cols, s.norm, s.eps, normed, rounds(s.w));
   team.barrier();
-  Job job = plain(s.w, Vector(), logits, s.w.rows);
   k.matmul(team, &job, 1, normed, count);
 }
 
@@ -221,20 +223,21 @@ void run_layers(Team& team, const Kernels& k, const Stack& stack, const int32_t*
     int64_t width = layer.qkv.wq.rows + 2 * layer.qkv.wk.rows;
     qkv_step(team, k, layer.qkv, m.x, tokens, positions, slots, m.normed, m.qkv);
     k.attention(team, m.qkv, width, heads, layer.qkv.cache, batch, nullptr, m.attended, rounds(layer.wo), m.scratch);
-    team.barrier();
-    Job out = adding(layer.wo, m.x, m.x);
-    k.matmul(team, &out, 1, m.attended, tokens);
-    team.barrier();
-    k.rmsnorm(team, m.x, layer.wo.rows, tokens, layer.wo.rows, layer.gate_up.norm, layer.gate_up.eps, m.normed,
-              rounds(layer.gate_up.w1));
-    team.barrier();
-    Job gated;
+    Job out = adding(layer.wo, m.x, m.x), down = adding(layer.w2, m.x, m.x), gated;
     gated.w = layer.gate_up.w1;
     gated.up = layer.gate_up.w3;
     gated.act = m.gated;
-    k.matmul(team, &gated, 1, m.normed, tokens);
+    k.ask(team, out, tokens);
     team.barrier();
-    Job down = adding(layer.w2, m.x, m.x);
+    k.matmul(team, &out, 1, m.attended, tokens);
+    team.barrier();
+    k.ask(team, gated, tokens);
+    k.rmsnorm(team, m.x, layer.wo.rows, tokens, layer.wo.rows, layer.gate_up.norm, layer.gate_up.eps, m.normed,
+              rounds(layer.gate_up.w1));
+    team.barrier();
+    k.matmul(team, &gated, 1, m.normed, tokens);
+    k.ask(team, down, tokens);
+    team.barrier();
     k.matmul(team, &down, 1, m.gated, tokens);
     team.barrier();
   }

@@ -3,9 +3,8 @@
 //   x (T, I) activations; W (O, I) f32/f16/bf16; y (T, O) float32; products accumulated in float32.
 //   plain:  out = y + bias + residual      gated:  act = silu(x W^T) * (x U^T)
 //
-// One token: one row of W at a time, in address order. That is what lets the memory prefetcher run at full speed; several
-// rows at once halve it. Few tokens: four rows against kDotTokens tokens in registers, the rows after them
-// prefetched. Each thread owns a contiguous range of rows.
+// Few tokens: each thread reads its rows at two places, each in address order, and a row meets up to kDotTokens tokens in
+// registers. Some tokens: rows are broadcast against packed activations. Both take rows as they come from memory.
 // Many tokens: threads take panels of 64 rows, pack one into [I][64] (bf16: [I/2][64][2]) in their L2, and run a register
 // tile of kTileRows tokens x kTileVecs vectors over it, with the activations broadcast.
 #pragma once
@@ -13,9 +12,9 @@
 namespace {
 
 constexpr int kRowBlock = 64;         // rows handed to the epilogue at a time when tokens are few
-constexpr int64_t kAheadRows = 4;     // distance at which rows are prefetched when tokens are few
-constexpr int64_t kDotCols = 1408;    // inputs of a row taken at once when tokens are few, and
-constexpr int64_t kDotBytes = 32768;  // bytes of activations then: they stay in the first cache level
+constexpr int64_t kAheadBytes = 4096; // distance at which a row's bytes are asked for when tokens are few
+constexpr int64_t kDotBytes = 32768;  // bytes of activations at once then: they stay in the first cache level
+constexpr int64_t kReusedRows = 8;    // rows at once when they meet several groups of tokens
 constexpr int64_t kPackFrom = 64;     // tokens from which packing pays
 constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
 constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
@@ -23,7 +22,7 @@ constexpr int64_t kSum = 128;         // float32 products in one sum: longer one
 
 // ---------------------------------------------------------------- rows against few tokens
 
-// One row against one token, with four chains so that the latency of an addition does not show.
+// One row against one vector, with four chains so that the latency of an addition does not show.
 template <class R>
 inline float dot(const typename R::E* w, int64_t cols, const typename R::X* x) {
   V acc0 = v_zero(), acc1 = v_zero(), acc2 = v_zero(), acc3 = v_zero();
@@ -39,113 +38,79 @@ inline float dot(const typename R::E* w, int64_t cols, const typename R::X* x) {
   return v_sum(v_add(v_add(acc0, acc1), v_add(acc2, acc3)));
 }
 
-constexpr int kDotRows = 4;
-
-// out[t * out_stride + r] (+)= w[r] . x[t] for M = 1 or 4 rows and N tokens. `ahead_rows` rows at `ahead` are asked for
-// meanwhile: with more than one row at a time the hardware's prefetcher does not keep up.
-template <class R, int M, int N>
-__attribute__((noinline)) void dot_tile(const typename R::E* w, int64_t stride, int64_t cols, const typename R::X* x,
-                                        int64_t x_stride, float* out, int64_t out_stride, bool accumulate,
-                                        const typename R::E* ahead, int ahead_rows) {
-  static_assert(M == 1 || M == 4, "sums are stored for one row or for four");
-  V acc[N * M];
+// Rows at P places of a matrix against N tokens: out[(p * tokens + t) * kRowBlock + r] (+)= w[p * apart + r] . x[t].
+//
+// Each place is read in address order. Two streams far apart keep more of the memory busy than one; rows that lie side by side
+// would confuse the prefetcher. What the hardware's prefetcher misses is asked for `ahead` elements further on, past the caches,
+// as weights are read once. `head` elements before w fill its first vector up, so that no load crosses a cache line: x has as
+// many zeros in front, and those elements themselves are not looked at.
+template <class R, int N, int P>
+__attribute__((noinline)) void dot_places(const typename R::E* w, int64_t apart, int64_t stride, int64_t rows, int64_t cols,
+                                          int head, const typename R::X* x, int64_t x_stride, float* out, int64_t tokens,
+                                          bool accumulate, int64_t ahead) {
+  constexpr int64_t kLine = 64 / sizeof(typename R::E);
+  constexpr int kChains = N == 1 ? 2 : 1;  // an addition takes longer than a line to arrive
+  constexpr int kSums = N * P;
+  w -= head;
+  cols += head;
+  for (int64_t r = 0; r < rows; ++r, w += stride) {
+    V acc[kChains][kSums];
+#pragma GCC unroll 2
+    for (int c = 0; c < kChains; ++c)
 #pragma GCC unroll 32
-  for (int a = 0; a < M * N; ++a) acc[a] = v_zero();
-  int64_t i = 0;
-  for (; i + R::step <= cols; i += R::step) {
-    typename R::L l[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) l[m] = R::load(w + m * stride + i);
-    if (ahead_rows > 0) __builtin_prefetch(ahead + i, 0, 3);
-    if (ahead_rows > 1) __builtin_prefetch(ahead + stride + i, 0, 3);
-    if (ahead_rows > 2) {
-      __builtin_prefetch(ahead + 2 * stride + i, 0, 3);
-      __builtin_prefetch(ahead + 3 * stride + i, 0, 3);
+      for (int j = 0; j < kSums; ++j) acc[c][j] = v_zero();
+    int64_t i = 0;
+#ifdef QWEN15_LOAD_REST
+    if (head > 0) {
+      typename R::L l[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) l[p] = R::load_rest(w + p * apart, head);
+#pragma GCC unroll 16
+      for (int t = 0; t < N; ++t)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) acc[0][t * P + p] = R::mac(acc[0][t * P + p], l[p], x + t * x_stride);
+      i = R::step;
     }
+#endif
+    for (; i + kChains * kLine <= cols; i += kChains * kLine)
+#pragma GCC unroll 2
+      for (int c = 0; c < kChains; ++c) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) __builtin_prefetch(w + p * apart + i + c * kLine + ahead, 0, 0);
+#pragma GCC unroll 16
+        for (int64_t at = i + c * kLine; at < i + (c + 1) * kLine; at += R::step) {
+          typename R::L l[P];
+#pragma GCC unroll 2
+          for (int p = 0; p < P; ++p) l[p] = R::load(w + p * apart + at);
+#pragma GCC unroll 16
+          for (int t = 0; t < N; ++t)
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) acc[c][t * P + p] = R::mac(acc[c][t * P + p], l[p], x + t * x_stride + at);
+        }
+      }
+    for (; i < cols; i += R::step) {
+      int part = cols - i < R::step ? (int)(cols - i) : R::step;
+      typename R::L l[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) l[p] = part == R::step ? R::load(w + p * apart + i) : R::load_part(w + p * apart + i, part);
+#pragma GCC unroll 16
+      for (int t = 0; t < N; ++t)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) acc[0][t * P + p] = R::mac(acc[0][t * P + p], l[p], x + t * x_stride + i);
+    }
+    float sums[round_up(kSums, 4)];
+#pragma GCC unroll 32
+    for (int j = 0; j < kSums; ++j)
+      if (kChains == 2) acc[0][j] = v_add(acc[0][j], acc[kChains - 1][j]);
 #pragma GCC unroll 8
+    for (int j = 0; j < kSums; j += 4)
+      v_sum4(acc[0][j], acc[0][j + 1 < kSums ? j + 1 : j], acc[0][j + 2 < kSums ? j + 2 : j], acc[0][j + 3 < kSums ? j + 3 : j],
+             sums + j);
     for (int t = 0; t < N; ++t)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[t * M + m] = R::mac(acc[t * M + m], l[m], x + t * x_stride + i);
-  }
-  if (i < cols) {
-    typename R::L l[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) l[m] = R::load_part(w + m * stride + i, (int)(cols - i));
-#pragma GCC unroll 8
-    for (int t = 0; t < N; ++t)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[t * M + m] = R::mac(acc[t * M + m], l[m], x + t * x_stride + i);
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < N; ++t) {
-    float* y = out + t * out_stride;
-    if (M == 1) {
-      y[0] = (accumulate ? y[0] : 0.0f) + v_sum(acc[t]);
-    } else {
-      float sums[4];
-      v_sum4(acc[t * M], acc[t * M + 1], acc[t * M + M - 2], acc[t * M + M - 1], sums);
-      if (accumulate)
-        for (int m = 0; m < 4; ++m) sums[m] += y[m];
-      memcpy(y, sums, sizeof sums);
-    }
-  }
-}
-
-// M rows against all tokens, in groups of nearly equal size: the weights come from memory for the first group and from the
-// cache for the others. The four rows at `ahead` are asked for a few at a time, spread over the groups.
-template <class R, int M>
-void dot_rows(const typename R::E* w, int64_t stride, int64_t cols, const typename R::X* x, int64_t x_stride,
-              int64_t tokens, float* out, int64_t out_stride, bool accumulate, const typename R::E* ahead) {
-  int64_t groups = (tokens + kDotTokens - 1) / kDotTokens;
-  int ahead_rows = ahead == nullptr ? 0 : groups == 1 ? 4 : groups < 4 ? 2 : 1, asked = 0;
-  for (; groups > 0; --groups) {
-    int64_t n = (tokens + groups - 1) / groups;
-    switch (n) {
-#define QWEN15_CASE(N)                                                                                           \
-  case N:                                                                                                        \
-    dot_tile<R, M, (N <= kDotTokens ? N : 1)>(w, stride, cols, x, x_stride, out, out_stride, accumulate, ahead, \
-                                              ahead_rows);                                                       \
-    break;
-      QWEN15_CASE(1)
-      QWEN15_CASE(2)
-      QWEN15_CASE(3)
-      QWEN15_CASE(4)
-      QWEN15_CASE(5)
-      QWEN15_CASE(6)
-#undef QWEN15_CASE
-    }
-    tokens -= n;
-    x += n * x_stride;
-    out += n * out_stride;
-    asked += ahead_rows;
-    ahead += ahead_rows * stride;
-    if (asked == kDotRows) ahead_rows = 0;
-  }
-}
-
-// out[t * out_stride + r - begin] for rows [begin, end) and all tokens. `after` are the rows the thread reads after these.
-template <class R>
-void dot_range(const typename R::E* w, int64_t cols, int64_t begin, int64_t end, const typename R::X* x,
-               int64_t x_stride, int64_t tokens, float* out, int64_t out_stride, const typename R::E* after) {
-  if (tokens == 1) {
-    for (int64_t r = begin; r < end; ++r) out[r - begin] = dot<R>(w + r * cols, cols, x);
-    return;
-  }
-  // Long rows go in pieces of which four, and those of the tokens they meet, fit into the first cache level.
-  int64_t most = kDotBytes / (tokens * (int64_t)sizeof(typename R::X));
-  most = most > kDotCols ? kDotCols : most < kDotCols / 3 ? kDotCols / 3 : most;
-  int64_t piece = round_up(cols / ((cols + most - 1) / most), 64);
-  for (int64_t k = 0; k < cols; k += piece) {
-    int64_t n = cols - k < piece ? cols - k : piece, r = begin;
-    const typename R::E* row = w + begin * cols + k;
-    const typename R::E* coming = k + piece < cols ? w + begin * cols + k + piece : after;
-    for (; r + kDotRows <= end; r += kDotRows, row += kDotRows * cols) {
-      int64_t past = r + kAheadRows - end;
-      dot_rows<R, kDotRows>(row, cols, n, x + k, x_stride, tokens, out + (r - begin), out_stride, k > 0,
-                            past < 0 ? row + kAheadRows * cols : coming + past * cols);
-    }
-    for (; r < end; ++r, row += cols)
-      dot_rows<R, 1>(row, cols, n, x + k, x_stride, tokens, out + (r - begin), out_stride, k > 0, nullptr);
+      for (int p = 0; p < P; ++p) {
+        float* y = out + (p * tokens + t) * kRowBlock + r;
+        *y = (accumulate ? *y : 0.0f) + sums[t * P + p];
+      }
   }
 }
 
@@ -369,26 +334,167 @@ void finish(const Job& job, int64_t token, int64_t tokens, int64_t row, int64_t 
 
 // ---------------------------------------------------------------- one job, both ways
 
-template <class R>
-void few_tokens(Team& team, const Job& job, Activations x, int64_t tokens, bool round_bf16) {
-  const auto* w = (const typename R::E*)job.w.data;
-  const auto* up = (const typename R::E*)job.up.data;
-  const auto* xs = (const typename R::X*)x.data;
-  float* c = (float*)team.scratch(2 * tokens * kRowBlock * sizeof(float));
-  float* c_up = c + tokens * kRowBlock;
-  int64_t begin, end;
-  team.share(job.w.rows, W, &begin, &end);
-  for (int64_t r = begin; r < end; r += kRowBlock) {
-    int64_t n = end - r < kRowBlock ? end - r : kRowBlock;
-    const typename R::E* after = w + (r + n) * job.w.cols;
-    if (up == nullptr) {
-      dot_range<R>(w, job.w.cols, r, r + n, xs, x.stride, tokens, c, kRowBlock, after);
-    } else {
-      dot_range<R>(w, job.w.cols, r, r + n, xs, x.stride, tokens, c, kRowBlock, up + r * job.w.cols);
-      dot_range<R>(up, job.w.cols, r, r + n, xs, x.stride, tokens, c_up, kRowBlock, after);
-    }
-    finish(job, 0, tokens, r, n, c, c_up, kRowBlock, round_bf16);
+// Elements from a gated job's first matrix to its second one when a row of each can be read side by side, 0 otherwise: then both
+// begin at the same place of a cache line, as far as that matters (see Shifted).
+inline int64_t pair_distance(const Job& job, int64_t tokens) {
+  int64_t bytes = (int64_t)((uintptr_t)job.up.data - (uintptr_t)job.w.data), item = dtype_bytes(job.w.dtype);
+  return job.up.data == nullptr || bytes % (tokens == 1 ? item : 64) != 0 ? 0 : bytes / item;
+}
+
+// One thread's rows [begin, end) of a job in blocks of up to kRowBlock rows at each of two places: `apart` rows from each other
+// in the same matrix, where the second may have fewer rows than the first, or the same rows of both matrices of a gated job.
+struct Places {
+  int64_t begin, end, apart, blocks;
+
+  Places(const Team& team, int rank, const Job& job, int64_t tokens) {
+    team.share_of(rank, job.w.rows, W, &begin, &end);
+    apart = pair_distance(job, tokens) != 0 ? end - begin : round_up((end - begin + 1) / 2, W);
+    blocks = (apart + kRowBlock - 1) / kRowBlock;
   }
+  int64_t rows(int64_t block, int place) const {
+    int64_t from = begin + place * apart + block * kRowBlock, stop = begin + (place + 1) * apart;
+    if (stop > end) stop = end;
+    return from >= stop ? 0 : stop - from < kRowBlock ? stop - from : kRowBlock;
+  }
+};
+
+// Activations for one matrix: as they are, or a copy of them with `head` zeros before every row; see dot_places.
+template <class R>
+struct Shifted {
+  typedef typename R::X X;
+  const void* matrix = nullptr;
+  int head = 0;
+  X* data;
+  int64_t stride;
+
+  static int64_t padded_cols(int64_t cols) { return padded(cols) + 32; }
+  static int64_t bytes(int64_t cols, int64_t tokens) { return tokens * padded_cols(cols) * (int64_t)sizeof(X); }
+
+  void meet(const void* w, int64_t cols, Activations x, int64_t tokens, void* memory) {
+    if (matrix == w) return;
+    matrix = w;
+    data = (X*)x.data;
+    stride = x.stride;
+    head = 0;
+#ifdef QWEN15_LOAD_REST
+    constexpr uintptr_t kElement = sizeof(typename R::E), kVector = R::step * kElement;
+    uintptr_t past = (uintptr_t)w % kVector;
+    if (tokens == 1) return;  // then a load of w that crosses lines hides behind the memory
+    if (past % kElement != 0 || cols * kElement % kVector != 0) return;  // every row begins elsewhere in a line
+    head = (int)(past / kElement);
+    if (head == 0) return;
+    data = (X*)memory;
+    stride = padded_cols(cols);
+    for (int64_t t = 0; t < tokens; ++t) {
+      memset(data + t * stride, 0, head * sizeof(X));
+      memcpy(data + t * stride + head, (const X*)x.data + t * x.stride, cols * sizeof(X));
+      memset(data + t * stride + head + cols, 0, (stride - head - cols) * sizeof(X));
+    }
+#else
+    (void)cols, (void)tokens, (void)memory;
+#endif
+  }
+};
+
+template <class R, int P>
+void dot_group(const typename R::E* w, int64_t apart, int64_t stride, int64_t rows, int64_t cols, int head,
+               const typename R::X* x, int64_t x_stride, int64_t group, float* out, int64_t tokens, bool accumulate,
+               int64_t ahead) {
+  switch (group) {
+#define QWEN15_CASE(N)                                                                                                      \
+  case N:                                                                                                                   \
+    return dot_places<R, (N <= kDotTokens ? N : 1), P>(w, apart, stride, rows, cols, head, x, x_stride, out, tokens, accumulate, \
+                                                       ahead);
+    QWEN15_CASE(1)
+    QWEN15_CASE(2)
+    QWEN15_CASE(3)
+    QWEN15_CASE(4)
+    QWEN15_CASE(5)
+    QWEN15_CASE(6)
+    QWEN15_CASE(7)
+    QWEN15_CASE(8)
+    QWEN15_CASE(9)
+    QWEN15_CASE(10)
+    QWEN15_CASE(11)
+    QWEN15_CASE(12)
+#undef QWEN15_CASE
+  }
+}
+
+// `rows` rows at each of P places against all tokens, out (P, tokens, kRowBlock). Tokens go in groups of nearly equal size and
+// long rows in pieces, so that the activations in use stay in the first cache level and sums stay short. The weights come from memory for the
+// first group and from the caches for the others; hence few rows at a time then.
+template <class R, int P>
+void dot_block(const typename R::E* w, int64_t apart, int64_t rows, int64_t cols, const Shifted<R>& x, int64_t tokens, float* out) {
+  int64_t groups = (tokens + kDotTokens - 1) / kDotTokens, most = (tokens + groups - 1) / groups;
+  int64_t pieces = (cols * most * (int64_t)sizeof(typename R::X) + kDotBytes - 1) / kDotBytes, longest = kSum * R::step;
+  if (pieces * longest < cols) pieces = (cols + longest - 1) / longest;
+  int64_t piece = round_up((cols + pieces - 1) / pieces, 64), step = groups == 1 ? rows : kReusedRows;
+  for (int64_t r = 0; r < rows; r += step) {
+    int64_t n = rows - r < step ? rows - r : step;
+    for (int64_t k = 0; k < cols; k += piece) {
+      int64_t depth = cols - k < piece ? cols - k : piece;
+      int64_t ahead = kAheadBytes / (depth * (int64_t)sizeof(typename R::E));  // whole rows: a piece ends before its row does
+      for (int64_t t = 0, left = groups; left > 0; --left) {
+        int64_t group = (tokens - t + left - 1) / left;
+        dot_group<R, P>(w + r * cols + k, apart, cols, n, depth, x.head, x.data + t * x.stride + k, x.stride, group,
+                        out + t * kRowBlock + r, tokens, k > 0, t > 0 ? 0 : ahead > 1 ? ahead * cols : cols);
+        t += group;
+      }
+    }
+  }
+}
+
+// One block of one matrix of a job: out (2, tokens, kRowBlock).
+template <class R>
+void few_rows(const void* matrix, int64_t cols, const Places& places, int64_t block, const Shifted<R>& x, int64_t tokens, float* out) {
+  const auto* w = (const typename R::E*)matrix + (places.begin + block * kRowBlock) * cols;
+  int64_t first = places.rows(block, 0), both = places.rows(block, 1);
+  if (both > 0) dot_block<R, 2>(w, places.apart * cols, both, cols, x, tokens, out);
+  if (first > both) dot_block<R, 1>(w + both * cols, 0, first - both, cols, x, tokens, out + both);
+}
+
+// Calls f(job, owner, block) for this thread's blocks of every job in order, then for what others have not begun yet: two cores
+// seldom get the same share of the memory's bandwidth, and the faster one would wait at every matrix. blocks(job, owner) is how
+// many a thread has.
+template <class Blocks, class F>
+void for_blocks(Team& team, const Job* jobs, int job_count, Blocks blocks, F f) {
+  for (int i = 0; i < team.size(); ++i) {
+    int owner = (team.rank() + i) % team.size();
+    int64_t before = 0, block = team.take_of(owner);
+    for (int j = 0; j < job_count; ++j) {
+      int64_t count = blocks(jobs[j], owner);
+      for (; block - before < count; block = team.take_of(owner)) f(jobs[j], owner, block - before);
+      before += count;
+    }
+  }
+}
+
+template <class R>
+void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens, bool round_bf16) {
+  int64_t cols = jobs[0].w.cols, sums = tokens * kRowBlock, x_bytes = round_up(Shifted<R>::bytes(cols, tokens), 64);
+  char* memory = (char*)team.scratch(2 * x_bytes + 4 * sums * sizeof(float));
+  float *c = (float*)(memory + 2 * x_bytes), *c_up = c + 2 * sums;
+  Shifted<R> shifted, shifted_up;
+  auto blocks = [&](const Job& job, int owner) { return Places(team, owner, job, tokens).blocks; };
+  for_blocks(team, jobs, job_count, blocks, [&](const Job& job, int owner, int64_t block) {
+    Places places(team, owner, job, tokens);
+    shifted.meet(job.w.data, cols, x, tokens, memory);
+    if (int64_t distance = pair_distance(job, tokens); distance != 0) {
+      int64_t row = places.begin + block * kRowBlock, n = places.rows(block, 0);
+      dot_block<R, 2>((const typename R::E*)job.w.data + row * cols, distance, n, cols, shifted, tokens, c);
+      return finish(job, 0, tokens, row, n, c, c + sums, kRowBlock, round_bf16);
+    }
+    few_rows<R>(job.w.data, cols, places, block, shifted, tokens, c);
+    if (job.up.data != nullptr) {
+      shifted_up.meet(job.up.data, cols, x, tokens, memory + x_bytes);
+      few_rows<R>(job.up.data, cols, places, block, shifted_up, tokens, c_up);
+    }
+    for (int p = 0; p < 2; ++p)
+      if (int64_t n = places.rows(block, p); n > 0)
+        finish(job, 0, tokens, places.begin + p * places.apart + block * kRowBlock, n, c + p * sums, c_up + p * sums, kRowBlock,
+               round_bf16);
+  });
 }
 
 #ifdef QWEN15_REPEAT
@@ -402,7 +508,8 @@ void few_tokens(Team& team, const Job& job, Activations x, int64_t tokens, bool 
 // N and G follow from the number of tokens: 2 vectors for each broadcast at least, or the loads are what limits.
 
 constexpr int kWideRows = 8;          // rows at once, 16 to 24 accumulators
-constexpr int64_t kWideFrom = 5;      // tokens from which this pays
+constexpr int64_t kWideFrom = 8;      // tokens from which this pays for bf16, and
+constexpr int64_t kWideFromFloat = 5; // for float32, whose activations fill the first cache level sooner
 constexpr int64_t kWideMost = 64;     // tokens that 4 vectors hold
 constexpr int64_t kWideBytes = 1 << 18;  // of the panel: it stays in L2 beside the weights
 
@@ -474,20 +581,12 @@ void pack_tokens(const typename T::A* x, int64_t x_stride, int64_t tokens, int64
     const typename T::A* from = x + first * x_stride;
     typename T::P* to = panel + n * W * T::depth;
     for (int64_t i = 0; i < cols; i += kLine, to += kLine / kUnit * kStep) {
-      if (G == 1) {
-        V block[W];
+      V block[kTokens];
 #pragma GCC unroll 16
-        for (int t = 0; t < W; ++t) block[t] = t < count ? T::load(from + t * x_stride + i) : v_zero();
-        v_transpose(block);
+      for (int t = 0; t < kTokens; ++t) block[t] = t < count ? T::load(from + t * x_stride + i) : v_zero();
+      v_transpose_units<G>(block);
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) T::store(to + j * kStep, block[j]);
-      } else {
-        for (int t = 0; t < kTokens; ++t)
-          for (int j = 0; j < kLine / kUnit; ++j) {
-            if (t < count) memcpy(to + j * kStep + t * kUnit, from + t * x_stride + i + j * kUnit, kUnit * sizeof(typename T::A));
-            else memset(to + j * kStep + t * kUnit, 0, kUnit * sizeof(typename T::A));
-          }
-      }
+      for (int j = 0; j < kTokens; ++j) T::store(to + j * kStep, block[j]);
     }
   }
 }
@@ -526,36 +625,41 @@ void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t 
   float* c = (float*)(memory + panel_bytes);
   float* y[2] = {c + c_floats, c + c_floats + y_floats};
   pack_tokens<T, N, G>((const A*)x.data, x.stride, tokens, cols, panel);
-  for (int j = 0; j < job_count; ++j) {
-    const Job& job = jobs[j];
+  auto share = [&](const Job& job, int owner, int64_t* begin) {
+    int64_t end;
+    team.share_of(owner, job.w.rows, W, begin, &end);
+    return end;
+  };
+  auto blocks = [&](const Job& job, int owner) {
+    int64_t begin, end = share(job, owner, &begin);
+    return (end - begin + kRowBlock - 1) / kRowBlock;
+  };
+  for_blocks(team, jobs, job_count, blocks, [&](const Job& job, int owner, int64_t block) {
     bool gated = job.up.data != nullptr;
-    int64_t begin, end;
-    team.share(job.w.rows, W, &begin, &end);
-    for (int64_t row = begin; row < end; row += kRowBlock) {
-      int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
-      for (int part = 0; part <= (gated ? 1 : 0); ++part) {
-        const A* w = (const A*)(part == 0 ? job.w.data : job.up.data) + row * cols;
-        const A* after = !gated ? w + rows * cols : part == 0 ? (const A*)job.up.data + row * cols
-                                                              : (const A*)job.w.data + (row + rows) * cols;
-        for (int64_t k0 = 0; k0 < cols; k0 += piece) {
-          int64_t k = cols - k0 < piece ? cols - k0 : piece, m = 0;
-          const P* columns = panel + k0 / (T::depth * G) * N * W * T::depth;
-          bool all = k == cols;
-          int64_t ahead_row = all ? 64 : cols * (int64_t)sizeof(A), ahead_step = all ? 64 * kRows : 64;
-          for (; m + kRows <= rows; m += kRows) {
-            const A* ahead = m + 2 * kRows <= rows ? w + (m + kRows) * cols + k0 : k0 + piece < cols ? w + k0 + piece : after;
-            wide_tile<T, kRows, N, G>(w + m * cols + k0, cols, k, columns, c + m * N * W, k0 > 0, (const char*)ahead,
-                                      ahead_row, ahead_step);
-          }
-          for (; m < rows; ++m)
-            wide_tile<T, 1, N, G>(w + m * cols + k0, cols, k, columns, c + m * N * W, k0 > 0,
-                                  (const char*)(w + (m + 1) * cols + k0), 64, 64);
+    int64_t begin, end = share(job, owner, &begin), row = begin + block * kRowBlock;
+    int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
+    for (int part = 0; part <= (gated ? 1 : 0); ++part) {
+      const A* w = (const A*)(part == 0 ? job.w.data : job.up.data) + row * cols;
+      const A* after = !gated ? w + rows * cols : part == 0 ? (const A*)job.up.data + row * cols
+                                                            : (const A*)job.w.data + (row + rows) * cols;
+      for (int64_t k0 = 0; k0 < cols; k0 += piece) {
+        int64_t k = cols - k0 < piece ? cols - k0 : piece, m = 0;
+        const P* columns = panel + k0 / (T::depth * G) * N * W * T::depth;
+        bool all = k == cols;
+        int64_t ahead_row = all ? 64 : cols * (int64_t)sizeof(A), ahead_step = all ? 64 * kRows : 64;
+        for (; m + kRows <= rows; m += kRows) {
+          const A* ahead = m + 2 * kRows <= rows ? w + (m + kRows) * cols + k0 : k0 + piece < cols ? w + k0 + piece : after;
+          wide_tile<T, kRows, N, G>(w + m * cols + k0, cols, k, columns, c + m * N * W, k0 > 0, (const char*)ahead, ahead_row,
+                                    ahead_step);
         }
-        turn<N, G>(c, round_up(rows, W), tokens, y[part]);
+        for (; m < rows; ++m)
+          wide_tile<T, 1, N, G>(w + m * cols + k0, cols, k, columns, c + m * N * W, k0 > 0, (const char*)(w + (m + 1) * cols + k0),
+                                64, 64);
       }
-      finish(job, 0, tokens, row, rows, y[0], y[1], kRowBlock, round_bf16);
+      turn<N, G>(c, round_up(rows, W), tokens, y[part]);
     }
-  }
+    finish(job, 0, tokens, row, rows, y[0], y[1], kRowBlock, round_bf16);
+  });
 }
 
 template <class T>
@@ -639,23 +743,33 @@ struct Items {
   }
 };
 
+// Asks memory for what this thread reads first in `matmul` of the same arguments: called before the barrier in front of it, while
+// others still prepare the activations, it hides the time until the first weights arrive.
+void ask(Team& team, const Job& job, int64_t tokens) {
+  if (tokens >= kPackFrom) return;
+  Places places(team, team.rank(), job, tokens);
+  int64_t row_bytes = job.w.cols * dtype_bytes(job.w.dtype), most = (places.end - places.begin) * row_bytes;
+  int64_t paired = pair_distance(job, tokens) * dtype_bytes(job.w.dtype);
+  const char* w = (const char*)job.w.data + places.begin * row_bytes;
+  for (int64_t at = 0; at < kAheadBytes && at < most; at += 64) {
+    __builtin_prefetch(w + at, 0, 3);
+    __builtin_prefetch(w + (paired != 0 ? paired : places.apart * row_bytes) + at, 0, 3);
+  }
+}
+
 void matmul(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
 #ifdef QWEN15_REPEAT
-  if (tokens >= kWideFrom && tokens <= kWideMost && job_count > 0) {
+  if (tokens >= kWideFromFloat && tokens <= kWideMost && job_count > 0) {
     if (jobs[0].w.dtype == DType::f32) return wide<FloatTile>(team, jobs, job_count, x, tokens, false);
 #ifdef QWEN15_BF16_PAIRS
-    if (jobs[0].w.dtype == DType::bf16) return wide<PairTile>(team, jobs, job_count, x, tokens, true);
+    if (jobs[0].w.dtype == DType::bf16 && tokens >= kWideFrom) return wide<PairTile>(team, jobs, job_count, x, tokens, true);
 #endif
   }
 #endif
-  if (tokens < kPackFrom) {
-    for (int j = 0; j < job_count; ++j) {
-      const Job& job = jobs[j];
-      if (job.w.dtype == DType::f32) few_tokens<F32Row>(team, job, x, tokens, false);
-      else if (job.w.dtype == DType::f16) few_tokens<F16Row>(team, job, x, tokens, false);
-      else few_tokens<PairRow>(team, job, x, tokens, true);
-    }
-    return;
+  if (tokens < kPackFrom && job_count > 0) {
+    if (jobs[0].w.dtype == DType::f32) return few_tokens<F32Row>(team, jobs, job_count, x, tokens, false);
+    if (jobs[0].w.dtype == DType::f16) return few_tokens<F16Row>(team, jobs, job_count, x, tokens, false);
+    return few_tokens<PairRow>(team, jobs, job_count, x, tokens, true);
   }
   Items items(jobs, job_count, tokens, team.size());
   for (int64_t i = team.take(); i < items.count;) {

@@ -3,7 +3,7 @@
 
 namespace {
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Row in memory -> float vectors; activations are float32.
 struct F32Row {
@@ -13,6 +13,9 @@ struct F32Row {
   static constexpr int step = W;
   static inline L load(const E* p) { return v_load(p); }
   static inline L load_part(const E* p, int n) { return v_load_part(p, n); }
+#ifdef QWEN15_LOAD_REST
+  static inline L load_rest(const E* p, int n) { return v_load_rest(p, n); }
+#endif
   static inline V floats(const E* p) { return v_load(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
@@ -26,6 +29,9 @@ struct F16Row {
   static constexpr int step = W;
   static inline L load(const E* p) { return v_load_f16(p); }
   static inline L load_part(const E* p, int n) { return v_load_part_f16(p, n); }
+#ifdef QWEN15_LOAD_REST
+  static inline L load_rest(const E* p, int n) { return v_load_rest_f16(p, n); }
+#endif
   static inline V floats(const E* p) { return v_load_f16(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part_f16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
@@ -39,6 +45,9 @@ struct BF16Row {
   static constexpr int step = W;
   static inline L load(const E* p) { return v_load_bf16(p); }
   static inline L load_part(const E* p, int n) { return v_load_part_bf16(p, n); }
+#ifdef QWEN15_LOAD_REST
+  static inline L load_rest(const E* p, int n) { return v_load_rest_bf16(p, n); }
+#endif
   static inline V floats(const E* p) { return v_load_bf16(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
@@ -56,6 +65,7 @@ struct PairRow {
   static inline L load_part(const E* p, int n) {
     return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);  // n in [0, 32]
   }
+  static inline L load_rest(const E* p, int n) { return _mm512_maskz_loadu_epi16(~0u << n, p); }  // n in [0, 32)
   static inline V floats(const E* p) { return v_load_bf16(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_dot_pairs(acc, w, _mm512_loadu_si512(x)); }

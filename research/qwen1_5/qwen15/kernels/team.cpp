@@ -98,7 +98,7 @@ class Pool {
     work_ = work;
     argument_ = argument;
     arrived_.store(0, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
+    reset_takes();
     finished_.store(0, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> sleep_lock(sleep_mutex_);
@@ -116,13 +116,13 @@ class Pool {
 
   void barrier() {
     if (size_ == 1) {
-      next_.store(0, std::memory_order_relaxed);
+      reset_takes();
       return;
     }
     uint32_t generation = generation_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
+      reset_takes();
       generation_.store(generation + 1, std::memory_order_release);
     } else {
       wait_until([this, generation] { return generation_.load(std::memory_order_acquire) != generation; });
@@ -144,11 +144,17 @@ class Pool {
   }
 
   int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  int64_t take_of(int rank) { return own_[rank].next.fetch_add(1, std::memory_order_relaxed); }
 
  private:
   int wanted() {
     if (wanted_ == 0) wanted_ = threads_from_environment();
     return wanted_;
+  }
+
+  void reset_takes() {
+    next_.store(0, std::memory_order_relaxed);
+    for (int rank = 0; rank < size_; ++rank) own_[rank].next.store(0, std::memory_order_relaxed);
   }
 
   template <class Done>
@@ -218,7 +224,12 @@ class Pool {
     int64_t bytes = 0;
   };
 
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+  };
+
   std::mutex call_mutex_;
+  Counter own_[kMaxThreads];
   Memory memory_[kMaxThreads];
   int wanted_ = 0;
   int size_ = 1;
@@ -243,10 +254,12 @@ void Team::barrier() { pool_->barrier(); }
 void* Team::scratch(int64_t bytes) { return pool_->scratch(rank_, bytes); }
 int64_t Team::take() { return pool_->take(); }
 
-void Team::share(int64_t n, int64_t grain, int64_t* begin, int64_t* end) const {
+int64_t Team::take_of(int rank) { return pool_->take_of(rank); }
+
+void Team::share_of(int rank, int64_t n, int64_t grain, int64_t* begin, int64_t* end) const {
   int64_t grains = (n + grain - 1) / grain;
-  *begin = grains * rank_ / size_ * grain;
-  *end = grains * (rank_ + 1) / size_ * grain;
+  *begin = grains * rank / size_ * grain;
+  *end = grains * (rank + 1) / size_ * grain;
   if (*end > n) *end = n;
   if (*begin > n) *begin = n;
 }

@@ -16,14 +16,17 @@ class Team {
  public:
   int rank() const { return rank_; }
   int size() const { return size_; }
-  // Wait until every thread of the team is here. Resets `take`.
+  // Wait until every thread of the team is here. Resets `take` and `take_of`.
   void barrier();
   // The next item of a list that all threads work off together, at most once each: 0, 1, 2, ...
   int64_t take();
+  // The same for the list of one thread: it works its own off in order, and helps others once it has nothing left.
+  int64_t take_of(int rank);
   // Memory of this thread alone, 64-byte aligned, valid until its next call; the contents are not kept.
   void* scratch(int64_t bytes);
   // This thread's part of [0, n) when it is cut into `size` contiguous parts, in multiples of `grain`.
-  void share(int64_t n, int64_t grain, int64_t* begin, int64_t* end) const;
+  void share(int64_t n, int64_t grain, int64_t* begin, int64_t* end) const { share_of(rank_, n, grain, begin, end); }
+  void share_of(int rank, int64_t n, int64_t grain, int64_t* begin, int64_t* end) const;
 
  private:
   friend class Pool;

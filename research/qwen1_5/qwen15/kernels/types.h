@@ -85,6 +85,8 @@ struct Kernels {
   void (*prepare)(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Activations out,
                   bool round_bf16);
   void (*matmul)(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens);
+  // Prefetches the first weights that this thread reads in a matmul which begins with `job`.
+  void (*ask)(Team& team, const Job& job, int64_t tokens);
   // q and k of qkv (T, (H + 2K) D) rotated in place, k and v written to their slots; slot -1 writes nothing
   void (*rope_and_cache)(Team& team, float* qkv, int64_t tokens, int64_t heads, const float* cos, const float* sin,
                          const int32_t* positions, const int32_t* slots, const Cache& cache);

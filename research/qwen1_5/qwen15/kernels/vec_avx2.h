@@ -7,7 +7,7 @@ namespace {
 
 constexpr int W = 8;
 constexpr int kTileRows = 6, kTileVecs = 2;  // 12 of 16 registers accumulate
-constexpr int kDotTokens = 3;                  // times 4 rows: 12 as well
+constexpr int kDotTokens = 6;                  // times 2 rows: 12 as well
 typedef __m256 V;
 
 inline V v_zero() { return _mm256_setzero_ps(); }

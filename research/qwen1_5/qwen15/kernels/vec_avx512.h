@@ -6,7 +6,7 @@ namespace {
 
 constexpr int W = 16;  // floats per vector
 constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
-constexpr int kDotTokens = 6;                  // times 4 rows: 24 as well
+constexpr int kDotTokens = 12;                 // times 2 rows: 24 as well
 typedef __m512 V;
 
 inline V v_zero() { return _mm512_setzero_ps(); }
@@ -70,6 +70,17 @@ inline V v_load_part_f16(const uint16_t* p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
 }
 
+#define QWEN15_LOAD_REST 1
+// A vector's elements from the nth on, zeros before them; memory there is not touched.
+inline V v_load_rest(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)(0xffffu << n), p); }
+inline V v_load_rest_bf16(const uint16_t* p, int n) {
+  __m256i v = _mm256_maskz_loadu_epi16((__mmask16)(0xffffu << n), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+inline V v_load_rest_f16(const uint16_t* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)(0xffffu << n), p));
+}
+
 #define QWEN15_REPEAT 1
 // The G dwords at p (1, 2, 4 or 8), as often as they fit.
 template <int G>
@@ -109,6 +120,37 @@ inline void v_transpose(V r[W]) {
   for (int i = 0; i < 8; ++i) {
     r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
     r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// 4 vectors of 4 units of 128 bits, transposed in place.
+inline void v_transpose_quarters(V& a, V& b, V& c, V& d) {
+  V t0 = _mm512_shuffle_f32x4(a, b, 0x44), t1 = _mm512_shuffle_f32x4(c, d, 0x44);
+  V t2 = _mm512_shuffle_f32x4(a, b, 0xee), t3 = _mm512_shuffle_f32x4(c, d, 0xee);
+  a = _mm512_shuffle_f32x4(t0, t1, 0x88);
+  b = _mm512_shuffle_f32x4(t0, t1, 0xdd);
+  c = _mm512_shuffle_f32x4(t2, t3, 0x88);
+  d = _mm512_shuffle_f32x4(t2, t3, 0xdd);
+}
+// 16 / G vectors of 16 / G units of G dwords (1, 2 or 4), transposed in place.
+template <int G>
+inline void v_transpose_units(V* r) {
+  static_assert(G == 1 || G == 2 || G == 4, "what can be transposed");
+  if (G == 1) return v_transpose(r);
+  if (G == 4) return v_transpose_quarters(r[0], r[1], r[2], r[3]);
+  V even[4], odd[4];  // units 0, 2, 4, 6 and 1, 3, 5, 7 of two vectors each
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m512d a = _mm512_castps_pd(r[2 * i]), b = _mm512_castps_pd(r[2 * i + 1]);
+    even[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    odd[i] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  v_transpose_quarters(even[0], even[1], even[2], even[3]);
+  v_transpose_quarters(odd[0], odd[1], odd[2], odd[3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[2 * i] = even[i];
+    r[2 * i + 1] = odd[i];
   }
 }
 

@@ -7,10 +7,10 @@ namespace {
 constexpr int W = 4;
 #ifdef __aarch64__
 constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
-constexpr int kDotTokens = 6;                  // times 4 rows: 24 as well
+constexpr int kDotTokens = 12;                 // times 2 rows: 24 as well
 #else
 constexpr int kTileRows = 4, kTileVecs = 2;  // 8 of 16 registers accumulate
-constexpr int kDotTokens = 2;                  // times 4 rows: 8 as well
+constexpr int kDotTokens = 4;                  // times 2 rows: 8 as well
 #endif
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
