@@ -5,6 +5,18 @@ namespace {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// 2 W elements as two float vectors, in whatever order is cheapest, and back from that order.
+#define QWEN15_PAIR_IN_ORDER                                \
+  static inline void pair(const E* p, V* v) {               \
+    v[0] = floats(p);                                       \
+    v[1] = floats(p + W);                                   \
+  }                                                         \
+  static inline void pair_part(const E* p, int n, V* v) {   \
+    v[0] = floats_part(p, n < W ? n : W);                   \
+    v[1] = n > W ? floats_part(p + W, n - W) : v_zero();    \
+  }                                                         \
+  static inline void unpair(V*) {}
+
 // Row in memory -> float vectors; activations are float32.
 struct F32Row {
   typedef float E;  // element in memory
@@ -17,6 +29,7 @@ struct F32Row {
   static inline V floats_part(const E* p, int n) { return v_load_part(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
   static inline void store(E* p, V v) { v_store(p, v); }
+  QWEN15_PAIR_IN_ORDER
 };
 
 struct F16Row {
@@ -30,6 +43,7 @@ struct F16Row {
   static inline V floats_part(const E* p, int n) { return v_load_part_f16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
   static inline void store(E* p, V v) { v_store_f16(p, v); }
+  QWEN15_PAIR_IN_ORDER
 };
 
 struct BF16Row {
@@ -43,6 +57,9 @@ struct BF16Row {
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
   static inline void store(E* p, V v) { v_store_bf16(p, v); }
+  static inline void pair(const E* p, V* v) { v_load_bf16_pair(p, v); }
+  static inline void pair_part(const E* p, int n, V* v) { v_load_part_bf16_pair(p, n, v); }
+  static inline void unpair(V* v) { v_interleave(v); }
 };
 
 #ifdef QWEN15_BF16_PAIRS
@@ -60,10 +77,14 @@ struct PairRow {
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_dot_pairs(acc, w, _mm512_loadu_si512(x)); }
   static inline void store(E* p, V v) { v_store_bf16(p, v); }
+  static inline void pair(const E* p, V* v) { v_load_bf16_pair(p, v); }
+  static inline void pair_part(const E* p, int n, V* v) { v_load_part_bf16_pair(p, n, v); }
+  static inline void unpair(V* v) { v_interleave(v); }
 };
 #else
 typedef BF16Row PairRow;
 #endif
+#undef QWEN15_PAIR_IN_ORDER
 
 template <class X>
 inline void store_activation(X* p, V v);
