@@ -4,19 +4,20 @@
 //   query head h reads key/value head h / (H / K). Scores, softmax and output accumulate in float32. Against a bf16 cache
 //   q and the softmax weights are rounded to bf16 where the CPU has bf16 dot products.
 //
-// Decode (a sequence with few new tokens): the cached blocks of all sequences are cut into equal pieces; a thread reads a
+// Decode (a sequence with few new tokens): the cached blocks of a sequence are cut into equal pieces; a thread reads a
 // piece in address order for all heads at once and leaves (maximum, sum, weighted V) per head; then pieces are merged.
 // Splitting by head instead would make every thread stride through every block.
-// Prefill: an item is one key/value head and a block of query tokens; keys stream by in blocks of 64 with a running
+// Prefill: an item is one key/value head and a block of query tokens; keys stream by in blocks of 128 with a running
 // maximum and sum (Milakov and Gimelshein, 2018, arXiv:1805.02867), so no T x T matrix ever exists.
 #pragma once
 
 namespace {
 
-constexpr int kKeys = 64;            // keys per step of prefill
-constexpr int kQueryRows = 96;       // (token, head) rows per item of prefill
-constexpr int kDecodeKeys = 32;      // keys per step of decode, at most, and
-constexpr int kDecodeBytes = 32768;  // about that many bytes of keys: they and the next ones stay in the near caches
+constexpr int kKeys = 128;                  // keys per step of prefill
+constexpr int64_t kQueryBytes = 3 * 32768;  // bytes of softmax weights of an item of prefill at such a step, and
+constexpr int64_t kLeastRows = 96;          // (token, head) rows from which an item is not made smaller for the threads' sake
+constexpr int kDecodeKeys = 32;             // keys per step of decode, at most, and
+constexpr int64_t kDecodeBytes = 16384;     // about that many bytes of keys: they and their values stay in the first cache
 constexpr float kMinusInfinity = -__builtin_inff();
 
 struct Paged {
@@ -169,8 +170,8 @@ struct Partial {
 };
 
 // One token against cached tokens [begin, end). `next` gives the position from which this thread reads on afterwards, in
-// the same sequence, or -1; it is asked when the last keys are at hand. Every step asks for the keys and values of the
-// step after it: with K, V and a new place for every block the hardware's prefetcher does not keep up.
+// the same sequence, or -1; it is asked when the last keys are at hand. While keys are scored their values are asked for,
+// and while these are added the next keys: with a new place for every block the hardware's prefetcher does not keep up.
 template <class R, class Next>
 void decode_piece(Team& team, const float* q, int64_t heads, Paged paged, int64_t begin, int64_t end, float* partial,
                   Next next) {
@@ -202,7 +203,7 @@ void decode_piece(Team& team, const float* q, int64_t heads, Paged paged, int64_
     if (count > end - at) count = end - at;
     int64_t here = paged.offset(at), after = at + count < end ? at + count : next(), there = after < 0 ? here : paged.offset(after);
     const E *keys = (const E*)cache.k + here, *values = (const E*)cache.v + here;
-    const char* ahead = (const char*)((const E*)cache.k + there);
+    const char* ahead = (const char*)values;
     for (int64_t j = 0; j < count; ++j) score<R>(keys + j * row, dim, kv, group, qs, q_stride, s + j * lanes, ahead);
     for (int64_t h = 0; h < lanes; h += W) {
       V high = v_load(s + h);
@@ -218,7 +219,7 @@ void decode_piece(Team& team, const float* q, int64_t heads, Paged paged, int64_
       v_store(sum + h, total);
       v_store(shrink + h, less);
     }
-    ahead = (const char*)((const E*)cache.v + there);
+    ahead = (const char*)((const E*)cache.k + there);
     for (int64_t h = 0; h < heads;) {
       int64_t in_group = group - h % group, stride = layout.acc_stride;
       const E* v = values + h / group * dim;
@@ -318,6 +319,32 @@ void pack_values(const uint16_t* const* rows, int count, int64_t dim, int64_t d,
 }
 #endif
 
+// p = exp(s * scale - top) for kKeys scores; returns the sum.
+inline float weigh(const float* s, float* p, V scale, float top) {
+  V total = v_zero(), high = v_set(top);
+  for (int j = 0; j < kKeys; j += W) {
+    V e = v_exp(v_sub(v_mul(v_load(s + j), scale), high));
+    total = v_add(total, e);
+    v_store(p + j, e);
+  }
+  return v_sum(total);
+}
+#ifdef QWEN15_BF16_PAIRS
+inline float weigh(const float* s, uint16_t* p, V scale, float top) {
+  V log2e = v_set(1.44269504088896341f), factor = v_mul(scale, log2e), high = v_mul(v_set(-top), log2e);
+  V total = v_zero(), other = v_zero();
+#pragma GCC unroll 4
+  for (int j = 0; j < kKeys; j += 2 * W) {
+    V a = v_exp2_short(v_fma(v_load(s + j), factor, high)), b = v_exp2_short(v_fma(v_load(s + j + W), factor, high));
+    total = v_add(total, a);
+    other = v_add(other, b);
+    v_store_bf16(p + j, a);
+    v_store_bf16(p + j + W, b);
+  }
+  return v_sum(v_add(total, other));
+}
+#endif
+
 // Tokens [token, token + tokens) of one sequence, the first at `position`, for key/value head g.
 template <class R>
 void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, Paged paged, int64_t token,
@@ -388,13 +415,7 @@ void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, 
             v_store(o + r * o_stride + d, v_mul(v_load(o + r * o_stride + d), shrink));
         maximum[r] = now;
       }
-      V top = v_set(maximum[r]), total = v_zero();
-      for (int j = 0; j < kKeys; j += W) {
-        V e = v_exp(v_sub(v_mul(v_load(row + j), scale), top));
-        total = v_add(total, e);
-        store_activation<A>(p + r * kKeys + j, e);
-      }
-      sum[r] += v_sum(total);
+      sum[r] += weigh(row, p + r * kKeys, scale, maximum[r]);
     }
     for (int64_t d = 0; d < dim; d += kTileVecs * W) {
       int64_t left = dim - d < kTileVecs * W ? dim - d : kTileVecs * W;
@@ -421,7 +442,7 @@ template <class R>
 void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, const Cache& cache, const Batch& batch,
                   float* out, Activations act, bool round_bf16, AttentionScratch& scratch) {
   int64_t kv = cache.kv_heads, dim = cache.head_dim, group = heads / kv;
-  int64_t query_block = kQueryRows / group < 8 ? 8 : kQueryRows / group;
+  int64_t most = kQueryBytes / (kKeys * (int64_t)sizeof(typename Packer<R>::Tile::A));  // rows
   const Pieces pieces(cache.block_size, team.size());
   const Partial layout(heads, dim);
 
@@ -444,6 +465,9 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
         partial += count;
       }
     } else {
+      int64_t rows = most;
+      while (rows > kLeastRows && (queries * group + rows - 1) / rows * kv < 4 * team.size()) rows /= 2;
+      int64_t query_block = rows / group < 8 ? 8 : rows / group;
       int64_t blocks = (queries + query_block - 1) / query_block, count = blocks * kv;
       for (; wanted < item + count; wanted = team.take()) {
         // The last query blocks see most keys: they go first.
