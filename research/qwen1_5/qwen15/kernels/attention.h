@@ -4,19 +4,20 @@
 //   query head h reads key/value head h / (H / K). Scores, softmax and output accumulate in float32. Against a bf16 cache
 //   q and the softmax weights are rounded to bf16 where the CPU has bf16 dot products.
 //
-// Decode (a sequence with few new tokens): the cached blocks of all sequences are cut into equal pieces; a thread reads a
+// Decode (a sequence with few new tokens): the cached blocks of a sequence are cut into equal pieces; a thread reads a
 // piece in address order for all heads at once and leaves (maximum, sum, weighted V) per head; then pieces are merged.
 // Splitting by head instead would make every thread stride through every block.
-// Prefill: an item is one key/value head and a block of query tokens; keys stream by in blocks of 64 with a running
+// Prefill: an item is one key/value head and a block of query tokens; keys stream by in blocks of 128 with a running
 // maximum and sum (Milakov and Gimelshein, 2018, arXiv:1805.02867), so no T x T matrix ever exists.
 #pragma once
 
 namespace {
 
-constexpr int kKeys = 64;            // keys per step of prefill
-constexpr int kQueryRows = 96;       // (token, head) rows per item of prefill
-constexpr int kDecodeKeys = 32;      // keys per step of decode
-constexpr int64_t kFewQueries = 4;   // new tokens below which a sequence is treated as decode
+constexpr int kKeys = 128;                  // keys per step of prefill
+constexpr int64_t kQueryBytes = 3 * 32768;  // bytes of softmax weights of an item of prefill at such a step, and
+constexpr int64_t kLeastRows = 96;          // (token, head) rows from which an item is not made smaller for the threads' sake
+constexpr int kDecodeKeys = 32;             // keys per step of decode, at most, and
+constexpr int64_t kDecodeBytes = 16384;     // about that many bytes of keys: they and their values stay in the first cache
 constexpr float kMinusInfinity = -__builtin_inff();
 
 struct Paged {
@@ -29,6 +30,9 @@ struct Paged {
   }
 };
 
+template <class R>
+constexpr int kStepBytes = R::step * (int)sizeof(typename R::E);
+
 template <class X>
 void copy_row(const float* from, int64_t n, int64_t padded_n, X* to) {
   for (int64_t i = 0; i < padded_n; i += W) {
@@ -39,180 +43,253 @@ void copy_row(const float* from, int64_t n, int64_t padded_n, X* to) {
 
 // ---------------------------------------------------------------- decode
 
-// out[h * out_stride] = key . q[h] for `group` heads that share the key
-template <class R>
-inline void score_group(const typename R::E* key, int64_t dim, const typename R::X* q, int64_t q_stride, int64_t group,
-                        float* out, int64_t out_stride) {
-  for (int64_t h = 0; h < group; ++h) out[h * out_stride] = dot<R>(key, dim, q + h * q_stride);
-}
+constexpr int kValuePairs = kTileVecs >= 4 ? 2 : 1;  // pairs of vectors of a head's values taken at once
 
-// out[h * out_stride] = key[h] . q[h] for 4 heads with a key each, lying one after another
-template <class R>
+// out[i] = key_i . q[i] for 4 heads: with keys of their own, lying one after another, or with one that they share
+template <class R, bool Shared>
 inline void score4(const typename R::E* key, int64_t dim, const typename R::X* q, int64_t q_stride, float* out,
-                   int64_t out_stride) {
+                   const char*& ahead) {
+  constexpr int kLines = Shared ? 1 : 4;
+  int64_t step = Shared ? 0 : dim, i = 0;
   V acc0 = v_zero(), acc1 = v_zero(), acc2 = v_zero(), acc3 = v_zero();
-  int64_t i = 0;
   for (; i + R::step <= dim; i += R::step) {
+#pragma GCC unroll 4
+    for (int l = 0; l < kLines; ++l) __builtin_prefetch(ahead + l * kStepBytes<R>, 0, 3);
+    ahead += kLines * kStepBytes<R>;
     acc0 = R::mac(acc0, R::load(key + i), q + i);
-    acc1 = R::mac(acc1, R::load(key + dim + i), q + q_stride + i);
-    acc2 = R::mac(acc2, R::load(key + 2 * dim + i), q + 2 * q_stride + i);
-    acc3 = R::mac(acc3, R::load(key + 3 * dim + i), q + 3 * q_stride + i);
+    acc1 = R::mac(acc1, R::load(key + step + i), q + q_stride + i);
+    acc2 = R::mac(acc2, R::load(key + 2 * step + i), q + 2 * q_stride + i);
+    acc3 = R::mac(acc3, R::load(key + 3 * step + i), q + 3 * q_stride + i);
   }
   if (i < dim) {
     int n = (int)(dim - i);
+    __builtin_prefetch(ahead, 0, 3);
+    ahead += kLines * n * sizeof(typename R::E);
     acc0 = R::mac(acc0, R::load_part(key + i, n), q + i);
-    acc1 = R::mac(acc1, R::load_part(key + dim + i, n), q + q_stride + i);
-    acc2 = R::mac(acc2, R::load_part(key + 2 * dim + i, n), q + 2 * q_stride + i);
-    acc3 = R::mac(acc3, R::load_part(key + 3 * dim + i, n), q + 3 * q_stride + i);
+    acc1 = R::mac(acc1, R::load_part(key + step + i, n), q + q_stride + i);
+    acc2 = R::mac(acc2, R::load_part(key + 2 * step + i, n), q + 2 * q_stride + i);
+    acc3 = R::mac(acc3, R::load_part(key + 3 * step + i, n), q + 3 * q_stride + i);
   }
-  float sums[4];
-  v_sum4(acc0, acc1, acc2, acc3, sums);
-  for (int h = 0; h < 4; ++h) out[h * out_stride] = sums[h];
+  v_sum4(acc0, acc1, acc2, acc3, out);
 }
 
-// Scores of one cached token's keys (K, D) for all heads: s[h * kDecodeKeys]
+// Scores of one cached token's keys (K, D) for all heads, s (H). As many bytes as are read are asked for at `ahead`.
 template <class R>
 inline void score(const typename R::E* keys, int64_t dim, int64_t kv, int64_t group, const typename R::X* q,
-                  int64_t q_stride, float* s) {
+                  int64_t q_stride, float* s, const char*& ahead) {
   int64_t g = 0;
   if (group == 1)
-    for (; g + 4 <= kv; g += 4) score4<R>(keys + g * dim, dim, q + g * q_stride, q_stride, s + g * kDecodeKeys, kDecodeKeys);
-  for (; g < kv; ++g)
-    score_group<R>(keys + g * dim, dim, q + g * group * q_stride, q_stride, group, s + g * group * kDecodeKeys,
-                   kDecodeKeys);
-}
-
-// acc[d] += sum_j p[j * p_stride] * values[j * stride + d] for 4 keys
-template <class R>
-inline void add_values4(const typename R::E* values, int64_t stride, const float* p, int64_t dim, float* acc) {
-  V p0 = v_set(p[0]), p1 = v_set(p[1]), p2 = v_set(p[2]), p3 = v_set(p[3]);
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) {
-    V a = v_load(acc + d);
-    a = v_fma(R::floats(values + d), p0, a);
-    a = v_fma(R::floats(values + stride + d), p1, a);
-    a = v_fma(R::floats(values + 2 * stride + d), p2, a);
-    a = v_fma(R::floats(values + 3 * stride + d), p3, a);
-    v_store(acc + d, a);
-  }
-  if (d < dim) {
-    int n = (int)(dim - d);
-    V a = v_load(acc + d);
-    a = v_fma(R::floats_part(values + d, n), p0, a);
-    a = v_fma(R::floats_part(values + stride + d, n), p1, a);
-    a = v_fma(R::floats_part(values + 2 * stride + d, n), p2, a);
-    a = v_fma(R::floats_part(values + 3 * stride + d, n), p3, a);
-    v_store(acc + d, a);
+    for (; g + 4 <= kv; g += 4) score4<R, false>(keys + g * dim, dim, q + g * q_stride, q_stride, s + g, ahead);
+  for (; g < kv; ++g) {
+    const typename R::X* mine = q + g * group * q_stride;
+    const char* at = ahead;
+    int64_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+      at = ahead;
+      score4<R, true>(keys + g * dim, dim, mine + h * q_stride, q_stride, s + g * group + h, at);
+    }
+    for (; h < group; ++h) s[g * group + h] = dot<R>(keys + g * dim, dim, mine + h * q_stride);
+    int64_t bytes = dim * sizeof(typename R::E);
+    if (group < 4)
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
+    ahead += bytes;
   }
 }
 
-template <class R>
-inline void add_values1(const typename R::E* values, float weight, int64_t dim, float* acc) {
-  V p = v_set(weight);
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) v_store(acc + d, v_fma(R::floats(values + d), p, v_load(acc + d)));
-  if (d < dim) v_store(acc + d, v_fma(R::floats_part(values + d, (int)(dim - d)), p, v_load(acc + d)));
+// acc[h] = shrink[h] acc[h] + sum_j p[j * p_stride + h] values_h[j * stride] for H heads and P pairs of vectors (the
+// first n elements of one pair if Part), in the order of `pair`. The heads share the values or have their own, `dim`
+// apart. As many bytes as are read are asked for at `ahead`.
+template <class R, int H, int P, bool Shared, bool Part>
+__attribute__((noinline)) const char* add_values(const typename R::E* values, int64_t dim, int64_t stride, int64_t count,
+                                                 const float* p, int64_t p_stride, float* acc, int64_t acc_stride,
+                                                 const float* shrink, int n, const char* ahead) {
+  V a[H][P][2];
+#pragma GCC unroll 8
+  for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
+    for (int i = 0; i < P; ++i)
+#pragma GCC unroll 8
+      for (int u = 0; u < 2; ++u)
+        a[h][i][u] = v_mul(v_load(acc + h * acc_stride + (2 * i + u) * W), v_set(shrink[h]));
+  constexpr int kBytes = (Shared ? 1 : H) * P * 2 * W * (int)sizeof(typename R::E);
+  for (int64_t j = 0; j < count; ++j, values += stride, p += p_stride) {
+#pragma GCC unroll 16
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
+    ahead += Part ? (Shared ? 1 : H) * n * (int)sizeof(typename R::E) : kBytes;
+    V x[P][2];
+#pragma GCC unroll 8
+    for (int h = 0; h < H; ++h) {
+      V weight = v_set(p[h]);
+#pragma GCC unroll 8
+      for (int i = 0; i < P; ++i) {
+        if (!Shared || h == 0) {
+          const typename R::E* from = values + h * dim + i * 2 * W;
+          if (Part) R::pair_part(from, n, x[i]);
+          else R::pair(from, x[i]);
+        }
+        a[h][i][0] = v_fma(x[i][0], weight, a[h][i][0]);
+        a[h][i][1] = v_fma(x[i][1], weight, a[h][i][1]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
+    for (int i = 0; i < P; ++i)
+#pragma GCC unroll 8
+      for (int u = 0; u < 2; ++u) v_store(acc + h * acc_stride + (2 * i + u) * W, a[h][i][u]);
+  return ahead;
 }
 
-// One token against cached tokens [begin, end): partial = (maximum (H), sum (H), weighted values (H, padded D)).
-template <class R>
-void decode_piece(Team& team, const float* q, int64_t heads, Paged paged, int64_t begin, int64_t end, float* partial) {
+// The same for all of the head size.
+template <class R, int H, bool Shared>
+const char* add_heads(const typename R::E* values, int64_t dim, int64_t stride, int64_t count, const float* p,
+                      int64_t p_stride, float* acc, int64_t acc_stride, const float* shrink, const char* ahead) {
+  constexpr int kMost = kValuePairs * 2 * W;
+  int64_t d = 0;
+  for (; d + kMost <= dim; d += kMost)
+    ahead = add_values<R, H, kValuePairs, Shared, false>(values + d, dim, stride, count, p, p_stride, acc + d,
+                                                         acc_stride, shrink, 0, ahead);
+  for (; d + 2 * W <= dim; d += 2 * W)
+    ahead = add_values<R, H, 1, Shared, false>(values + d, dim, stride, count, p, p_stride, acc + d, acc_stride, shrink,
+                                               0, ahead);
+  if (d < dim)
+    ahead = add_values<R, H, 1, Shared, true>(values + d, dim, stride, count, p, p_stride, acc + d, acc_stride, shrink,
+                                              (int)(dim - d), ahead);
+  return ahead;
+}
+
+// What one token's attention over a piece of its sequence leaves behind. Heads lie in the lanes of vectors.
+struct Partial {
+  int64_t heads, lanes, acc_stride;
+  Partial(int64_t h, int64_t dim) : heads(h), lanes(round_up(h, 16)), acc_stride(round_up(dim, 32)) {}
+  int64_t floats() const { return 2 * lanes + heads * acc_stride; }
+  float* maximum(float* partial) const { return partial; }
+  float* sum(float* partial) const { return partial + lanes; }
+  float* acc(float* partial) const { return partial + 2 * lanes; }
+};
+
+// One token against cached tokens [begin, end). `next` gives the position from which this thread reads on afterwards, in
+// the same sequence, or -1; it is asked when the last keys are at hand. While keys are scored their values are asked for,
+// and while these are added the next keys: with a new place for every block the hardware's prefetcher does not keep up.
+template <class R, class Next>
+void decode_piece(Team& team, const float* q, int64_t heads, Paged paged, int64_t begin, int64_t end, float* partial,
+                  Next next) {
   typedef typename R::X X;
+  typedef typename R::E E;
   const Cache& cache = paged.cache;
-  int64_t dim = cache.head_dim, kv = cache.kv_heads, group = heads / kv;
-  int64_t q_stride = round_up(dim, 2 * 16), acc_stride = round_up(dim, 16);
-  char* memory = (char*)team.scratch(heads * (q_stride * sizeof(float) + kDecodeKeys * sizeof(float)));
+  const Partial layout(heads, cache.head_dim);
+  int64_t dim = cache.head_dim, kv = cache.kv_heads, group = heads / kv, lanes = layout.lanes, row = kv * dim;
+  int64_t q_stride = round_up(dim, 2 * 16);
+  int64_t keys_at_once = kDecodeBytes / (row * (int64_t)sizeof(E)) / 4 * 4;
+  keys_at_once = keys_at_once > kDecodeKeys ? kDecodeKeys : keys_at_once < 8 ? 8 : keys_at_once;
+  char* memory = (char*)team.scratch(heads * q_stride * sizeof(float) + (kDecodeKeys + 1) * lanes * sizeof(float));
   X* qs = (X*)memory;
-  float* s = (float*)(memory + heads * q_stride * sizeof(float));  // (H, kDecodeKeys)
-  float *maximum = partial, *sum = partial + heads, *acc = partial + 2 * heads;
-  for (int64_t h = 0; h < heads; ++h) {
-    copy_row<X>(q + h * dim, dim, q_stride, qs + h * q_stride);
-    maximum[h] = kMinusInfinity;
-    sum[h] = 0.0f;
+  float* s = (float*)(memory + heads * q_stride * sizeof(float));  // (kDecodeKeys, lanes)
+  float* shrink = s + kDecodeKeys * lanes;
+  float *maximum = layout.maximum(partial), *sum = layout.sum(partial), *acc = layout.acc(partial);
+  for (int64_t h = 0; h < heads; ++h) copy_row<X>(q + h * dim, dim, q_stride, qs + h * q_stride);
+  for (int64_t h = 0; h < lanes; h += W) {
+    v_store(maximum + h, v_set(kMinusInfinity));
+    v_store(sum + h, v_zero());
   }
-  memset(acc, 0, heads * acc_stride * sizeof(float));
+  memset(s, 0, kDecodeKeys * lanes * sizeof(float));
+  memset(acc, 0, heads * layout.acc_stride * sizeof(float));
   V scale = v_set(1.0f / __builtin_sqrtf((float)dim));
   for (int64_t at = begin; at < end;) {
     // as many keys as lie one after another: up to the end of the block
     int64_t count = cache.block_size - at % cache.block_size;
-    if (count > kDecodeKeys) count = kDecodeKeys;
+    if (count > keys_at_once) count = keys_at_once;
     if (count > end - at) count = end - at;
-    const auto* keys = (const typename R::E*)cache.k + paged.offset(at);
-    const auto* values = (const typename R::E*)cache.v + paged.offset(at);
-    for (int64_t j = 0; j < count; ++j) score<R>(keys + j * kv * dim, dim, kv, group, qs, q_stride, s + j);
-    for (int64_t h = 0; h < heads; ++h) {
-      float* row = s + h * kDecodeKeys;
-      for (int64_t j = count; j < kDecodeKeys; ++j) row[j] = kMinusInfinity;
-      V high = v_load(row);
-      for (int j = W; j < kDecodeKeys; j += W) high = v_max(high, v_load(row + j));
-      float now = v_highest(v_mul(high, scale));
-      if (now > maximum[h]) {
-        float shrink = v_highest(v_exp(v_set(maximum[h] - now)));
-        sum[h] *= shrink;
-        for (int64_t d = 0; d < acc_stride; d += W)
-          v_store(acc + h * acc_stride + d, v_mul(v_load(acc + h * acc_stride + d), v_set(shrink)));
-        maximum[h] = now;
+    int64_t here = paged.offset(at), after = at + count < end ? at + count : next(), there = after < 0 ? here : paged.offset(after);
+    const E *keys = (const E*)cache.k + here, *values = (const E*)cache.v + here;
+    const char* ahead = (const char*)values;
+    for (int64_t j = 0; j < count; ++j) score<R>(keys + j * row, dim, kv, group, qs, q_stride, s + j * lanes, ahead);
+    for (int64_t h = 0; h < lanes; h += W) {
+      V high = v_load(s + h);
+      for (int64_t j = 1; j < count; ++j) high = v_max(high, v_load(s + j * lanes + h));
+      V before = v_load(maximum + h), top = v_max(v_mul(high, scale), before), less = v_exp(v_sub(before, top));
+      V total = v_mul(v_load(sum + h), less);
+      for (int64_t j = 0; j < count; ++j) {
+        V e = v_exp(v_sub(v_mul(v_load(s + j * lanes + h), scale), top));
+        total = v_add(total, e);
+        v_store(s + j * lanes + h, e);
       }
-      V top = v_set(maximum[h]), total = v_zero();
-      for (int j = 0; j < kDecodeKeys; j += W) {
-        V p = v_exp(v_sub(v_mul(v_load(row + j), scale), top));
-        total = v_add(total, p);
-        v_store(row + j, p);
-      }
-      sum[h] += v_sum(total);
+      v_store(maximum + h, top);
+      v_store(sum + h, total);
+      v_store(shrink + h, less);
     }
-    int64_t j = 0, stride = kv * dim;
-    for (; j + 4 <= count; j += 4)
-      for (int64_t h = 0; h < heads; ++h)
-        add_values4<R>(values + j * stride + h / group * dim, stride, s + h * kDecodeKeys + j, dim,
-                       acc + h * acc_stride);
-    for (; j < count; ++j)
-      for (int64_t h = 0; h < heads; ++h)
-        add_values1<R>(values + j * stride + h / group * dim, s[h * kDecodeKeys + j], dim, acc + h * acc_stride);
+    ahead = (const char*)((const E*)cache.k + there);
+    for (int64_t h = 0; h < heads;) {
+      int64_t in_group = group - h % group, stride = layout.acc_stride;
+      const E* v = values + h / group * dim;
+      const char* from = h % group == 0 ? ahead : (const char*)v;  // what the first heads of a group asked for is enough
+      float* to = acc + h * stride;
+      int done = 1;
+      if (group == 1 && h + 2 <= heads) {
+        from = add_heads<R, 2, false>(v, dim, row, count, s + h, lanes, to, stride, shrink + h, from);
+        done = 2;
+      } else if (in_group >= 4) {
+        from = add_heads<R, 4, true>(v, dim, row, count, s + h, lanes, to, stride, shrink + h, from);
+        done = 4;
+      } else if (in_group >= 2) {
+        from = add_heads<R, 2, true>(v, dim, row, count, s + h, lanes, to, stride, shrink + h, from);
+        done = 2;
+      } else {
+        from = add_heads<R, 1, true>(v, dim, row, count, s + h, lanes, to, stride, shrink + h, from);
+      }
+      if (h % group == 0) ahead = from;
+      h += done;
+    }
     at += count;
   }
 }
 
-// Walks decode's pieces in one fixed order: every token of every sequence with few new tokens, cut into pieces.
+// How a context is cut into pieces: by its own length alone, so that what a sequence gets does not hang on its company.
 struct Pieces {
-  const Batch& batch;
-  int64_t block_size, blocks_per_piece;
+  int64_t block_size, most;
 
-  Pieces(const Batch& b, int64_t size, int threads) : batch(b), block_size(size) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < b.sequences; ++i)
-      if (b.query_lens[i] < kFewQueries) total += b.query_lens[i] * blocks(b.context_lens[i]);
-    // About four pieces a thread, so that a thread that was held up does not hold up the others.
-    blocks_per_piece = total / (4 * threads);
-    if (blocks_per_piece < 1) blocks_per_piece = 1;
-    // Short contexts: below about 64 tokens a piece is not worth its merge.
-    int64_t least = (64 + size - 1) / size;
-    if (blocks_per_piece < least) blocks_per_piece = least;
+  Pieces(int64_t size, int threads) : block_size(size), most(attention_pieces(threads)) {}
+  int64_t tokens(int64_t context) const {
+    int64_t each = (context + most - 1) / most;
+    return round_up(each < kPieceTokens ? kPieceTokens : each, block_size);
   }
-  int64_t blocks(int64_t context) const { return (context + block_size - 1) / block_size; }
-  int64_t count(int64_t context) const { return (blocks(context) + blocks_per_piece - 1) / blocks_per_piece; }
+  int64_t count(int64_t context) const { return (context + tokens(context) - 1) / tokens(context); }
 };
 
-// out = sum_i exp(m_i - M) acc_i / sum_i exp(m_i - M) l_i
-void merge(const float* partials, int64_t floats, int64_t count, int64_t heads, int64_t dim, int64_t h, float* out,
-           Activations act, int64_t t, bool round_bf16) {
-  int64_t acc_stride = round_up(dim, 16);
-  float top = kMinusInfinity;
-  for (int64_t i = 0; i < count; ++i) top = partials[i * floats + h] > top ? partials[i * floats + h] : top;
-  float total = 0.0f;
-  for (int64_t i = 0; i < count; ++i)
-    total += partials[i * floats + heads + h] * v_highest(v_exp(v_set(partials[i * floats + h] - top)));
-  V inverse = v_set(1.0f / total);
-  for (int64_t d = 0; d < dim; d += W) {
-    V y = v_zero();
+// out[h] = sum_i exp(m_i - M) acc_i[h] / sum_i exp(m_i - M) l_i for heads [begin, end) of one token
+template <class R>
+void merge(Team& team, const Partial& layout, float* partials, int64_t count, int64_t dim, int64_t begin, int64_t end,
+           float* out, Activations act, int64_t t, bool round_bf16) {
+  int64_t floats = layout.floats(), columns = layout.heads * dim;
+  float* weights = (float*)team.scratch(count * W * sizeof(float));
+  for (int64_t first = begin / W * W; first < end; first += W) {
+    V top = v_set(kMinusInfinity), total = v_zero();
+    for (int64_t i = 0; i < count; ++i) top = v_max(top, v_load(layout.maximum(partials + i * floats) + first));
     for (int64_t i = 0; i < count; ++i) {
-      V weight = v_exp(v_set(partials[i * floats + h] - top));
-      y = v_fma(v_load(partials + i * floats + 2 * heads + h * acc_stride + d), weight, y);
+      V weight = v_exp(v_sub(v_load(layout.maximum(partials + i * floats) + first), top));
+      total = v_fma(v_load(layout.sum(partials + i * floats) + first), weight, total);
+      v_store(weights + i * W, weight);
     }
-    int n = dim - d < W ? (int)(dim - d) : W;
-    write_output(out, heads * dim, act, t, h * dim + d, v_mul(y, inverse), n, round_bf16);
+    V inverse = v_div(v_set(1.0f), total);
+    for (int64_t i = 0; i < count; ++i) v_store(weights + i * W, v_mul(v_load(weights + i * W), inverse));
+    for (int64_t h = first < begin ? begin : first; h < first + W && h < end; ++h)
+      for (int64_t d = 0; d < dim; d += 2 * W) {
+        V y[2] = {v_zero(), v_zero()};
+        const float* from = layout.acc(partials) + h * layout.acc_stride + d;
+        for (int64_t i = 0; i < count; ++i, from += floats) {
+          V weight = v_set(weights[i * W + h - first]);
+          y[0] = v_fma(v_load(from), weight, y[0]);
+          y[1] = v_fma(v_load(from + W), weight, y[1]);
+        }
+        R::unpair(y);
+        for (int64_t u = 0; u < 2 && d + u * W < dim; ++u) {
+          int64_t left = dim - d - u * W;
+          write_output(out, columns, act, t, h * dim + d + u * W, y[u], left < W ? (int)left : W, round_bf16);
+        }
+      }
   }
-  if (out == nullptr && h == heads - 1) clear_tail(act, t, heads * dim);
+  if (out == nullptr && end == layout.heads) clear_tail(act, t, columns);
 }
 
 // ---------------------------------------------------------------- prefill
@@ -239,6 +316,32 @@ void pack_values(const uint16_t* const* rows, int count, int64_t dim, int64_t d,
                                   : _mm512_setzero_si512();
       _mm512_storeu_si512(panel + (j / 2 * vecs + v) * 2 * W, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
     }
+}
+#endif
+
+// p = exp(s * scale - top) for kKeys scores; returns the sum.
+inline float weigh(const float* s, float* p, V scale, float top) {
+  V total = v_zero(), high = v_set(top);
+  for (int j = 0; j < kKeys; j += W) {
+    V e = v_exp(v_sub(v_mul(v_load(s + j), scale), high));
+    total = v_add(total, e);
+    v_store(p + j, e);
+  }
+  return v_sum(total);
+}
+#ifdef QWEN15_BF16_PAIRS
+inline float weigh(const float* s, uint16_t* p, V scale, float top) {
+  V log2e = v_set(1.44269504088896341f), factor = v_mul(scale, log2e), high = v_mul(v_set(-top), log2e);
+  V total = v_zero(), other = v_zero();
+#pragma GCC unroll 4
+  for (int j = 0; j < kKeys; j += 2 * W) {
+    V a = v_exp2_short(v_fma(v_load(s + j), factor, high)), b = v_exp2_short(v_fma(v_load(s + j + W), factor, high));
+    total = v_add(total, a);
+    other = v_add(other, b);
+    v_store_bf16(p + j, a);
+    v_store_bf16(p + j + W, b);
+  }
+  return v_sum(v_add(total, other));
 }
 #endif
 
@@ -312,13 +415,7 @@ void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, 
             v_store(o + r * o_stride + d, v_mul(v_load(o + r * o_stride + d), shrink));
         maximum[r] = now;
       }
-      V top = v_set(maximum[r]), total = v_zero();
-      for (int j = 0; j < kKeys; j += W) {
-        V e = v_exp(v_sub(v_mul(v_load(row + j), scale), top));
-        total = v_add(total, e);
-        store_activation<A>(p + r * kKeys + j, e);
-      }
-      sum[r] += v_sum(total);
+      sum[r] += weigh(row, p + r * kKeys, scale, maximum[r]);
     }
     for (int64_t d = 0; d < dim; d += kTileVecs * W) {
       int64_t left = dim - d < kTileVecs * W ? dim - d : kTileVecs * W;
@@ -345,9 +442,9 @@ template <class R>
 void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, const Cache& cache, const Batch& batch,
                   float* out, Activations act, bool round_bf16, AttentionScratch& scratch) {
   int64_t kv = cache.kv_heads, dim = cache.head_dim, group = heads / kv;
-  int64_t query_block = kQueryRows / group < 8 ? 8 : kQueryRows / group;
-  Pieces pieces(batch, cache.block_size, team.size());
-  int64_t floats = attention_partial_floats(heads, dim);
+  int64_t most = kQueryBytes / (kKeys * (int64_t)sizeof(typename Packer<R>::Tile::A));  // rows
+  const Pieces pieces(cache.block_size, team.size());
+  const Partial layout(heads, dim);
 
   int64_t wanted = team.take(), item = 0, partial = 0, token = 0;
   for (int64_t b = 0; b < batch.sequences; ++b) {
@@ -355,17 +452,22 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
     Paged paged = {cache, batch.block_tables + b * batch.table_stride};
     if (queries < kFewQueries) {
       for (int64_t i = 0; i < queries; ++i) {
-        int64_t visible = context - queries + i + 1, count = pieces.count(visible);
-        for (; wanted < item + count; wanted = team.take()) {
-          int64_t begin = (wanted - item) * pieces.blocks_per_piece * cache.block_size;
-          int64_t end = begin + pieces.blocks_per_piece * cache.block_size;
-          decode_piece<R>(team, q + (token + i) * q_stride, heads, paged, begin, end < visible ? end : visible,
-                          scratch.partials + (partial + wanted - item) * floats);
+        int64_t visible = context - queries + i + 1, count = pieces.count(visible), size = pieces.tokens(visible);
+        while (wanted < item + count) {
+          int64_t begin = (wanted - item) * size, end = begin + size;
+          float* to = scratch.partials + (partial + wanted - item) * layout.floats();
+          decode_piece<R>(team, q + (token + i) * q_stride, heads, paged, begin, end < visible ? end : visible, to, [&] {
+            wanted = team.take();
+            return wanted < item + count ? (wanted - item) * size : -1;
+          });
         }
         item += count;
         partial += count;
       }
     } else {
+      int64_t rows = most;
+      while (rows > kLeastRows && (queries * group + rows - 1) / rows * kv < 4 * team.size()) rows /= 2;
+      int64_t query_block = rows / group < 8 ? 8 : rows / group;
       int64_t blocks = (queries + query_block - 1) / query_block, count = blocks * kv;
       for (; wanted < item + count; wanted = team.take()) {
         // The last query blocks see most keys: they go first.
@@ -380,10 +482,9 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
   }
   if (partial == 0) return;
   team.barrier();
-  int64_t begin, end, row = 0;
+  int64_t begin, end, row = 0, rows = 0;
   partial = 0;
   token = 0;
-  int64_t rows = 0;
   for (int64_t b = 0; b < batch.sequences; ++b)
     if (batch.query_lens[b] < kFewQueries) rows += batch.query_lens[b] * heads;
   team.share(rows, 1, &begin, &end);
@@ -392,8 +493,10 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
     if (queries < kFewQueries)
       for (int64_t i = 0; i < queries; ++i, row += heads) {
         int64_t count = pieces.count(batch.context_lens[b] - queries + i + 1);
-        for (int64_t h = begin > row ? begin - row : 0; h < heads && row + h < end; ++h)
-          merge(scratch.partials + partial * floats, floats, count, heads, dim, h, out, act, token + i, round_bf16);
+        int64_t first = begin > row ? begin - row : 0, last = end - row < heads ? end - row : heads;
+        if (first < last)
+          merge<R>(team, layout, scratch.partials + partial * layout.floats(), count, dim, first, last, out, act,
+                   token + i, round_bf16);
         partial += count;
       }
     token += queries;

@@ -14,14 +14,18 @@
 namespace qwen15 {
 
 int64_t attention_partial_floats(int64_t heads, int64_t head_dim) {
-  return heads * (2 + (head_dim + 15) / 16 * 16);
+  return 2 * ((heads + 15) / 16 * 16) + heads * ((head_dim + 31) / 32 * 32);
 }
 
-// An upper bound: every token of a sequence with few new tokens is at least one piece, and all of them together are cut
-// into about four a thread.
-int64_t attention_partials(const Batch& batch, int64_t block_size, int threads) {
-  (void)block_size;
-  return 4 * batch.sequences + 8 * threads + 8;
+int64_t attention_partials(const Batch& batch, int threads) {
+  int64_t count = 0, most = attention_pieces(threads);
+  for (int64_t b = 0; b < batch.sequences; ++b) {
+    // A long prompt goes through the layers in pieces, of which the last may have few tokens.
+    int64_t queries = batch.query_lens[b] < kFewQueries ? batch.query_lens[b] : kFewQueries - 1;
+    int64_t pieces = batch.context_lens[b] / kPieceTokens + 1;
+    count += queries * (pieces < most ? pieces : most);
+  }
+  return count;
 }
 
 namespace {
@@ -153,7 +157,7 @@ void attention(const float* q, int64_t heads, const Cache& cache, const Batch& b
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
   int size = threads();
-  int64_t floats = attention_partial_floats(heads, cache.head_dim) * attention_partials(batch, cache.block_size, size);
+  int64_t floats = attention_partial_floats(heads, cache.head_dim) * attention_partials(batch, size);
   memory.reserve(Arena::rounded(floats * 4));
   AttentionScratch scratch = {memory.take<float>(floats)};
   run_team(size, [&](Team& team) {
@@ -287,7 +291,7 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
   int64_t tokens = batch.tokens < kPiece ? batch.tokens : kPiece;
   int size = threads();
   int64_t partials = attention_partial_floats(heads, first.qkv.cache.head_dim) *
-                     attention_partials(batch, first.qkv.cache.block_size, size);
+                     attention_partials(batch, size);
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
   memory.reserve(activation_bytes(tokens, hidden) + activation_bytes(tokens, q_cols) + activation_bytes(tokens, inner) +

@@ -5,6 +5,18 @@ namespace {
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// 2 W elements as two float vectors, in whatever order is cheapest, and back from that order.
+#define QWEN15_PAIR_IN_ORDER                                \
+  static inline void pair(const E* p, V* v) {               \
+    v[0] = floats(p);                                       \
+    v[1] = floats(p + W);                                   \
+  }                                                         \
+  static inline void pair_part(const E* p, int n, V* v) {   \
+    v[0] = floats_part(p, n < W ? n : W);                   \
+    v[1] = n > W ? floats_part(p + W, n - W) : v_zero();    \
+  }                                                         \
+  static inline void unpair(V*) {}
+
 // Row in memory -> float vectors; activations are float32.
 struct F32Row {
   typedef float E;  // element in memory
@@ -20,6 +32,7 @@ struct F32Row {
   static inline V floats_part(const E* p, int n) { return v_load_part(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
   static inline void store(E* p, V v) { v_store(p, v); }
+  QWEN15_PAIR_IN_ORDER
 };
 
 struct F16Row {
@@ -36,6 +49,7 @@ struct F16Row {
   static inline V floats_part(const E* p, int n) { return v_load_part_f16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
   static inline void store(E* p, V v) { v_store_f16(p, v); }
+  QWEN15_PAIR_IN_ORDER
 };
 
 struct BF16Row {
@@ -52,6 +66,9 @@ struct BF16Row {
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
   static inline void store(E* p, V v) { v_store_bf16(p, v); }
+  static inline void pair(const E* p, V* v) { v_load_bf16_pair(p, v); }
+  static inline void pair_part(const E* p, int n, V* v) { v_load_part_bf16_pair(p, n, v); }
+  static inline void unpair(V* v) { v_interleave(v); }
 };
 
 #ifdef QWEN15_BF16_PAIRS
@@ -70,10 +87,14 @@ struct PairRow {
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
   static inline V mac(V acc, L w, const X* x) { return v_dot_pairs(acc, w, _mm512_loadu_si512(x)); }
   static inline void store(E* p, V v) { v_store_bf16(p, v); }
+  static inline void pair(const E* p, V* v) { v_load_bf16_pair(p, v); }
+  static inline void pair_part(const E* p, int n, V* v) { v_load_part_bf16_pair(p, n, v); }
+  static inline void unpair(V* v) { v_interleave(v); }
 };
 #else
 typedef BF16Row PairRow;
 #endif
+#undef QWEN15_PAIR_IN_ORDER
 
 template <class X>
 inline void store_activation(X* p, V v);
@@ -155,6 +176,19 @@ inline V v_exp(V x) {
   p = v_fma(p, v_mul(r, r), v_add(r, v_set(1.0f)));
   return v_keep_from(x, low, v_scale2(p, n));
 }
+
+#ifdef QWEN15_BF16_PAIRS
+// 2^x within 3e-6 of it: for what is rounded to bf16 afterwards. 0 far below, minus infinity among it; x at most 126.
+inline V v_exp2_short(V x) {
+  x = v_max(x, v_set(-200.0f));
+  V n = v_round(x), f = v_sub(x, n);
+  V p = v_set(9.57010142e-3f);
+  p = v_fma(p, f, v_set(5.59178603e-2f));
+  p = v_fma(p, f, v_set(2.40247448e-1f));
+  p = v_fma(p, f, v_set(6.93121815e-1f));
+  return v_scale2(v_fma(p, f, v_set(9.99999261e-1f)), n);
+}
+#endif
 
 inline V v_silu(V x) { return v_div(x, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
 

@@ -63,12 +63,15 @@ struct Batch {
   const int32_t* block_tables = nullptr;  // (B, table_stride)
 };
 
-// Where decode's partial results meet: `count` of them, each H (D padded + 2) floats.
+// Where decode's partial results meet; see Partial in attention.h.
 struct AttentionScratch {
   float* partials = nullptr;
 };
+constexpr int64_t kFewQueries = 4;    // new tokens below which a sequence is treated as decode
+constexpr int64_t kPieceTokens = 64;  // cached tokens for which it is worth to leave a partial result, and
+static inline int64_t attention_pieces(int threads) { return threads > 8 ? 4 * threads : 32; }  // how many at most a token
 int64_t attention_partial_floats(int64_t heads, int64_t head_dim);
-int64_t attention_partials(const Batch& batch, int64_t block_size, int threads);
+int64_t attention_partials(const Batch& batch, int threads);
 
 class Team;
 

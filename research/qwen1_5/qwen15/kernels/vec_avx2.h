@@ -81,6 +81,23 @@ inline V v_load_part_f16(const uint16_t* p, int n) {
   return v_load_f16(whole);
 }
 
+// 2 W bf16: the even ones to v[0], the odd ones to v[1]; and back into their order.
+inline void v_load_bf16_pair(const uint16_t* p, V* v) {
+  __m256i x = _mm256_loadu_si256((const __m256i*)p);
+  v[0] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  v[1] = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000)));
+}
+inline void v_load_part_bf16_pair(const uint16_t* p, int n, V* v) {
+  uint16_t whole[2 * W] = {0};
+  memcpy(whole, p, n * sizeof(uint16_t));
+  v_load_bf16_pair(whole, v);
+}
+inline void v_interleave(V* v) {
+  V low = _mm256_unpacklo_ps(v[0], v[1]), high = _mm256_unpackhi_ps(v[0], v[1]);
+  v[0] = _mm256_permute2f128_ps(low, high, 0x20);
+  v[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
 inline void v_transpose(V r[W]) {
   V t[W];
 #pragma GCC unroll 8

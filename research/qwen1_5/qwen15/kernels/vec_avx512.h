@@ -81,6 +81,22 @@ inline V v_load_rest_f16(const uint16_t* p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)(0xffffu << n), p));
 }
 
+// 2 W bf16: the even ones to v[0], the odd ones to v[1]; and back into their order.
+inline void v_split_bf16(__m512i x, V* v) {
+  v[0] = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  v[1] = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
+}
+inline void v_load_bf16_pair(const uint16_t* p, V* v) { v_split_bf16(_mm512_loadu_si512(p), v); }
+inline void v_load_part_bf16_pair(const uint16_t* p, int n, V* v) {
+  v_split_bf16(_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p), v);
+}
+inline void v_interleave(V* v) {
+  __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  V low = _mm512_permutex2var_ps(v[0], first, v[1]);
+  v[1] = _mm512_permutex2var_ps(v[0], _mm512_add_epi32(first, _mm512_set1_epi32(8)), v[1]);
+  v[0] = low;
+}
+
 #define QWEN15_REPEAT 1
 // The G dwords at p (1, 2, 4 or 8), as often as they fit.
 template <int G>

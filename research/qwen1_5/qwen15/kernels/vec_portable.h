@@ -126,6 +126,30 @@ inline V v_load_part_f16(const uint16_t* p, int n) {
   return v_load_f16(whole);
 }
 
+// 2 W bf16: the even ones to v[0], the odd ones to v[1]; and back into their order.
+inline void v_load_bf16_pair(const uint16_t* p, V* v) {
+  U x;
+  memcpy(&x, p, sizeof x);
+  U low = x << 16, high = x & 0xffff0000u;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  v[0] = (V)low;
+  v[1] = (V)high;
+#else
+  v[0] = (V)high;
+  v[1] = (V)low;
+#endif
+}
+inline void v_load_part_bf16_pair(const uint16_t* p, int n, V* v) {
+  uint16_t whole[2 * W] = {0};
+  memcpy(whole, p, n * sizeof(uint16_t));
+  v_load_bf16_pair(whole, v);
+}
+inline void v_interleave(V* v) {
+  V a = v[0], b = v[1];
+  v[0] = V{a[0], b[0], a[1], b[1]};
+  v[1] = V{a[2], b[2], a[3], b[3]};
+}
+
 inline void v_transpose(V r[W]) {
   V t[W];
   for (int i = 0; i < W; ++i) t[i] = V{r[0][i], r[1][i], r[2][i], r[3][i]};
