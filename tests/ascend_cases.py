@@ -73,7 +73,7 @@ class Recorded:
     def __init__(self, network):
         self._network = network
         self.supports_cached_prefill = network.supports_cached_prefill
-        self.rank, self.vocab_size = network.rank, network.vocab_size
+        self.rank, self.ranks, self.vocab_size = network.rank, network.ranks, network.vocab_size
         self.agree, self.find_non_finite = network.agree, network.find_non_finite
         self.rows = []
 

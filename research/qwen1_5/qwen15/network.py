@@ -103,7 +103,7 @@ class CpuNetwork(Network):
         # Compile now, so that the first prompt's time is its own.
         self._cell.compile(*(ms.Tensor(np.zeros((1,) * rank, np.int32)) for rank in (1, 1, 1, 1, 1, 2)))
         blocks = -(-model.seq_length // model.block_size)
-        self._short = _ShortDecode(operators, self._cell, blocks) if self._cell.fused else None
+        self._short = _ShortDecode(operators, self._cell, blocks) if self._cell.fused and _ShortDecode.is_possible() else None
         self.note = f"CPU, {note}, weights {held_dtype}, KV cache {model.compute_dtype}"
         if self.ranks > 1:
             self._broadcast = ms.ops.Broadcast(0)
@@ -189,6 +189,15 @@ class _ShortDecode:
         self._row = np.full((1, 3 + blocks), -1, np.int32)
         self._one = self._compile(ms.Tensor(self._row))
         self._many: Optional[str] = None
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether this MindSpore has what is used here beside its public names; without it every step is a whole call."""
+        import mindspore as ms
+        from mindspore.nn import cell as cells
+
+        executor = getattr(cells, "_cell_graph_executor", None)
+        return hasattr(executor, "_graph_executor") and hasattr(ms.Tensor, "_data_ptr") and hasattr(ms.nn.Cell, "phase_cache")
 
     def _compile(self, rows: Any) -> str:
         """The compiled graph for such rows, as `_execute` knows it."""

@@ -422,8 +422,8 @@ void dot_group(const typename R::E* w, int64_t apart, int64_t stride, int64_t ro
 }
 
 // `rows` rows at each of P places against all tokens, out (P, tokens, kRowBlock). Tokens go in groups of nearly equal size and
-// long rows in pieces, so that the activations in use stay in the first cache level and sums stay short. The weights come from memory for the
-// first group and from the caches for the others; hence few rows at a time then.
+// long rows in pieces, so that the activations in use stay in the first cache level and sums stay short. The weights come from
+// memory for the first group and from the caches for the others; hence few rows at a time then.
 template <class R, int P>
 void dot_block(const typename R::E* w, int64_t apart, int64_t rows, int64_t cols, const Shifted<R>& x, int64_t tokens, float* out) {
   int64_t groups = (tokens + kDotTokens - 1) / kDotTokens, most = (tokens + groups - 1) / groups;
@@ -447,7 +447,8 @@ void dot_block(const typename R::E* w, int64_t apart, int64_t rows, int64_t cols
 
 // One block of one matrix of a job: out (2, tokens, kRowBlock).
 template <class R>
-void few_rows(const void* matrix, int64_t cols, const Places& places, int64_t block, const Shifted<R>& x, int64_t tokens, float* out) {
+void few_rows(const void* matrix, int64_t cols, const Places& places, int64_t block, const Shifted<R>& x, int64_t tokens,
+              float* out) {
   const auto* w = (const typename R::E*)matrix + (places.begin + block * kRowBlock) * cols;
   int64_t first = places.rows(block, 0), both = places.rows(block, 1);
   if (both > 0) dot_block<R, 2>(w, places.apart * cols, both, cols, x, tokens, out);

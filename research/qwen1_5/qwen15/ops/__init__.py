@@ -15,7 +15,8 @@ number of tokens in the flat batch (all sequences' new tokens one after another,
 
 and two functions, `weight_dtype(param_init_type)` and `cache_dtype(compute_dtype)`: the dtype in which this set keeps weights
 and the KV cache. A set may also offer `Decoder`, the whole stack as one operator, its plain twin being the composition in
-model.py; with it come `Decode`, the same for one new token of each sequence without passing the parameters again, and the `Binding` between the two.
+model.py; with it come `Decode`, the same for one new token of each sequence without passing the parameters again, and the
+`Binding` between the two.
 
 The KV cache of a layer is two Parameters [num_blocks, block_size, K, D]; slot = block * block_size + offset. All int inputs are
 int32; block tables are padded with -1.
