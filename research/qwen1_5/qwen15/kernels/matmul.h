@@ -332,7 +332,7 @@ void finish(const Job& job, int64_t token, int64_t tokens, int64_t row, int64_t 
   }
 }
 
-// ---------------------------------------------------------------- one job, both ways
+// ---------------------------------------------------------------- few tokens
 
 // Elements from a gated job's first matrix to its second one when a row of each can be read side by side, 0 otherwise: then both
 // begin at the same place of a cache line, as far as that matters (see Shifted).
@@ -455,18 +455,18 @@ void few_rows(const void* matrix, int64_t cols, const Places& places, int64_t bl
   if (first > both) dot_block<R, 1>(w + both * cols, 0, first - both, cols, x, tokens, out + both);
 }
 
-// Calls f(job, owner, block) for this thread's blocks of every job in order, then for what others have not begun yet: two cores
-// seldom get the same share of the memory's bandwidth, and the faster one would wait at every matrix. blocks(job, owner) is how
-// many a thread has.
-template <class Blocks, class F>
-void for_blocks(Team& team, const Job* jobs, int job_count, Blocks blocks, F f) {
+// Calls f(job, share, block) for this thread's blocks of every job in order, then for what others have not begun yet: two cores
+// seldom get the same share of the memory's bandwidth, and the faster one would wait at every matrix. share_of(job, owner) is a
+// thread's rows of a job, cut into `blocks`.
+template <class Share, class F>
+void for_blocks(Team& team, const Job* jobs, int job_count, Share share_of, F f) {
   for (int i = 0; i < team.size(); ++i) {
     int owner = (team.rank() + i) % team.size();
     int64_t before = 0, block = team.take_of(owner);
     for (int j = 0; j < job_count; ++j) {
-      int64_t count = blocks(jobs[j], owner);
-      for (; block - before < count; block = team.take_of(owner)) f(jobs[j], owner, block - before);
-      before += count;
+      const auto share = share_of(jobs[j], owner);
+      for (; block - before < share.blocks; block = team.take_of(owner)) f(jobs[j], share, block - before);
+      before += share.blocks;
     }
   }
 }
@@ -477,9 +477,8 @@ void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64
   char* memory = (char*)team.scratch(2 * x_bytes + 4 * sums * sizeof(float));
   float *c = (float*)(memory + 2 * x_bytes), *c_up = c + 2 * sums;
   Shifted<R> shifted, shifted_up;
-  auto blocks = [&](const Job& job, int owner) { return Places(team, owner, job, tokens).blocks; };
-  for_blocks(team, jobs, job_count, blocks, [&](const Job& job, int owner, int64_t block) {
-    Places places(team, owner, job, tokens);
+  auto places_of = [&](const Job& job, int owner) { return Places(team, owner, job, tokens); };
+  for_blocks(team, jobs, job_count, places_of, [&](const Job& job, const Places& places, int64_t block) {
     shifted.meet(job.w.data, cols, x, tokens, memory);
     if (int64_t distance = pair_distance(job, tokens); distance != 0) {
       int64_t row = places.begin + block * kRowBlock, n = places.rows(block, 0);
@@ -626,19 +625,18 @@ void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t 
   float* c = (float*)(memory + panel_bytes);
   float* y[2] = {c + c_floats, c + c_floats + y_floats};
   pack_tokens<T, N, G>((const A*)x.data, x.stride, tokens, cols, panel);
-  auto share = [&](const Job& job, int owner, int64_t* begin) {
-    int64_t end;
-    team.share_of(owner, job.w.rows, W, begin, &end);
-    return end;
+  struct Rows {
+    int64_t begin, end, blocks;
   };
-  auto blocks = [&](const Job& job, int owner) {
-    int64_t begin, end = share(job, owner, &begin);
-    return (end - begin + kRowBlock - 1) / kRowBlock;
+  auto rows_of = [&](const Job& job, int owner) {
+    Rows share;
+    team.share_of(owner, job.w.rows, W, &share.begin, &share.end);
+    share.blocks = (share.end - share.begin + kRowBlock - 1) / kRowBlock;
+    return share;
   };
-  for_blocks(team, jobs, job_count, blocks, [&](const Job& job, int owner, int64_t block) {
+  for_blocks(team, jobs, job_count, rows_of, [&](const Job& job, const Rows& share, int64_t block) {
     bool gated = job.up.data != nullptr;
-    int64_t begin, end = share(job, owner, &begin), row = begin + block * kRowBlock;
-    int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
+    int64_t row = share.begin + block * kRowBlock, rows = share.end - row < kRowBlock ? share.end - row : kRowBlock;
     for (int part = 0; part <= (gated ? 1 : 0); ++part) {
       const A* w = (const A*)(part == 0 ? job.w.data : job.up.data) + row * cols;
       const A* after = !gated ? w + rows * cols : part == 0 ? (const A*)job.up.data + row * cols
@@ -744,10 +742,23 @@ struct Items {
   }
 };
 
-// Asks memory for what this thread reads first in `matmul` of the same arguments: called before the barrier in front of it, while
-// others still prepare the activations, it hides the time until the first weights arrive.
+// Whether so many tokens take the way of packed activations.
+inline bool is_wide(DType dtype, int64_t tokens) {
+#ifdef QWEN15_REPEAT
+  if (tokens > kWideMost) return false;
+  if (dtype == DType::f32) return tokens >= kWideFromFloat;
+#ifdef QWEN15_BF16_PAIRS
+  if (dtype == DType::bf16) return tokens >= kWideFrom;
+#endif
+#endif
+  (void)dtype, (void)tokens;
+  return false;
+}
+
+// Asks memory for what this thread reads first in a matmul that begins with `job` when tokens are few: called before the barrier
+// in front of it, while others still prepare the activations, it hides the time until the first weights arrive.
 void ask(Team& team, const Job& job, int64_t tokens) {
-  if (tokens >= kPackFrom) return;
+  if (tokens >= kPackFrom || is_wide(job.w.dtype, tokens)) return;
   Places places(team, team.rank(), job, tokens);
   int64_t row_bytes = job.w.cols * dtype_bytes(job.w.dtype), most = (places.end - places.begin) * row_bytes;
   int64_t paired = pair_distance(job, tokens) * dtype_bytes(job.w.dtype);
@@ -759,17 +770,18 @@ void ask(Team& team, const Job& job, int64_t tokens) {
 }
 
 void matmul(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
+  DType dtype = jobs[0].w.dtype;  // of all jobs
 #ifdef QWEN15_REPEAT
-  if (tokens >= kWideFromFloat && tokens <= kWideMost && job_count > 0) {
-    if (jobs[0].w.dtype == DType::f32) return wide<FloatTile>(team, jobs, job_count, x, tokens, false);
+  if (is_wide(dtype, tokens)) {
 #ifdef QWEN15_BF16_PAIRS
-    if (jobs[0].w.dtype == DType::bf16 && tokens >= kWideFrom) return wide<PairTile>(team, jobs, job_count, x, tokens, true);
+    if (dtype == DType::bf16) return wide<PairTile>(team, jobs, job_count, x, tokens, true);
 #endif
+    return wide<FloatTile>(team, jobs, job_count, x, tokens, false);
   }
 #endif
-  if (tokens < kPackFrom && job_count > 0) {
-    if (jobs[0].w.dtype == DType::f32) return few_tokens<F32Row>(team, jobs, job_count, x, tokens, false);
-    if (jobs[0].w.dtype == DType::f16) return few_tokens<F16Row>(team, jobs, job_count, x, tokens, false);
+  if (tokens < kPackFrom) {
+    if (dtype == DType::f32) return few_tokens<F32Row>(team, jobs, job_count, x, tokens, false);
+    if (dtype == DType::f16) return few_tokens<F16Row>(team, jobs, job_count, x, tokens, false);
     return few_tokens<PairRow>(team, jobs, job_count, x, tokens, true);
   }
   Items items(jobs, job_count, tokens, team.size());
