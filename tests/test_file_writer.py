@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen15 import file_writer
+from qwen15 import file_writer, pages
 from qwen15.errors import UserError
 from qwen15.file_writer import Blocks, FileWriter
 from qwen15.tensors import Body, Tail
@@ -173,9 +173,9 @@ def test_memory_for_blocks_begins_at_a_huge_page_also_where_there_is_none(monkey
                 raise OSError(errno.EINVAL, "Invalid argument")
             return super().madvise(*arguments)
 
-    monkeypatch.setattr(file_writer.mmap, "mmap", Mapped)
+    monkeypatch.setattr(pages.mmap, "mmap", Mapped)
     for nbytes in (1, 4096, 2 ** 21, 3 * 2 ** 20 + 1):
-        memory = file_writer.huge(nbytes)
+        memory = pages.huge(nbytes)
         assert memory.size == nbytes and memory.ctypes.data % 2 ** 21 == 0
         memory[...] = 1
 

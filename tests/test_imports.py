@@ -11,7 +11,7 @@ PACKAGE = MODULE / "qwen15"
 
 LAYERS = [
     ["errors"],
-    ["naming", "tensors", "shard", "blocks", "stream", "wire", "bpe", "device", "foreground", "leftovers"],
+    ["naming", "tensors", "shard", "blocks", "stream", "wire", "bpe", "device", "foreground", "leftovers", "pages"],
     ["casting", "family", "hf_config", "sampling"],
     ["tensorfile", "template"],
     ["config"],

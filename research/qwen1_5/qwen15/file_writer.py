@@ -3,22 +3,21 @@
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import queue
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 
 from .errors import EXIT_FAILED, UserError
+from .pages import huge
 from .tensors import Step, Tail, total_bytes
 
 _PAGE_BYTES = 4096
 """What offsets, lengths and addresses of direct writes are multiples of."""
-_HUGE_PAGE_BYTES = 2 * 2 ** 20
 _LEAST_BLOCK_BYTES, _MOST_BLOCK_BYTES = 256 * 2 ** 10, 4 * 2 ** 20
 _ALL_BLOCKS_BYTES = 24 * 2 ** 20
 _WRITING_THREADS = 2
@@ -44,20 +43,6 @@ def told(path: str) -> Iterator[None]:
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fix = "Write to a folder that you may write to."
         raise UserError(f"cannot be written: {error.strerror or error}", path, fix, exit_code=EXIT_FAILED) from None
-
-
-def huge(nbytes: int) -> np.ndarray:
-    """Memory for reading and writing files, uint8 [nbytes], in huge pages where the system has them.
-
-    A request to the disk names the pieces of memory that it is gathered from, and takes so many and no more: in ordinary pages that
-    is every 4 KiB, and a large write falls apart into many small requests.
-    """
-    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    every = np.frombuffer(memory, np.uint8)
-    begin = -every.ctypes.data % _HUGE_PAGE_BYTES
-    return every[begin:begin + nbytes]
 
 
 class Blocks:

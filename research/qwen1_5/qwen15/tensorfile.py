@@ -4,7 +4,6 @@ import json
 import mmap
 import os
 import re
-from contextlib import suppress
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from . import format_bin, format_ckpt, format_safetensors
 from .errors import EXIT_FAILED, UserError
 from .hf_config import read_json
+from .pages import ask_for_huge_pages
 from .shard import join
 from .tensors import NUMPY_DTYPES, Scan, Stored, TensorInfo, itemsize
 
@@ -77,13 +77,6 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _ask_for_huge_pages(memory: mmap.mmap) -> None:
-    """What comes from the disk from now on lies in pages of 2 MB where the file system has them: reading all weights at every
-    token is then up to 15 % faster, as fewer addresses are translated. What the system has in small pages already stays."""
-    with suppress(AttributeError, OSError):  # another system, or a kernel without
-        memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 class TensorFile(Checkpoint):
@@ -155,7 +148,8 @@ class TensorFile(Checkpoint):
             if self._map is None:
                 # A copy-on-write map: MindSpore and torch may then share the memory without being able to alter the file.
                 self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
-                _ask_for_huge_pages(self._map)
+                # Up to 15 % less for a token at batch 1, which reads all weights: fewer addresses are translated.
+                ask_for_huge_pages(self._map)
             view = np.frombuffer(self._map, np.uint8, nbytes, pieces[0][0])
         else:
             view = np.empty(nbytes, np.uint8)

@@ -12,7 +12,8 @@ import numpy as np
 
 from .casting import FLOATS, Count, cast
 from .errors import EXIT_FAILED, UserError
-from .file_writer import FileWriter, huge
+from .file_writer import FileWriter
+from .pages import huge
 from .tensorfile import Checkpoint
 from .tensors import LONG_NAMES, NUMPY_DTYPES, element_count, itemsize
 
