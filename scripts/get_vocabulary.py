@@ -24,8 +24,8 @@ from typing import Dict, List, Optional, Sequence
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "research" / "qwen1_5"))
 
-from qwen15.bpe import byte_alphabet  # noqa: E402
 from qwen15.errors import EXIT_FAILED, UserError, run_main  # noqa: E402
+from qwen15.text.bpe import byte_alphabet  # noqa: E402
 
 PACKAGE = "dashscope"
 MEMBER = "dashscope/resources/qwen.tiktoken"

@@ -7,16 +7,17 @@ import os
 import random
 from unittest import mock
 
-import numpy as np
-
 import ascend_emulation
 import convert_weight
-from qwen15 import ascend_check
-from qwen15 import config as configuration
-from qwen15 import device, make_yaml, weights
-from qwen15.engine import Engine, KeptCache, Limits, Request
+import numpy as np
+from qwen15 import device
+from qwen15.ascend import check
+from qwen15.commands import make_yaml
+from qwen15.config import load as configuration
 from qwen15.errors import UserError
-from qwen15.mindformers_network import MindFormersNetwork
+from qwen15.generation.engine import Engine, KeptCache, Limits, Request
+from qwen15.network import weights
+from qwen15.network.mindformers import MindFormersNetwork
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160}
 THETA, EPS = 1e6, 1e-6
@@ -200,12 +201,12 @@ def report(arguments: list, fault: bool = False) -> list:
             return lambda query, *others: right(primitive)(query * 1.5, *others)
 
         ascend_emulation._REPLACEMENTS["PagedAttention"] = wrong
-    checks = {"check_network": functools.partial(ascend_check.check_network, device_target="CPU", options=["context.mode=1"],
+    checks = {"check_network": functools.partial(check.check_network, device_target="CPU", options=["context.mode=1"],
                                                  prepare=ascend_emulation.emulate),
-              "check_operators": functools.partial(ascend_check.check_operators, prepare=ascend_emulation.emulate)}
+              "check_operators": functools.partial(check.check_operators, prepare=ascend_emulation.emulate)}
     card = device.Ascend(("/dev/davinci0",), "/usr/local/Ascend/cann", "plugin", None)
     output = io.StringIO()
-    with mock.patch.multiple(ascend_check, **checks), mock.patch.object(device, "find_ascend", lambda: card), \
+    with mock.patch.multiple(check, **checks), mock.patch.object(device, "find_ascend", lambda: card), \
             contextlib.redirect_stdout(output):
-        code = ascend_check.main(arguments)
+        code = check.main(arguments)
     return [code, output.getvalue()]

@@ -6,10 +6,9 @@ builds its primitives wrongly computes wrongly here too.
 
 import sys
 
-import numpy as np
-
 import mindspore as ms
-from qwen15 import ascend_operators as plain
+import numpy as np
+from qwen15.ascend import operators as plain
 
 
 def values(tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ from ascend_worker import PACKAGES, Worker
 
 sys.path.insert(0, PACKAGES)
 
-from qwen15 import ascend_model  # noqa: E402
+from qwen15.ascend import model  # noqa: E402
 from qwen15.family import FAMILY, yaml_name  # noqa: E402
 
 CASES = (("MHA", 4, False), ("MHA, tied", 4, True), ("GQA", 2, False), ("GQA, tied", 2, True))
@@ -73,7 +73,7 @@ def graphs(folder: str) -> list:
 
 
 def _ranks(name: str) -> int:
-    from qwen15.config import load_config
+    from qwen15.config.load import load_config
 
     return load_config(os.path.join(PACKAGES, name), options=["context.device_target=CPU"]).parallel.model_parallel
 
@@ -85,8 +85,8 @@ def slices(folder: str) -> list:
         for vocab_emb_dp in (True, False):
             scratch = os.path.join(folder, f"slices{ranks}{vocab_emb_dp}")
             os.makedirs(scratch)
-            sizes = ascend_model.dims(ranks)
-            path = ascend_model.save(scratch, sizes, ascend_model.random_weights(sizes), ranks, vocab_emb_dp, "bfloat16", "CPU")
+            sizes = model.dims(ranks)
+            path = model.save(scratch, sizes, model.random_weights(sizes), ranks, vocab_emb_dp, "bfloat16", "CPU")
             worker = Worker(scratch)
             found = worker.call("ascend_graphs.slices", yaml_path=path, checkpoint=scratch, ranks=ranks, rank=ranks - 1,
                                 options=["model.model_config.param_init_type=float32"])

@@ -15,20 +15,20 @@ import tempfile
 from collections import Counter
 from unittest import mock
 
-import numpy as np
-
+import ascend_emulation
+import convert_weight
 import mindspore as ms
+import numpy as np
 from mindformers.core.context import parallel
 from mindspore import context
 from mindspore._c_expression import MSContext, ms_ctx_param
 from mindspore.train import mind_ir_pb2
-
-import ascend_emulation
-import convert_weight
-from qwen15 import ascend_check
-from qwen15 import config as configuration
-from qwen15 import device, mindformers_network, naming, strategy, weights
-from qwen15.engine import Engine, Limits, Request
+from qwen15 import device, naming
+from qwen15.ascend import check
+from qwen15.config import load as configuration
+from qwen15.conversion import strategy
+from qwen15.generation.engine import Engine, Limits, Request
+from qwen15.network import mindformers, weights
 
 build_context = importlib.import_module("mindformers.core.context.build_context")  # its package has a function of that name
 
@@ -126,9 +126,9 @@ def load(yaml_path: str, options=(), ranks: int = 1):
 def build(yaml_path: str, options=(), ranks: int = 1):
     """The network of a YAML with overrides, its parameters without contents; production's way there, but not cut or filled."""
     pretend(ranks, 0)
-    settings = mindformers_network.mindformers_config(load(yaml_path, options, ranks))
-    assert mindformers_network.start(settings) == (0, ranks)
-    cell = mindformers_network.build(settings)
+    settings = mindformers.mindformers_config(load(yaml_path, options, ranks))
+    assert mindformers.start(settings) == (0, ranks)
+    cell = mindformers.build(settings)
     # Without cards there is nobody to give 100 GB of parameters their contents for.
     object.__setattr__(cell, "init_parameters_data", lambda auto_parallel_mode=False: {})
     return cell
@@ -200,7 +200,7 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
     """
     pretend(ranks, rank)
     config = load(yaml_path, [*options, f"parallel_config.model_parallel={ranks}", f"auto_trans_ckpt={whole}"], ranks)
-    production_cut, told, result = mindformers_network.cut, [], {}
+    production_cut, told, result = mindformers.cut, [], {}
 
     def cut(cell, model):
         context.set_auto_parallel_context(strategy_ckpt_save_file=strategy_file)
@@ -208,7 +208,7 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
         context.set_auto_parallel_context(strategy_ckpt_save_file="")
         result["shapes"] = {parameter.name: list(parameter.shape) for parameter in cell.get_parameters()}
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(mindformers_network, "cut", cut):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(mindformers, "cut", cut):
         strategy_file, read_from = os.path.join(folder, "strategy.ckpt"), checkpoint
         if not whole:
             read_from = os.path.join(folder, "sliced")
@@ -216,7 +216,7 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
                                  "--vocab_emb_dp", str(config.parallel.vocab_emb_dp)])
         mine = _somebodys_output(rank)
         before = _files()
-        network = mindformers_network.MindFormersNetwork(config, weights.resolve(read_from, rank, ranks, whole), told.append)
+        network = mindformers.MindFormersNetwork(config, weights.resolve(read_from, rank, ranks, whole), told.append)
         layouts = strategy.read_strategy(strategy_file)
     result["strategy"] = {name: [list(layout.devices), list(layout.tensor_map)] for name, layout in layouts.items()}
     result["wrong"] = _compare_contents(network.cell, checkpoint, config, ranks, rank)
@@ -236,7 +236,7 @@ def generations(yaml_path: str, checkpoint: str, ranks: int) -> dict:
     """
     pretend(ranks, 0)
     config = load(yaml_path, ranks=ranks)
-    network = mindformers_network.MindFormersNetwork(config, checkpoint, lambda line: None)
+    network = mindformers.MindFormersNetwork(config, checkpoint, lambda line: None)
     executor = _executor()
     compile_on, run_network = executor.compile, network._run
     found, batches = {"compiled": []}, []
@@ -308,11 +308,11 @@ def report(ranks: int) -> list:
     def zeros(network, phase, input_ids, lengths, block_tables, slot_mapping):
         return np.zeros((len(lengths), network.vocab_size), np.float32)
 
-    with mock.patch.object(ascend_check, "check_network", functools.partial(ascend_check.check_network, device_target="CPU")), \
-            mock.patch.object(mindformers_network.MindFormersNetwork, "_run", zeros), \
+    with mock.patch.object(check, "check_network", functools.partial(check.check_network, device_target="CPU")), \
+            mock.patch.object(mindformers.MindFormersNetwork, "_run", zeros), \
             mock.patch.object(device, "find_ascend", lambda: card), \
             mock.patch.dict(os.environ, MS_WORKER_NUM=str(ranks)), contextlib.redirect_stdout(output):
-        code = ascend_check.main([])
+        code = check.main([])
     return [code, output.getvalue()]
 
 
@@ -330,4 +330,4 @@ def check_graphs(dtype: str) -> list:
             return cell.construct(*inputs, **named)
         object.__setattr__(cell, "compile_and_run", compile_and_run)
 
-    return [[result.name, result.error] for result in ascend_check.check_operators(dtype, prepare)]
+    return [[result.name, result.error] for result in check.check_operators(dtype, prepare)]

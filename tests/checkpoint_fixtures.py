@@ -9,12 +9,11 @@ from typing import Dict, Optional, Sequence, Tuple
 
 import numpy as np
 import safetensors
-
 from qwen15 import naming
+from qwen15.checkpoint.format_safetensors import steps
+from qwen15.checkpoint.reader import open_checkpoint
+from qwen15.checkpoint.tensors import TensorInfo, element_count, itemsize, total_bytes
 from qwen15.naming import Dims
-from qwen15.format_safetensors import steps
-from qwen15.tensorfile import open_checkpoint
-from qwen15.tensors import TensorInfo, element_count, itemsize, total_bytes
 
 LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SIDECARS = {"generation_config.json": '{"max_length": 7}\n', "vocab.json": '{"a": 0}\n', "merges.txt": "#version: 0.2\n",

@@ -4,7 +4,6 @@ import ctypes
 from typing import Sequence
 
 import numpy as np
-
 from kernels_remote import load
 
 F16, F32, BF16 = "float16", "float32", "bfloat16"

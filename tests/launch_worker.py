@@ -86,7 +86,6 @@ def _sum():
 def add():
     """Join and print the sum of 1 + rank over all ranks."""
     import mindspore as ms
-
     from qwen15 import cluster
     ms.set_context(device_target="CPU", mode=ms.GRAPH_MODE)
     rank, ranks = cluster.join()
@@ -99,7 +98,6 @@ def phases(steps, fault=""):
     `fault`: `raise:RANK:STEP` or `hang:RANK:STEP`.
     """
     import mindspore as ms
-
     from qwen15 import cluster
     ms.set_context(device_target="CPU", mode=ms.GRAPH_MODE)
     cluster.join()
@@ -120,7 +118,6 @@ def phases(steps, fault=""):
 def late(rank, seconds):
     """Join; one rank comes to the first sum this much later than the others."""
     import mindspore as ms
-
     from qwen15 import cluster
     ms.set_context(device_target="CPU", mode=ms.GRAPH_MODE)
     cluster.join()

@@ -6,12 +6,11 @@ import resource
 import sys
 
 import numpy as np
-
-from qwen15.config import load_config
-from qwen15.engine import Engine, Limits, Request
-from qwen15.network import build_network
-from qwen15.sampling import SamplingParams
-from qwen15.weights import resolve
+from qwen15.config.load import load_config
+from qwen15.generation.engine import Engine, Limits, Request
+from qwen15.generation.sampling import SamplingParams
+from qwen15.network.build import build_network
+from qwen15.network.weights import resolve
 
 
 def run(job: dict) -> dict:

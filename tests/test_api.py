@@ -6,9 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from command_fixtures import MODULE, make_random
-
 import qwen15
+from command_fixtures import MODULE, make_random
 from qwen15 import UserError, api, generate, load
 
 
@@ -26,7 +25,7 @@ def test_the_documented_example_runs(small_model, tmp_path):
 
 
 def test_the_name_stays_a_function_whatever_was_imported_before():
-    code = ("import qwen15.conversion, qwen15\nfrom qwen15 import convert\nassert callable(convert), convert\n"
+    code = ("import qwen15.conversion.hugging_face, qwen15\nfrom qwen15 import convert\nassert callable(convert), convert\n"
             "assert set(qwen15.__all__) >= {'load', 'generate', 'convert'}\nqwen15.nothing")
     done = subprocess.run([sys.executable, "-c", code], cwd=MODULE, capture_output=True, text=True)
     assert "has no attribute 'nothing'" in done.stderr and "AssertionError" not in done.stderr

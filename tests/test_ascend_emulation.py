@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-
 from ascend_worker import Worker
 
 for module in ("torch", "transformers", "mindformers"):

@@ -6,12 +6,14 @@ import shutil
 from dataclasses import replace
 
 import pytest
-
 from ascend_worker import Worker
 from official_configs import OTHERS, QWEN1_5
-from qwen15 import ascend_model, make_yaml, naming, strategy
-from qwen15.config import load_config
-from qwen15.hf_config import dims_from_hf_config
+from qwen15 import naming
+from qwen15.ascend import model
+from qwen15.commands import make_yaml
+from qwen15.config.hf_config import dims_from_hf_config
+from qwen15.config.load import load_config
+from qwen15.conversion import strategy
 
 pytest.importorskip("mindformers")
 
@@ -111,8 +113,8 @@ def test_operator_graphs_of_the_check_compile(cards, dtype):
     (2, True, True, False), (2, False, False, True), (4, False, False, True), (4, True, False, False),
     (8, False, True, True), (8, True, False, True), (8, False, False, False)))
 def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp, tied, whole):
-    sizes = ascend_model.dims(ranks, tied)
-    yaml_path = ascend_model.save(str(tmp_path), sizes, ascend_model.random_weights(sizes), ranks, vocab_emb_dp, "bfloat16", "CPU")
+    sizes = model.dims(ranks, tied)
+    yaml_path = model.save(str(tmp_path), sizes, model.random_weights(sizes), ranks, vocab_emb_dp, "bfloat16", "CPU")
     rank = ranks - 1
     found = cards(ranks).call("ascend_graphs.slices", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks, rank=rank,
                                whole=whole, options=["model.model_config.param_init_type=float32"])
@@ -123,7 +125,7 @@ def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp,
         name: weight.slice_shape(ranks, vocab_emb_dp) for name, weight in weights.items()}
     assert len(caches) == 2 * sizes.num_layers
     assert set(map(tuple, caches.values())) == {
-        (ascend_model.NUM_BLOCKS, ascend_model.BLOCK_SIZE, sizes.num_kv_heads // ranks, sizes.head_dim)}
+        (model.NUM_BLOCKS, model.BLOCK_SIZE, sizes.num_kv_heads // ranks, sizes.head_dim)}
 
     ours = {name: strategy.layout_of(len(weight.shape), weight.axis(ranks, vocab_emb_dp), ranks) for name, weight in weights.items()}
     assert found["strategy"] == {name: [list(layout.devices), list(layout.tensor_map)] for name, layout in ours.items()}
@@ -138,8 +140,8 @@ def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp,
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_two_generations_compile_two_graphs(cards, tmp_path, ranks):
     """The engine's own calls, whatever their batch and lengths, run the prefill graph and the increment graph and no third."""
-    sizes = ascend_model.dims(ranks)
-    yaml_path = ascend_model.save(str(tmp_path), sizes, ascend_model.random_weights(sizes), ranks)
+    sizes = model.dims(ranks)
+    yaml_path = model.save(str(tmp_path), sizes, model.random_weights(sizes), ranks)
     found = cards(ranks).call("ascend_graphs.generations", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks)
     one = [["prefill", False], ["increment", False], ["increment", False]]
     assert found["compiled"] == [["prefill", True], ["increment", True], ["increment", False], *one]

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-from qwen15 import ascend_check, device, memory, mindformers_network
-from qwen15.config import load_config
-from qwen15.engine import Engine
+from qwen15 import device
+from qwen15.ascend import check
+from qwen15.config.load import load_config
 from qwen15.errors import UserError
+from qwen15.generation import memory
+from qwen15.generation.engine import Engine
+from qwen15.network import mindformers
 
 
 @pytest.fixture
@@ -28,18 +30,18 @@ def config(module_dir):
     (["model.model_config.compute_dtype=float32"], "compute_dtype"), (["model.model_config.rotary_dtype=float32"], "rotary_dtype")))
 def test_what_ascend_cannot_do_is_named_with_its_fix(config, options, key):
     with pytest.raises(UserError) as caught:
-        mindformers_network.check(config(*options).model, "Ascend")
+        mindformers.check(config(*options).model, "Ascend")
     assert caught.value.where == f"model.model_config.{key}" and f"Set {key}" in caught.value.fix
 
 
 def test_no_card_is_one_line(config):
     with pytest.raises(UserError, match="no card"):
-        mindformers_network.MindFormersNetwork(config(), "nowhere", print)
+        mindformers.MindFormersNetwork(config(), "nowhere", print)
 
 
 def test_saving_the_strategy_is_refused(config):
     with pytest.raises(UserError, match="saves no strategy"):
-        mindformers_network.mindformers_config(config("only_save_strategy=True"))
+        mindformers.mindformers_config(config("only_save_strategy=True"))
 
 
 @pytest.mark.parametrize("option, key", (("parallel.parallel_mode=0", "parallel_mode"), ("context.mode=1", "mode 1")))
@@ -47,17 +49,17 @@ def test_modes_that_cannot_cut_the_weights_are_refused(config, tmp_path, monkeyp
     monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
     pytest.importorskip("mindformers")
     with pytest.raises(UserError, match=key):
-        mindformers_network.mindformers_config(config("use_parallel=True", option))
+        mindformers.mindformers_config(config("use_parallel=True", option))
 
 
 def test_a_network_with_other_parameters_is_refused(config):
     parameter = SimpleNamespace(name="model.layers.0.attention.w_qkv.weight")
     with pytest.raises(UserError, match="w_qkv"):
-        mindformers_network.fill(SimpleNamespace(get_parameters=lambda: [parameter]), None, config(), 1, print)
+        mindformers.fill(SimpleNamespace(get_parameters=lambda: [parameter]), None, config(), 1, print)
 
 
 def test_partly_cached_sequences_are_not_prefilled():
-    network = mindformers_network.MindFormersNetwork.__new__(mindformers_network.MindFormersNetwork)
+    network = mindformers.MindFormersNetwork.__new__(mindformers.MindFormersNetwork)
     assert not network.supports_cached_prefill
     ones = np.ones(1, np.int32)
     with pytest.raises(ValueError, match="partly in the cache"):
@@ -65,10 +67,10 @@ def test_partly_cached_sequences_are_not_prefilled():
 
 
 def test_a_full_card_is_explained():
-    error = mindformers_network._explain(RuntimeError("Device(id:0) memory isn't enough and alloc failed, kernel name: X"))
+    error = mindformers._explain(RuntimeError("Device(id:0) memory isn't enough and alloc failed, kernel name: X"))
     assert isinstance(error, UserError) and "num_blocks" in error.fix
     other = RuntimeError("something else")
-    assert mindformers_network._explain(other) is other
+    assert mindformers._explain(other) is other
 
 
 def complaints(config, monkeypatch):
@@ -77,24 +79,24 @@ def complaints(config, monkeypatch):
         raise RuntimeError("Device 9 is not there")
 
     model = config().model
-    attempts = [lambda option=option: mindformers_network.check(config(f"model.model_config.{option}").model, "Ascend") for option in
+    attempts = [lambda option=option: mindformers.check(config(f"model.model_config.{option}").model, "Ascend") for option in
                 ("qkv_concat=True", "is_dynamic=False", "use_past=False", "compute_dtype=float32", "rotary_dtype=float32")]
     attempts += [
-        lambda: mindformers_network.check(replace(model, dims=replace(model.dims, head_dim=64)), "Ascend"),
-        lambda: device.require("Ascend"), lambda: ascend_check.main([]),
+        lambda: mindformers.check(replace(model, dims=replace(model.dims, head_dim=64)), "Ascend"),
+        lambda: device.require("Ascend"), lambda: check.main([]),
         lambda: memory.check(config("context.max_device_memory=20GB")),
-        lambda: mindformers_network.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0")),
-        lambda: mindformers_network.mindformers_config(config("use_parallel=True", "context.mode=1"))]
-    told = [str(mindformers_network._explain(RuntimeError("memory isn't enough"))),
+        lambda: mindformers.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0")),
+        lambda: mindformers.mindformers_config(config("use_parallel=True", "context.mode=1"))]
+    told = [str(mindformers._explain(RuntimeError("memory isn't enough"))),
             str(Engine._non_finite(SimpleNamespace(network=SimpleNamespace(find_non_finite=lambda: None)), [SimpleNamespace(generated=3)]))]
     with monkeypatch.context() as patch:
         patch.setattr("mindformers.build_context", fails)
-        attempts.append(lambda: mindformers_network.start(SimpleNamespace()))
+        attempts.append(lambda: mindformers.start(SimpleNamespace()))
         told += [_said(attempt) for attempt in attempts]
     with monkeypatch.context() as patch:
         patch.setattr(device, "require", lambda target: None)
-        patch.setattr(mindformers_network, "start", lambda settings: (0, 2))
-        told.append(_said(lambda: mindformers_network.MindFormersNetwork(
+        patch.setattr(mindformers, "start", lambda settings: (0, 2))
+        told.append(_said(lambda: mindformers.MindFormersNetwork(
             config("use_parallel=True", "parallel_config.model_parallel=4"), "nowhere", print)))
     return told
 
@@ -142,6 +144,6 @@ def test_every_rank_learns_the_token_of_rank_0(module_dir, tmp_path):
 
 
 def test_check_without_a_card_says_so(module_dir):
-    result = subprocess.run([sys.executable, "-m", "qwen15.ascend_check"], cwd=module_dir, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-m", "qwen15", "ascend-check"], cwd=module_dir, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "no card" in result.stderr and "Traceback" not in result.stderr and not result.stdout

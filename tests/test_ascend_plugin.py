@@ -1,12 +1,11 @@
 """MindFormers' Trainer predicts with a shipped YAML, this module's tokenizer and a checkpoint this module converted."""
 
-import pytest
-
 import convert_weight
+import pytest
 from ascend_worker import PACKAGES, Worker
-from qwen15 import ascend_model
-from qwen15.naming import Dims
 from qwen1_5_tokenizer import Qwen2Tokenizer
+from qwen15.ascend import model
+from qwen15.naming import Dims
 
 pytest.importorskip("mindformers")
 
@@ -17,8 +16,8 @@ PROMPT, LENGTH = "Hello world", 10
 
 @pytest.mark.parametrize("imported", (True, False), ids=("imported", "REGISTER_PATH"))
 def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, tmp_path, imported):
-    tensors = ascend_model.random_weights(SIZES)
-    ascend_model.save(str(tmp_path), SIZES, tensors, dtype="float32", device_target="CPU")
+    tensors = model.random_weights(SIZES)
+    model.save(str(tmp_path), SIZES, tensors, dtype="float32", device_target="CPU")
     checkpoint = str(tmp_path / "ms.ckpt")
     convert_weight.main(["--torch_ckpt_dir", str(tmp_path), "--mindspore_ckpt_path", checkpoint])
     where = {"PYTHONPATH": PACKAGES} if imported else {"PYTHONPATH": "", "REGISTER_PATH": PACKAGES}
@@ -28,13 +27,13 @@ def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, t
             "ascend_plugin.predict", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"), vocabulary=str(qwen_vocabulary),
             checkpoint=checkpoint, prompt=PROMPT, max_length=LENGTH, imported=imported,
             sizes={"seq_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "n_kv_heads": 2, "intermediate_size": 48,
-                   "vocab_size": 151936, "rms_norm_eps": ascend_model.RMS_NORM_EPS, "theta": ascend_model.THETA})
+                   "vocab_size": 151936, "rms_norm_eps": model.RMS_NORM_EPS, "theta": model.THETA})
     finally:
         worker.close()
     tokenizer = Qwen2Tokenizer(str(qwen_vocabulary / "vocab.json"), str(qwen_vocabulary / "merges.txt"))
     ids = tokenizer.encode(PROMPT)
     while len(ids) < LENGTH:
-        ids.append(int(ascend_model.logits(SIZES, tensors, ids)[-1].argmax()))
+        ids.append(int(model.logits(SIZES, tensors, ids)[-1].argmax()))
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     assert found["greedy"] == expected
     # What docs/ascend.md warns of: MindFormers goes on with random weights, is greedy where it should sample, and loses a token.

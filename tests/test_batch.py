@@ -9,11 +9,10 @@ import time
 
 import pytest
 from command_fixtures import MODULE, command, environment, error_line, make_random, run
-
-from qwen15 import batch
-from qwen15.engine import Usage
+from qwen15.commands import batch
 from qwen15.errors import EXIT_FAILED, UserError
-from qwen15.session import Settings
+from qwen15.generation.engine import Usage
+from qwen15.generation.session import Settings
 
 DEFAULTS = Settings(False, 1.0, 0, 1.0, 1.0, None, 64, None)
 

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-
 from conftest import MODULE
 from qwen15.bench import hf, options, report, rounds, work
 from qwen15.bench.make_checkpoint import dims_of, make_checkpoint

@@ -5,7 +5,6 @@ import os
 
 import pytest
 from checkpoint_fixtures import dims, model_contents, write_model
-
 from qwen15.bench import convert
 from qwen15.bench.command import main
 from qwen15.errors import UserError

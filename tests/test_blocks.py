@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from qwen15.blocks import BlockPool, BlockTable, OutOfBlocks, table_array
+from qwen15.generation.blocks import BlockPool, BlockTable, OutOfBlocks, table_array
 
 
 def test_slots_follow_the_table_across_blocks():

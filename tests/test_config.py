@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-
-from qwen15 import config_keys, device
-from qwen15.config import Flag, add_flags, checkpoint_folders, describe, flags_from, load_config
+from qwen15 import device
+from qwen15.config import keys
+from qwen15.config.load import Flag, add_flags, checkpoint_folders, describe, flags_from, load_config
 from qwen15.errors import UserError
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
@@ -467,12 +467,12 @@ def test_tokenizer_files_lie_beside_the_checkpoint_unless_named(write, checkpoin
 # --- the table of keys
 
 def test_every_flag_sets_a_key_of_the_table():
-    from qwen15.config_flags import FLAG_FIELDS
+    from qwen15.config.flags import FLAG_FIELDS
 
     names = {field.name for field in FLAG_FIELDS}
     assert len(names) == len(FLAG_FIELDS)
     for field in FLAG_FIELDS:
-        assert config_keys.find(field.key) is not None, field
+        assert keys.find(field.key) is not None, field
     original = ("run_mode load_checkpoint auto_trans_ckpt vocab_file merges_file seq_length predict_length "
                 "use_parallel device_id use_past do_sample top_k top_p batch_size train_dataset remote_save_url "
                 "eval_dataset optimizer_parallel")
@@ -480,14 +480,14 @@ def test_every_flag_sets_a_key_of_the_table():
 
 
 def test_the_table_names_no_key_twice():
-    assert len(config_keys.KEYS) == len(config_keys._ROWS)
+    assert len(keys.KEYS) == len(keys._ROWS)
 
 
 # --- speed
 
 def test_a_typo_is_answered_at_once_and_without_mindspore(write):
     path = write(with_line("    num_layers: 2", "    rms_norm_epsilon: 1.0e-6"))
-    program = ("import sys\nfrom qwen15.config import load_config\nfrom qwen15.errors import run_main\n"
+    program = ("import sys\nfrom qwen15.config.load import load_config\nfrom qwen15.errors import run_main\n"
                f"code = run_main(lambda argv: load_config({path!r}) and 0, [])\n"
                "assert not {'mindspore', 'numpy', 'torch', 'mindformers'} & set(sys.modules)\nsys.exit(code)")
     start = time.perf_counter()

@@ -4,10 +4,9 @@ import os
 import re
 
 import pytest
-
-from qwen15 import config_keys
-from qwen15.config import Flag, load_config
-from qwen15.config_flags import FLAG_FIELDS
+from qwen15.config import keys
+from qwen15.config.flags import FLAG_FIELDS
+from qwen15.config.load import Flag, load_config
 from qwen15.errors import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,7 +24,7 @@ def test_every_flag_and_every_key_that_is_read_is_on_the_page(name):
     text = page(name)
     assert [field.name for field in FLAG_FIELDS if f"`{field.name}`" not in text] == []
     words = set(re.findall(r"[A-Za-z_0-9]+", text))
-    used = [row.name for row in config_keys.KEYS.values() if row.role == config_keys.USED]
+    used = [row.name for row in keys.KEYS.values() if row.role == keys.USED]
     minor = {"bos_token", "errors", "padding_side", "truncation_side", "add_prefix_space", "add_bos_token",
              "add_eos_token",
              "split_special_tokens", "clean_up_tokenization_spaces", "additional_special_tokens"}

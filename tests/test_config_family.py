@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import yaml
-
 from official_configs import QWEN1_5, QWEN1_5_CHAT
-from qwen15 import config_keys, device, family, make_yaml, memory
-from qwen15.config import load_config
-from qwen15.hf_config import dims_from_hf_config
+from qwen15 import device, family
+from qwen15.commands import make_yaml
+from qwen15.config import keys
+from qwen15.config.hf_config import dims_from_hf_config
+from qwen15.config.load import load_config
+from qwen15.generation import memory
 from qwen15.naming import indivisible
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
@@ -64,8 +66,8 @@ def test_a_shipped_file_has_only_keys_that_predicting_reads(path):
     with open(path, encoding="utf-8") as file:
         text = file.read()
     for key in config.sources:
-        row = config_keys.find(key)
-        assert row is not None and row.role != config_keys.INERT, key
+        row = keys.find(key)
+        assert row is not None and row.role != keys.INERT, key
     assert yaml.safe_load(text)["context"]["device_target"] == "auto"
     assert max(len(line) for line in text.splitlines() if "chat_template" not in line) <= 120
 

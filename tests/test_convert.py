@@ -6,20 +6,31 @@ import shutil
 
 import numpy as np
 import pytest
-from checkpoint_fixtures import (SIDECARS, as_array, dims, model_contents, random_bits, read_contents, run_script, under_ms_names,
-                                 write_config, write_model, write_safetensors)
+from checkpoint_fixtures import (
+    SIDECARS,
+    as_array,
+    dims,
+    model_contents,
+    random_bits,
+    read_contents,
+    run_script,
+    under_ms_names,
+    write_config,
+    write_model,
+    write_safetensors,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tensorfile import write
-
 from qwen15 import naming
-from qwen15.casting import cast
-from qwen15.conversion import Options, parse_size, plan_to_hugging_face, plan_to_mindspore
+from qwen15.checkpoint.casting import cast
+from qwen15.checkpoint.reader import open_ranks, read_joined
+from qwen15.checkpoint.tensors import TensorInfo
+from qwen15.conversion.hugging_face import Options, parse_size, plan_to_hugging_face, plan_to_mindspore
+from qwen15.conversion.plan import shape_files
+from qwen15.conversion.run import run
+from qwen15.conversion.slices import Slicing
 from qwen15.errors import UserError
-from qwen15.job import run, shape_files
-from qwen15.slices import Slicing
-from qwen15.tensorfile import open_ranks, read_joined
-from qwen15.tensors import TensorInfo
+from test_tensorfile import write
 
 
 def to_mindspore(source, target, verify=True, **options):

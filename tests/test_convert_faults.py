@@ -13,18 +13,27 @@ import time
 from contextlib import closing
 
 import pytest
-from checkpoint_fixtures import dims, model_contents, peak_of, read_contents, run_script, under_ms_names, write_model, write_sparse
-from test_convert import to_hugging_face, to_mindspore
-
-from qwen15 import file_writer, job, output
-from qwen15.conversion import Options, plan_to_mindspore
+from checkpoint_fixtures import (
+    dims,
+    model_contents,
+    peak_of,
+    read_contents,
+    run_script,
+    under_ms_names,
+    write_model,
+    write_sparse,
+)
+from qwen15.checkpoint import atomic, file_writer
+from qwen15.checkpoint.atomic import partial_path
+from qwen15.checkpoint.reader import open_ranks, read_joined
+from qwen15.conversion import run as running
+from qwen15.conversion.hugging_face import Options, plan_to_mindspore
+from qwen15.conversion.reslice import Request, plan_transform
+from qwen15.conversion.run import run
+from qwen15.conversion.slices import Slicing
 from qwen15.errors import UserError
 from qwen15.family import FAMILY
-from qwen15.job import run
-from qwen15.output import partial_path
-from qwen15.slices import Slicing
-from qwen15.tensorfile import open_ranks, read_joined
-from qwen15.transform import Request, plan_transform
+from test_convert import to_hugging_face, to_mindspore
 
 FORMS = {"file": {}, "bin": {}, "shards": {"shard_bytes": 9000}, "ranks": {"slicing": Slicing(2, False)}}
 _EVENTS = ("pwrite", "rename", "unlink", "ftruncate", "fsync", "makedirs", "rmdir")
@@ -53,7 +62,7 @@ def contents_of(form, target, sizes):
 def convert(form, source, target, overwrite=False):
     """Make one form of result."""
     if form == "bin":
-        from qwen15.conversion import plan_to_hugging_face
+        from qwen15.conversion.hugging_face import plan_to_hugging_face
         plan = plan_to_hugging_face(str(source), Options(str(target)))
     else:
         plan = plan_to_mindspore(str(source), Options(str(target), **FORMS[form]))
@@ -98,7 +107,7 @@ def dies_at(event, work):
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_killed_at_any_moment_there_is_no_result_or_a_whole_one(tmp_path, form, overwrite, monkeypatch):
-    monkeypatch.setattr(job, "RECORD_EVERY_BYTES", 4000)
+    monkeypatch.setattr(running, "RECORD_EVERY_BYTES", 4000)
     sizes = dims(layers=1)
     new = write_model(tmp_path / "new", sizes, model_contents(sizes, seed=1), shards=2)
     old = write_model(tmp_path / "old", sizes, model_contents(sizes, seed=2), shards=2)
@@ -159,7 +168,7 @@ def test_an_interrupted_sharded_conversion_is_taken_up_again(tmp_path, monkeypat
 
     def attempt(fail_at=None):
         calls = []
-        original = job.transfer
+        original = running.transfer
 
         def transfer(*arguments):
             calls.append(1)
@@ -167,12 +176,12 @@ def test_an_interrupted_sharded_conversion_is_taken_up_again(tmp_path, monkeypat
                 raise KeyboardInterrupt
             return original(*arguments)
 
-        monkeypatch.setattr(job, "transfer", transfer)
+        monkeypatch.setattr(running, "transfer", transfer)
         plan = plan_to_mindspore(str(tmp_path / "hf"), options)
         try:
             return run(plan), len(calls), len(plan.files)
         finally:
-            monkeypatch.setattr(job, "transfer", original)
+            monkeypatch.setattr(running, "transfer", original)
             plan.close()
 
     with pytest.raises(KeyboardInterrupt):
@@ -202,8 +211,8 @@ def test_work_on_files_that_are_written_together_is_taken_up_inside_of_them(tmp_
             Options(str(target), slicing=Slicing(2, False), form="ckpt" if what == "ckpt slices" else None)
         return plan_to_mindspore(str(tmp_path / "hf"), options)
 
-    monkeypatch.setattr(job, "RECORD_EVERY_BYTES", 2500)
-    moved, original = [], job.transfer
+    monkeypatch.setattr(running, "RECORD_EVERY_BYTES", 2500)
+    moved, original = [], running.transfer
     for _ in range(attempts):
         started = []
 
@@ -214,11 +223,11 @@ def test_work_on_files_that_are_written_together_is_taken_up_inside_of_them(tmp_
             original(moves, *rest)
             moved.extend(move.label for move in moves)
 
-        monkeypatch.setattr(job, "transfer", transfer)
+        monkeypatch.setattr(running, "transfer", transfer)
         with pytest.raises(KeyboardInterrupt):
             run(plan(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(job, "transfer", lambda moves, *rest: (moved.extend(move.label for move in moves), original(moves, *rest)))
+    monkeypatch.setattr(running, "transfer", lambda moves, *rest: (moved.extend(move.label for move in moves), original(moves, *rest)))
     again = plan(tmp_path / "out")
     result = run(again, verify=True)
     assert moved == [move.label for move in again.moves]  # every tensor once
@@ -243,9 +252,9 @@ def test_killed_while_it_writes_slices_it_goes_on_from_the_last_record(tmp_path,
     else:
         flags = ["--torch_ckpt_dir", str(tmp_path / "hf"), "--mindspore_ckpt_path", str(target)]
     program = ("import runpy, sys, time; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
-               "from qwen15 import job; job.RECORD_EVERY_BYTES = 4 * 10 ** 6\n"
-               "begin = job.Record.begin\n"
-               "job.Record.begin = lambda *rest: (begin(*rest), time.sleep(0.05))\n"  # so that the signal comes between two
+               "from qwen15.conversion import run as running; running.RECORD_EVERY_BYTES = 4 * 10 ** 6\n"
+               "begin = running.Record.begin\n"
+               "running.Record.begin = lambda *rest: (begin(*rest), time.sleep(0.05))\n"  # so that the signal comes between two
                "runpy.run_path(sys.argv[0], run_name='__main__')")
     command = [sys.executable, "-c", program, str(module_dir / script), *flags, "--model_parallel", "2", "--vocab_emb_dp", "False"]
     kills, before = 0, -1
@@ -278,7 +287,7 @@ def test_an_interruption_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatc
     import convert_weight
     flags = ["--torch_ckpt_dir", str(tmp_path / "hf"), "--mindspore_ckpt_path", str(tmp_path / "ms"), "--max_shard_size", "6kB"]
     with monkeypatch.context() as patched:
-        patched.setattr(job, "transfer", interrupt_after(job.transfer, 2))
+        patched.setattr(running, "transfer", interrupt_after(running.transfer, 2))
         with pytest.raises(KeyboardInterrupt):
             convert_weight.main(flags)
     kept = tmp_path / ".ms.qwen15-partial"
@@ -290,7 +299,7 @@ def test_an_interruption_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatc
 
 def test_work_on_another_source_is_not_taken_up(tmp_path, monkeypatch):
     write_model(tmp_path / "hf", dims())
-    monkeypatch.setattr(job, "transfer", interrupt_after(job.transfer, 2))
+    monkeypatch.setattr(running, "transfer", interrupt_after(running.transfer, 2))
     with pytest.raises(KeyboardInterrupt):
         to_mindspore(tmp_path / "hf", tmp_path / "ms", shard_bytes=6000)
     monkeypatch.undo()
@@ -367,7 +376,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_no_result(tmp_path, small_disk, 
         to_mindspore(tmp_path / "hf", tmp_path / "ms")
         source = tmp_path / "ms"
     target = target_of(form, small_disk)
-    monkeypatch.setattr(job, "check_space", lambda *_: None)  # as if another program wrote meanwhile
+    monkeypatch.setattr(running, "check_space", lambda *_: None)  # as if another program wrote meanwhile
     with pytest.raises(UserError, match="No space left.*Make room") as error:
         convert(form, source, target)
     assert error.value.exit_code == 1 and not target.exists()
@@ -446,7 +455,7 @@ def test_a_bit_that_flips_on_its_way_to_the_disk_is_found_by_verify(tmp_path, mo
 def test_two_conversions_to_one_place_do_not_mix(tmp_path, module_dir):
     write_model(tmp_path / "hf", dims())
     for target in ("x.ckpt", "folder"):
-        holder = output.atomic_file(str(tmp_path / target)) if "." in target else output.AtomicFolder(str(tmp_path / target))
+        holder = atomic.atomic_file(str(tmp_path / target)) if "." in target else atomic.AtomicFolder(str(tmp_path / target))
         if "." in target:
             holder.__enter__()
         done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / target)

@@ -7,10 +7,9 @@ import shutil
 import numpy as np
 import pytest
 from checkpoint_fixtures import peak_of, run_script, write_sparse
-
 from qwen15 import naming
+from qwen15.checkpoint.reader import open_checkpoint
 from qwen15.family import FAMILY
-from qwen15.tensorfile import open_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from checkpoint_fixtures import dims, write_model
 from conftest import MODULE, ROOT
-
 from qwen15 import naming
 
 PAGES = [ROOT / "README.md", MODULE / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

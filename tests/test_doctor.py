@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-
-from qwen15 import device, doctor
+from qwen15 import device
+from qwen15.commands import doctor
 from qwen15.errors import UserError
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
@@ -18,7 +18,7 @@ GOOD = {"mindspore": "2.9.0", "mindformers": "1.9.0", "numpy": "1.26.4", "pyyaml
 
 
 def run(*arguments, **environ):
-    return subprocess.run([sys.executable, "-m", "qwen15.doctor", *arguments], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "qwen15", "doctor", *arguments], capture_output=True, text=True,
                           check=False, env={**os.environ, "PYTHONPATH": MODULE, **environ})
 
 

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-
-from qwen15 import engine as engine_module
-from qwen15.engine import CANCELLED, LENGTH, STOP, Engine, KeptCache, Limits, Request
 from qwen15.errors import EXIT_FAILED, UserError
-from qwen15.network import Network
-from qwen15.sampling import SamplingParams
+from qwen15.generation import engine as engine_module
+from qwen15.generation.engine import CANCELLED, LENGTH, STOP, Engine, KeptCache, Limits, Request
+from qwen15.generation.sampling import SamplingParams
+from qwen15.network.base import Network
 
 VOCABULARY = 101
 

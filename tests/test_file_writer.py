@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from qwen15 import file_writer, pages
+from qwen15.checkpoint import file_writer, pages
+from qwen15.checkpoint.file_writer import Blocks, FileWriter
+from qwen15.checkpoint.tensors import Body, Tail
 from qwen15.errors import UserError
-from qwen15.file_writer import Blocks, FileWriter
-from qwen15.tensors import Body, Tail
 
 
 def tensors_of(sizes, seed=0):

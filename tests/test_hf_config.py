@@ -3,9 +3,8 @@
 import json
 
 import pytest
-
+from qwen15.config.hf_config import dims_from_hf_config
 from qwen15.errors import UserError
-from qwen15.hf_config import dims_from_hf_config
 
 QWEN_05B = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1024, "intermediate_size": 2816,
             "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 151936,

@@ -7,7 +7,6 @@ import time
 
 import pytest
 from command_fixtures import MODULE, command, environment, make_random
-
 from qwen15 import interrupts
 
 

@@ -6,8 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-
-from kernels_cases import (BF16, F16, F32, Batch, Stored, attention, call, linear, relative_error, rmsnorm, rotate, silu, tolerance)
+from kernels_cases import (
+    BF16,
+    F16,
+    F32,
+    Batch,
+    Stored,
+    attention,
+    call,
+    linear,
+    relative_error,
+    rmsnorm,
+    rotate,
+    silu,
+    tolerance,
+)
 from kernels_remote import COMMAND, close, load
 from qwen15.errors import UserError
 from qwen15.kernels import library

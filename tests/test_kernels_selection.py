@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-
-from qwen15 import sampling
 from qwen15.errors import UserError
+from qwen15.generation import sampling
+from qwen15.generation.sampling import PLAIN, NonFiniteLogits
 from qwen15.kernels import library
 from qwen15.kernels.build import find_compiler
-from qwen15.sampling import PLAIN, NonFiniteLogits
 
 try:
     KERNELS = [name for name in library.KERNELS if library.load().can_run(name)]

@@ -14,10 +14,9 @@ from conftest import MODULE
 from hypothesis import given
 from hypothesis import strategies as st
 from launch_runs import LAUNCHER, WORKER, Launch, free_port, worker
-
-from qwen15 import launch
 from qwen15.errors import UserError
-from qwen15.rank_process import _WithoutNotices
+from qwen15.launch import plan as launch
+from qwen15.launch.rank_process import _WithoutNotices
 
 SCRIPT = str(WORKER)
 
@@ -440,5 +439,5 @@ def test_help_is_quick_and_needs_no_mindspore(tmp_path):
     environ = {**os.environ, "PATH": os.path.dirname(sys.executable) + ":" + os.environ["PATH"]}
     done = subprocess.run(["bash", LAUNCHER, "--help"], capture_output=True, text=True, env=environ)
     assert done.returncode == 0 and "MASTER_ADDR" in done.stdout
-    code = "import sys; from qwen15 import launch; sys.exit('mindspore' in sys.modules)"
+    code = "import sys; from qwen15.launch import plan; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=MODULE).returncode == 0

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-
 from qwen15 import naming
+from qwen15.checkpoint.leftovers import account, kind_of, sort_out
 from qwen15.family import FAMILY
-from qwen15.leftovers import account, kind_of, sort_out
 
 WEIGHTS = ("model.layers.0.attention.wo.weight", "lm_head.weight")
 OPTIMIZERS = ("Adagrad", "Adam", "AdamOffload", "AdamWeightDecay", "LazyAdam", "FTRL", "LARS", "Lamb", "Momentum", "ProximalAdagrad", "RMSProp",

@@ -6,9 +6,8 @@ import time
 
 import pytest
 from launch_runs import free_port
-
-from qwen15 import machines
-from qwen15.machines import Hub, Machine, Member, Report
+from qwen15.launch import machines
+from qwen15.launch.machines import Hub, Machine, Member, Report
 
 HERE = "127.0.0.1"
 FAILURE = Report("rank 1 on machine 1", "killed by SIGKILL", "See dmesg.", 137, "/logs/worker_1.log", ("one", "two"))

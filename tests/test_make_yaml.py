@@ -3,18 +3,19 @@
 import json
 import os
 
+import convert_weight
 import pytest
 import yaml
 from conftest import random_model
-
-import convert_weight
 from official_configs import OTHERS, QWEN1_5, config
-from qwen15 import device, make_yaml, memory
-from qwen15.config import Flag, load_config
-from qwen15.engine import Engine, Limits, Request
+from qwen15 import device
+from qwen15.commands import make_yaml
+from qwen15.config.hf_config import dims_from_hf_config
+from qwen15.config.load import Flag, load_config
 from qwen15.errors import UserError
-from qwen15.hf_config import dims_from_hf_config
-from qwen15.network import build_network
+from qwen15.generation import memory
+from qwen15.generation.engine import Engine, Limits, Request
+from qwen15.network.build import build_network
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
 

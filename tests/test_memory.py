@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 from command_fixtures import error_line, make_random, run
-
-from qwen15 import device, memory, naming
-from qwen15.config import Flag, load_config
+from qwen15 import device, naming
+from qwen15.config.load import Flag, load_config
 from qwen15.errors import UserError
+from qwen15.generation import memory
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULE = os.path.join(ROOT, "research", "qwen1_5")
@@ -250,7 +250,7 @@ def test_the_table_in_the_docs_is_current():
     with open(os.path.join(ROOT, "docs", "memory.md"), encoding="utf-8") as file:
         document = file.read()
     current = memory.updated(document, memory.document_part(MODULE))
-    assert document == current, "run: python -m qwen15.memory --update docs/memory.md"
+    assert document == current, "run: python -m qwen15 memory --update docs/memory.md"
 
 
 def test_updating_keeps_everything_outside_the_markers(tmp_path, capsys):
@@ -315,7 +315,7 @@ def test_weights_are_mapped_and_an_empty_cache_costs_nothing(tmp_path):
 
 
 def test_the_operators_that_will_run_decide_without_importing_mindspore():
-    program = ("import sys; from qwen15 import memory; from qwen15.config import load_config; "
+    program = ("import sys; from qwen15.generation import memory; from qwen15.config.load import load_config; "
                f"config = load_config({os.path.join(MODULE, 'predict_qwen1_5_0_5b.yaml')!r}, environ={{}}); "
                "print(memory.check(config)); assert 'mindspore' not in sys.modules")
     lines = {}

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from conftest import random_model
-
-from qwen15.blocks import BlockPool, BlockTable, table_array
-from qwen15.config import Flag, load_config
-from qwen15.engine import Engine, Limits, Request
-from qwen15.network import build_network, rope_tables
+from qwen15.config.load import Flag, load_config
+from qwen15.generation.blocks import BlockPool, BlockTable, table_array
+from qwen15.generation.engine import Engine, Limits, Request
+from qwen15.network.base import rope_tables
+from qwen15.network.build import build_network
 
 torch = pytest.importorskip("torch")
 
@@ -229,7 +229,7 @@ def whole_calls(operators, monkeypatch):
     """Counts the calls that pass all parameters; only for the kernels, which can do without."""
     if operators != "kernels":
         pytest.skip("always passes all parameters")
-    from qwen15.network import CpuNetwork
+    from qwen15.network.cpu import CpuNetwork
 
     run, calls = CpuNetwork._run, []
     monkeypatch.setattr(CpuNetwork, "_run", lambda self, *arrays: (calls.append(self), run(self, *arrays))[1])

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-
-from qwen15 import sampling
-from qwen15.sampling import NonFiniteLogits, Sampler, SamplingParams
+from qwen15.generation import sampling
+from qwen15.generation.sampling import NonFiniteLogits, Sampler, SamplingParams
 
 
 def probabilities(params: SamplingParams, logits: np.ndarray, prompt=()) -> np.ndarray:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from qwen15.shard import bounds, cut, join
+from qwen15.checkpoint.shard import bounds, cut, join
 
 
 @given(st.data())

@@ -3,8 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from qwen15.stream import TextStream
+from qwen15.text.stream import TextStream
 
 
 def run(pieces, **options):

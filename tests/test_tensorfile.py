@@ -13,11 +13,10 @@ import pytest
 from checkpoint_fixtures import as_array, dims, model_contents, random_bits, write_model, write_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from qwen15 import format_bin, format_ckpt, format_safetensors, tensorfile
+from qwen15.checkpoint import format_bin, format_ckpt, format_safetensors, reader
+from qwen15.checkpoint.reader import FORMATS, TensorFile, open_checkpoint, open_ranks, read_joined
+from qwen15.checkpoint.tensors import Body, TensorInfo, total_bytes
 from qwen15.errors import UserError
-from qwen15.tensorfile import FORMATS, TensorFile, open_checkpoint, open_ranks, read_joined
-from qwen15.tensors import Body, TensorInfo, total_bytes
 
 CONTENTS = {"model.norm.weight": ("BF16", (5,), random_bits("BF16", (5,), np.random.default_rng(1))),
             "一.weight": ("F32", (4, 6), random_bits("F32", (4, 6), np.random.default_rng(2))),
@@ -340,7 +339,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, kind):
 
 def format_entry_ends(content):
     """Where the entries of a .ckpt end."""
-    from qwen15 import wire
+    from qwen15.checkpoint import wire
     ends, at = set(), 0
     while at < len(content):
         length, after = wire.read_varint(content, at + 1)
@@ -400,11 +399,11 @@ def test_files_that_claim_to_be_huge_allocate_nothing(tmp_path):
     with zipfile.ZipFile(memo, "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")
     program = ("import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 ** 30, 2 ** 30))\n"
-               "from qwen15.tensorfile import open_checkpoint; from qwen15.errors import UserError\n"
+               "from qwen15.checkpoint.reader import open_checkpoint; from qwen15.errors import UserError\n"
                "for path in sys.argv[1:]:\n"
                "    try: print(sorted(open_checkpoint(path).infos))\n"
                "    except UserError as error: print('refused', error)")
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tensorfile.__file__)), "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.dirname(reader.__file__))), "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program, *map(str, (claims, deep, bomb, memo))], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -413,8 +412,8 @@ def test_files_that_claim_to_be_huge_allocate_nothing(tmp_path):
 
 
 def test_opening_safetensors_and_bin_and_ckpt_imports_no_framework():
-    program = ("import sys; import qwen15.tensorfile, qwen15.conversion, qwen15.transform\n"
+    program = ("import sys; import qwen15.checkpoint.reader, qwen15.conversion.hugging_face, qwen15.conversion.reslice\n"
                "print([m for m in ('mindspore', 'torch', 'transformers', 'mindformers', 'safetensors') if m in sys.modules])")
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tensorfile.__file__))}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.dirname(reader.__file__)))}
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, universal_newlines=True, env=environment, timeout=60)
     assert done.stdout.strip() == "[]"

@@ -8,8 +8,8 @@ import sys
 import unicodedata
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings, strategies as st
-
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from qwen1_5_tokenizer import Qwen2Tokenizer
 from qwen15.errors import UserError
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS, NEWER_MARKS, corpus

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 import qwen1_5_tokenizer
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS
 

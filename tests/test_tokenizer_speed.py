@@ -6,7 +6,6 @@ import statistics
 import time
 
 import pytest
-
 from qwen1_5_tokenizer import Qwen2Tokenizer
 from tokenizer_corpus import corpus
 

@@ -8,18 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_fixtures import (as_array, dims, model_contents, read_contents, run_script, under_ms_names, write_config, write_model)
+from checkpoint_fixtures import (
+    as_array,
+    dims,
+    model_contents,
+    read_contents,
+    run_script,
+    under_ms_names,
+    write_config,
+    write_model,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from qwen15 import naming
+from qwen15.conversion.reslice import Request, plan_transform
+from qwen15.conversion.run import run
+from qwen15.conversion.slices import Slicing
+from qwen15.conversion.strategy import Layout, layout_of, read_strategy, write_strategy
+from qwen15.errors import UserError
 from test_convert import models, to_mindspore
 from test_tensorfile import write
-
-from qwen15 import naming
-from qwen15.errors import UserError
-from qwen15.job import run
-from qwen15.slices import Slicing
-from qwen15.strategy import Layout, layout_of, read_strategy, write_strategy
-from qwen15.transform import Request, plan_transform
 
 
 def transform(source, target, **request):

@@ -6,10 +6,11 @@ import os
 import numpy as np
 import pytest
 from conftest import random_model
-
-from qwen15 import casting, naming, weights
-from qwen15.config import load_config
+from qwen15 import naming
+from qwen15.checkpoint import casting
+from qwen15.config.load import load_config
 from qwen15.errors import UserError
+from qwen15.network import weights
 
 pytest.importorskip("torch")
 
@@ -115,7 +116,7 @@ def test_checkpoint_of_another_size_is_recognised(tmp_path):
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
-    yaml = os.path.join(os.path.dirname(weights.__file__), "..", "predict_qwen1_5_14b.yaml")
+    yaml = os.path.join(os.path.dirname(weights.__file__), "..", "..", "predict_qwen1_5_14b.yaml")
     model = load_config(yaml, environ={}).model
     with pytest.raises(UserError, match=r"has shape \(151936, 2560\), the YAML wants \(152064, 5120\).*looks like Qwen1.5-4B, not 14B"):
         weights.Source(str(path), model, "float32")
@@ -200,9 +201,8 @@ class TestResolve:
 
 
 def test_slices_of_another_split_are_named(tmp_path):
+    from qwen15.checkpoint.shard import cut
     from safetensors.numpy import save_file
-
-    from qwen15.shard import cut
 
     random_model(tmp_path / "hf", vocab_size=200, num_attention_heads=4, num_key_value_heads=4)
     model, tensors = load(tmp_path / "hf"), safetensors_of(tmp_path / "hf")

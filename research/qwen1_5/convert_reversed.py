@@ -6,8 +6,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from qwen15.config_flags import boolean  # noqa: E402
-from qwen15.convert_cli import add_common_flags, carry_out, options_from  # noqa: E402
+from qwen15.config.flags import boolean  # noqa: E402
+from qwen15.conversion.cli import add_common_flags, carry_out, options_from  # noqa: E402
 from qwen15.errors import run_main  # noqa: E402
 
 
@@ -24,7 +24,7 @@ def main(argv=None):
                         help="how slices hold embedding and head; found out if not given")
     add_common_flags(parser)
     args = parser.parse_args(argv)
-    from qwen15.conversion import plan_to_hugging_face
+    from qwen15.conversion.hugging_face import plan_to_hugging_face
 
     plan = plan_to_hugging_face(args.mindspore_ckpt_path, options_from(args, args.torch_ckpt_path), args.config_path,
                                 args.vocab_emb_dp)

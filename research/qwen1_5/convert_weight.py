@@ -6,8 +6,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from qwen15.config_flags import boolean  # noqa: E402
-from qwen15.convert_cli import add_common_flags, carry_out, options_from  # noqa: E402
+from qwen15.config.flags import boolean  # noqa: E402
+from qwen15.conversion.cli import add_common_flags, carry_out, options_from  # noqa: E402
 from qwen15.errors import run_main  # noqa: E402
 
 
@@ -24,7 +24,7 @@ def main(argv=None):
                         help="with --model_parallel: every rank keeps embedding and head whole (default True)")
     add_common_flags(parser)
     args = parser.parse_args(argv)
-    from qwen15.conversion import plan_to_mindspore, yaml_lines
+    from qwen15.conversion.hugging_face import plan_to_mindspore, yaml_lines
 
     options = options_from(args, args.mindspore_ckpt_path, args.model_parallel, args.vocab_emb_dp)
     plan = plan_to_mindspore(args.torch_ckpt_dir, options)

@@ -30,9 +30,9 @@ from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Name
 if importlib.util.find_spec("qwen15") is None:
     sys.path.append(os.environ.get("REGISTER_PATH") or os.path.dirname(os.path.abspath(__file__)))
 try:
-    from qwen15.bpe import BytePairEncoder
     from qwen15.errors import UserError
-    from qwen15.template import CHATML, render
+    from qwen15.text.bpe import BytePairEncoder
+    from qwen15.text.template import CHATML, render
 except ImportError as missing:
     # (Besides, MindFormers looks for imports outside of `try` before it knows about REGISTER_PATH.)
     raise ImportError("qwen1_5_tokenizer needs the package qwen15 from its own folder: put research/qwen1_5 on "
@@ -70,7 +70,7 @@ class Encoding(dict):
 class Qwen2Tokenizer:
     """Byte-level BPE with Qwen2's rules; ids equal those of Hugging Face's Qwen2Tokenizer and Qwen2TokenizerFast.
 
-    Text is brought to NFC, control tokens in it are matched whole, and the rest is cut and merged (`qwen15.bpe`).
+    Text is brought to NFC, control tokens in it are matched whole, and the rest is cut and merged (`qwen15.text.bpe`).
     UTF-16 surrogates, which no valid text has, are joined where they make a pair; a lone one becomes U+FFFD, the
     replacement character. (tiktoken does the same; Hugging Face's tokenizers raise UnicodeEncodeError.)
 
@@ -516,7 +516,7 @@ class Qwen2Tokenizer:
         """The prompt of a conversation (or of several), as ids or with `tokenize=False` as text.
 
         The template is the argument, else the checkpoint's, else Qwen's ChatML. Control tokens that a user has typed
-        into a message come out as control tokens, as in Hugging Face's; `qwen15.chat.prompt_ids` prevents that.
+        into a message come out as control tokens, as in Hugging Face's; `qwen15.text.chat.prompt_ids` prevents that.
 
         Raises:
             UserError: the template is not valid or refuses the messages.
@@ -644,7 +644,7 @@ def _processors() -> int:
 def _sliced(text: str) -> Iterator[str]:
     """`text` in slices of at least `_SLICE` characters that are encoded as if they had not been cut.
 
-    The cut is after a line end that no blank follows: there a piece always ends (qwen15.bpe.PIECES), and neither NFC
+    The cut is after a line end that no blank follows: there a piece always ends (qwen15.text.bpe.PIECES), and neither NFC
     nor a control token reaches across.
     """
     start = 0

@@ -2,8 +2,8 @@
 
 import sys
 
+from qwen15.commands.predict import main
 from qwen15.errors import run_main
-from qwen15.predict import main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

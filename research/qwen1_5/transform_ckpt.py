@@ -6,8 +6,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from qwen15.config_flags import boolean  # noqa: E402
-from qwen15.convert_cli import add_common_flags, carry_out  # noqa: E402
+from qwen15.config.flags import boolean  # noqa: E402
+from qwen15.conversion.cli import add_common_flags, carry_out  # noqa: E402
 from qwen15.errors import UserError, run_main  # noqa: E402
 
 
@@ -33,7 +33,7 @@ def main(argv=None):
     parser.add_argument("--format", choices=("ckpt", "safetensors"), help="of the result (default: the source's)")
     add_common_flags(parser, dtype=False)
     args = parser.parse_args(argv)
-    from qwen15.transform import Request, plan_transform, yaml_lines
+    from qwen15.conversion.reslice import Request, plan_transform, yaml_lines
 
     for flag in ("src_ckpt_dir", "dst_ckpt_dir"):
         if not getattr(args, flag):

@@ -7,15 +7,15 @@ from typing import Optional, Sequence
 from .errors import UserError, did_you_mean, run_main
 
 COMMANDS = {
-    "predict": ("qwen15.predict", "continue texts (run_qwen1_5.py)"),
+    "predict": ("qwen15.commands.predict", "continue texts (run_qwen1_5.py)"),
     "convert": ("convert_weight", "Hugging Face checkpoint -> MindSpore (convert_weight.py)"),
     "convert-reversed": ("convert_reversed", "MindSpore checkpoint -> Hugging Face (convert_reversed.py)"),
     "transform": ("transform_ckpt", "split and merge checkpoints (transform_ckpt.py)"),
-    "launch": ("qwen15.launch", "start the workers of a multi-card run (msrun_launcher.sh)"),
-    "make-yaml": ("qwen15.make_yaml", "a predict YAML from a checkpoint's config.json"),
-    "memory": ("qwen15.memory", "bytes per card, before anything is loaded"),
-    "doctor": ("qwen15.doctor", "what this machine has and what will be used"),
-    "ascend-check": ("qwen15.ascend_check", "compare the Ascend path with plain definitions on a card, and report"),
+    "launch": ("qwen15.launch.plan", "start the workers of a multi-card run (msrun_launcher.sh)"),
+    "make-yaml": ("qwen15.commands.make_yaml", "a predict YAML from a checkpoint's config.json"),
+    "memory": ("qwen15.generation.memory", "bytes per card, before anything is loaded"),
+    "doctor": ("qwen15.commands.doctor", "what this machine has and what will be used"),
+    "ascend-check": ("qwen15.ascend.check", "compare the Ascend path with plain definitions on a card, and report"),
     "bench": ("qwen15.bench", "measure speed, memory and closeness to transformers"),
 }
 

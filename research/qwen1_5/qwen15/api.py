@@ -23,13 +23,13 @@ from types import TracebackType
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
 
 from . import interrupts  # noqa: F401  (before NumPy, see there)
-from .chat import Message
-from .config import Config, Flag, load_config
-from .config_keys import KEYS, MODEL, TOKENIZER
-from .engine import Usage
+from .config.keys import KEYS, MODEL, TOKENIZER
+from .config.load import Config, Flag, load_config
 from .errors import UserError, did_you_mean
+from .generation.engine import Usage
+from .generation.session import Answer, Prompt, Session, Settings, numbered
 from .reporting import quiet_frameworks
-from .session import Answer, Prompt, Session, Settings, numbered
+from .text.chat import Message
 
 __all__ = ["Conversion", "Generation", "Model", "UserError", "convert", "generate", "load"]
 
@@ -232,17 +232,17 @@ def convert(source: Union[str, "os.PathLike[str]"], target: Union[str, "os.PathL
     Raises:
         UserError: a weight is missing, surplus or misshapen, the target is in the way, or the disk is too small.
     """
-    from . import conversion
-    from .job import run
-    from .slices import Slicing
+    from .conversion import hugging_face
+    from .conversion.run import run
+    from .conversion.slices import Slicing
 
     slicing = None if model_parallel is None else Slicing(model_parallel, vocab_emb_dp)
     if to_hugging_face and slicing is not None:
         raise UserError("slices are for MindSpore", where="model_parallel", fix="Leave it away with to_hugging_face.")
     path = os.fspath(target)
     is_folder = os.path.isdir(path) or not os.path.splitext(path)[1]
-    options = conversion.Options(target=path, form="folder" if is_folder and slicing is None else None, dtype=dtype, slicing=slicing)
-    make_plan = conversion.plan_to_hugging_face if to_hugging_face else conversion.plan_to_mindspore
+    options = hugging_face.Options(target=path, form="folder" if is_folder and slicing is None else None, dtype=dtype, slicing=slicing)
+    make_plan = hugging_face.plan_to_hugging_face if to_hugging_face else hugging_face.plan_to_mindspore
     plan = make_plan(os.fspath(source), options)
     try:
         result = run(plan, verify=verify, overwrite=overwrite, allow_overflow=allow_overflow)

@@ -118,3 +118,9 @@ def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[
     if missing:
         raise UserError(f"device_target Ascend, but this machine has {missing}", where,
                         "Source CANN's set_env.sh if it is installed; otherwise use --device_target CPU (or auto).")
+
+
+def env_rank() -> int:
+    """This process's rank as the launcher has set it, 0 without one."""
+    text = os.environ.get("RANK_ID", "")
+    return int(text) if text.isdigit() else 0

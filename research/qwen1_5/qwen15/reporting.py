@@ -5,7 +5,7 @@ import sys
 import warnings
 from typing import Callable, Optional, TextIO
 
-from .session import env_rank
+from .device import env_rank
 
 LEVELS = ("error", "warning", "info", "debug")
 """Values of --log_level. info adds what was loaded and how fast it ran; debug what MindSpore itself has to say."""

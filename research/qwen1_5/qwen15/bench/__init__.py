@@ -1,4 +1,4 @@
-"""Measure speed, memory and closeness to transformers: `python -m qwen15.bench WHAT`."""
+"""Measure speed, memory and closeness to transformers: `python -m qwen15 bench WHAT`."""
 
 from .command import main
 

@@ -1,4 +1,4 @@
-"""`python -m qwen15.bench`."""
+"""`python -m qwen15 bench`."""
 
 import sys
 

@@ -14,9 +14,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from ..checkpoint.atomic import check_space, disk_bytes
+from ..checkpoint.reader import open_checkpoint
 from ..errors import EXIT_FAILED, UserError
-from ..output import check_space, disk_bytes
-from ..tensorfile import open_checkpoint
 from . import hf, options, report
 from .report import Column, number, text
 
@@ -105,8 +105,8 @@ def _contenders(source: str, converted: str, args: argparse.Namespace) -> Dict[s
 def _measure(source: str, nbytes: int, scratch: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Every contender in turn, after one round that brings the files into the page cache and does not count."""
     converted = os.path.join(scratch, "converted")
-    from ..conversion import Options, plan_to_mindspore
-    from ..job import run
+    from ..conversion.hugging_face import Options, plan_to_mindspore
+    from ..conversion.run import run
 
     plan = plan_to_mindspore(source, Options(converted))
     try:

@@ -10,7 +10,7 @@ from typing import Callable, Sequence
 
 def ours(module: str, flags: Sequence[str]) -> Callable[[], None]:
     """One of our commands, everything it needs imported."""
-    from .. import conversion, job, transform  # noqa: F401
+    from ..conversion import hugging_face, reslice, run  # noqa: F401
 
     command = importlib.import_module(module)
     return lambda: command.main(list(flags))

@@ -10,7 +10,7 @@ import numpy as np
 from ..family import FAMILY
 from ..kernels import library
 from ..naming import Dims
-from ..network import rope_tables
+from ..network.base import rope_tables
 from . import hf, options, report, rounds, work
 from .make_checkpoint import DTYPES, dims_of
 from .operators import Array, Pool, prepare

@@ -14,7 +14,8 @@ def ours(checkpoint: Checkpoint, threads: int, prompt: int, new_tokens: int) -> 
     start_s = time.perf_counter()
     import mindspore  # noqa: F401
 
-    from .. import model, ops, weights  # noqa: F401
+    from .. import ops  # noqa: F401
+    from ..network import model, weights  # noqa: F401
     from .ours import Decode, Ours, random_prompts
 
     imported_s = time.perf_counter()

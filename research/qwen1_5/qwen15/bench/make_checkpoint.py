@@ -9,14 +9,14 @@ from typing import List, Optional, Sequence
 import numpy as np
 
 from .. import family, naming
-from ..casting import from_float32
+from ..checkpoint.atomic import AtomicFolder, check_space, check_target, write_small
+from ..checkpoint.casting import from_float32
+from ..checkpoint.file_writer import Blocks, FileWriter
+from ..checkpoint.format_safetensors import steps
+from ..checkpoint.reader import INDEX_FILES, write_index
+from ..checkpoint.tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
 from ..errors import UserError, did_you_mean
-from ..file_writer import Blocks, FileWriter
-from ..format_safetensors import steps
-from ..output import AtomicFolder, check_space, check_target, write_small
 from ..progress import Progress
-from ..tensorfile import INDEX_FILES, write_index
-from ..tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
 
 DTYPES = ("bfloat16", "float16", "float32")
 _STRIP_ELEMENTS = 4 * 2 ** 20

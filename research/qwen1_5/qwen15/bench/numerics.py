@@ -7,9 +7,9 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
-from ..config import Flag, load_config
+from ..config.load import Flag, load_config
 from ..errors import UserError
-from ..network import build_network
+from ..network.build import build_network
 
 DTYPES = ("float32", "bfloat16", "float16")
 TEXTS = (

@@ -5,10 +5,10 @@ from typing import Callable, List, Sequence, Tuple
 
 import numpy as np
 
-from ..casting import from_float32
+from ..checkpoint.casting import from_float32
+from ..checkpoint.tensors import SHORT_NAMES
 from ..errors import EXIT_FAILED, UserError
 from ..kernels import library
-from ..tensors import SHORT_NAMES
 
 _STRIP = 2 ** 22
 

@@ -6,8 +6,8 @@ import sys
 from typing import NamedTuple, Optional
 
 from .. import family
-from ..config import Config, Flag, load_config
-from ..config_keys import MODEL
+from ..config.keys import MODEL
+from ..config.load import Config, Flag, load_config
 from ..errors import UserError
 from . import report
 from .make_checkpoint import DTYPES, dims_of, make_checkpoint

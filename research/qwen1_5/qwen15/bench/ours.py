@@ -7,12 +7,14 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from .. import interrupts, session, weights  # noqa: F401  (interrupts before NumPy, see there)
-from ..engine import Engine, KeptCache, Limits, Request, Step
+from .. import interrupts  # noqa: F401  (interrupts before NumPy, see there)
+from ..generation import session  # noqa: F401  (interrupts before NumPy, see there)
+from ..generation.engine import Engine, KeptCache, Limits, Request, Step
+from ..generation.sampling import SamplingParams
 from ..kernels import library
-from ..network import build_network
+from ..network import weights  # noqa: F401  (interrupts before NumPy, see there)
+from ..network.build import build_network
 from ..reporting import quiet_frameworks
-from ..sampling import SamplingParams
 from .options import Checkpoint
 from .rounds import Run
 

@@ -4,9 +4,9 @@ import argparse
 import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from ..engine import Step
-from ..sampling import SamplingParams
-from ..session import Answer, Prompt, Settings
+from ..generation.engine import Step
+from ..generation.sampling import SamplingParams
+from ..generation.session import Answer, Prompt, Settings
 from . import options, report, rounds
 from .ours import Decode, Ours, random_prompts
 from .probes import Machine

@@ -20,11 +20,13 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     import mindspore  # noqa: F401  (its time is nobody's load time)
     import numpy as np
 
-    from .. import cluster, model, ops, session, weights  # noqa: F401
-    from ..config import Flag, load_config
-    from ..config_keys import MODEL
-    from ..engine import Engine, KeptCache, Limits, Request
-    from ..network import build_network
+    from .. import cluster, ops  # noqa: F401
+    from ..config.keys import MODEL
+    from ..config.load import Flag, load_config
+    from ..generation import session  # noqa: F401
+    from ..generation.engine import Engine, KeptCache, Limits, Request
+    from ..network import model, weights  # noqa: F401
+    from ..network.build import build_network
     from .ours import random_prompts
 
     workers, prompt_length, new_tokens = job["workers"], job["prompt"], job["new_tokens"]

@@ -9,8 +9,8 @@ import shlex
 import sys
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
+from ..checkpoint.atomic import write_small
 from ..errors import UserError
-from ..output import write_small
 
 _MADE_BY = "qwen15 bench"
 

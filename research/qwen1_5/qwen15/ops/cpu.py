@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ..kernels import library
-from . import kernels_available as available  # noqa: F401  (whether this set can run here)
+from ..ops import kernels_available as available  # noqa: F401  (whether this set can run here)
 
 
 def weight_dtype(param_init_type: str) -> str:

@@ -1,0 +1,258 @@
+"""Write files that are either whole or not there: beside the target under a name of our own, then renamed."""
+
+import ctypes
+import fcntl
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from typing import Callable, Iterator, List, Sequence, Tuple
+
+from ..errors import EXIT_FAILED, UserError
+from ..progress import human_bytes
+from .file_writer import Blocks, FileWriter, told
+
+LOCK_FILE = ".lock"
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_OURS = re.compile(r"^(model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json|"
+                   r"generation_config\.json|vocab\.json|merges\.txt|tokenizer_config\.json|tokenizer\.json|"
+                   r"special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
+                   r"rank_\d+/[^/]+\.(ckpt|safetensors)|strategy/ckpt_strategy_rank_\d+\.ckpt|\.lock)$")
+"""What a folder that this program wrote can hold; only such a folder is replaced by `--overwrite`."""
+
+
+def partial_path(target: str) -> str:
+    """Where `target` is written before it is whole."""
+    folder, name = os.path.split(os.path.abspath(target))
+    return os.path.join(folder, f".{name}.qwen15-partial")
+
+
+def check_target(target: str, sources: Sequence[str], overwrite: bool) -> None:
+    """Refuse, before anything is written, a target that is in the way of something.
+
+    Args:
+        target: the file or folder to be made.
+        sources: files and folders that are read for it.
+        overwrite: replace what is there, if it is what this program writes.
+
+    Raises:
+        UserError: it is a source or holds one, it exists and may not be replaced, or its parent is no folder.
+    """
+    real = os.path.realpath(target)
+    for source in sources:
+        inner = os.path.realpath(source)
+        if inner == real or (os.path.isdir(real) and os.path.commonpath([inner, real]) == real):
+            raise UserError("is what is being converted" if inner == real else f"holds what is being converted: {source}",
+                            target, "Write somewhere else.")
+    if not os.path.lexists(target) or (os.path.isdir(target) and not os.listdir(target)):
+        return
+    if not overwrite:
+        raise UserError("exists already", target, "Give another path, or --overwrite to replace it.")
+    if os.path.isdir(target):
+        foreign = next((name for name in _files_below(target) if not _OURS.match(name)), None)
+        if foreign is not None:
+            raise UserError(f"holds {foreign}, which this program did not write, so the folder is not replaced", target,
+                            "Give another path, or take that file out first.")
+
+
+def check_space(target: str, needed_bytes: int) -> None:
+    """Refuse, before anything is written, what does not fit on the target's disk.
+
+    Raises:
+        UserError: too little room, with both numbers.
+    """
+    folder = os.path.dirname(os.path.abspath(target))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise UserError(f"needs {human_bytes(needed_bytes)} of disk, {human_bytes(free_bytes)} are free in {folder}", target,
+                        "Make room, or write to another disk.")
+
+
+def disk_bytes(path: str) -> int:
+    """Disk that a file takes, or a folder's files do; 0 when there is nothing."""
+    names = [os.path.join(path, name) for name in _files_below(path)] if os.path.isdir(path) else [path]
+    return sum(os.lstat(name).st_blocks * 512 for name in names if os.path.isfile(name))
+
+
+def _files_below(folder: str) -> List[str]:
+    return sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder)
+                  for name in names)
+
+
+def _take(path: str) -> int:
+    """Open and lock a file of our own; the descriptor holds the lock."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise UserError("another conversion is writing this right now", path, "Wait for it, or stop it.",
+                            exit_code=EXIT_FAILED) from None
+        try:
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # the other one has just finished and renamed it: this is its result, not our scratch file
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some network file systems cannot; the rename itself is still atomic
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_file(target: str) -> Iterator[Tuple[int, str]]:
+    """Give (descriptor, path) of a scratch file that becomes `target` when the block ends well, and is removed if not.
+
+    A killed process leaves the scratch file, never the target; the next run takes it over.
+    """
+    partial = partial_path(target)
+    fd = -1
+    try:
+        with told(target):
+            os.makedirs(os.path.dirname(partial), exist_ok=True)
+            fd = _take(partial)
+        yield fd, partial
+        with told(target):
+            os.fsync(fd)
+            os.rename(partial, target)
+            _sync_folder(os.path.dirname(partial))
+    except BaseException:
+        _discard(partial, fd)
+        raise
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _discard(partial: str, fd: int) -> None:
+    """Remove a scratch file, if it is still one and nobody else's; `fd` is -1 when Ctrl-C came while it was being opened."""
+    try:
+        if fd >= 0:
+            if os.path.samestat(os.fstat(fd), os.stat(partial)):
+                os.unlink(partial)
+            return
+        other = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(partial)
+        finally:
+            os.close(other)
+    except OSError:
+        pass  # not there, or another conversion's
+
+
+def write_small(target: str, content: bytes) -> None:
+    """Write a small file atomically."""
+    with atomic_file(target) as (fd, path), Blocks() as blocks:
+        FileWriter(fd, path, [content], blocks).finish()
+
+
+class AtomicFolder:
+    """A folder that appears under its name only when it is complete.
+
+    Its files gather in a scratch folder beside the target, each of them whole or absent, so that an interrupted run can be
+    taken up again.
+
+    Args:
+        target: the folder to make.
+    """
+
+    def __init__(self, target: str):
+        self.target = os.path.abspath(target)
+        self.path = partial_path(target)
+        with told(target):
+            os.makedirs(self.path, exist_ok=True)
+            self._lock = _take(os.path.join(self.path, LOCK_FILE))
+
+    def existing(self) -> List[str]:
+        """Files in the scratch folder, relative to it, the lock and halves of files left out."""
+        return [name for name in _files_below(self.path) if not os.path.basename(name).startswith(".")]
+
+    @contextmanager
+    def file(self, name: str, kept: Callable[[str], bool]) -> Iterator[Tuple[int, str]]:
+        """Give (descriptor, path) of a file in the scratch folder, its contents as they are.
+
+        Args:
+            name: relative to the folder.
+            kept: asked when the block fails whether the file is of use to the next run; it is removed if not.
+        """
+        path = os.path.join(self.path, name)
+        with told(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            yield fd, path
+            _sync_folder(os.path.dirname(path))
+        except BaseException:
+            if not kept(name):
+                os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+
+    def clear(self) -> None:
+        """Remove everything in the scratch folder but the lock."""
+        for name in _files_below(self.path):
+            if name != LOCK_FILE:
+                os.unlink(os.path.join(self.path, name))
+
+    def publish(self) -> None:
+        """Give the folder its name, replacing what is there (see `check_target`)."""
+        with told(self.target):
+            for name in _files_below(self.path):
+                if os.path.basename(name).startswith(".") and name != LOCK_FILE:
+                    os.unlink(os.path.join(self.path, name))
+            for root, _, _ in os.walk(self.path):
+                _sync_folder(root)
+            if os.path.isdir(self.target) and os.listdir(self.target):
+                _exchange(self.path, self.target)
+                _remove_ours(self.path)
+            else:
+                os.rename(self.path, self.target)
+            # The lock goes last: whoever starts now finds either the scratch folder locked or no scratch folder.
+            os.unlink(os.path.join(self.target, LOCK_FILE))
+            _sync_folder(os.path.dirname(self.target))
+
+    def close(self) -> None:
+        """Let go of the lock; a scratch folder that holds nothing is removed."""
+        os.close(self._lock)
+        try:
+            if os.path.isdir(self.path) and not self.existing():
+                _remove_ours(self.path)
+        except OSError:
+            pass
+
+
+def _exchange(one: str, other: str) -> None:
+    """Swap two folders in one step, so that at every moment there is a whole one under either name."""
+    done = -1
+    if hasattr(_libc, "renameat2"):
+        done = _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if done != 0:
+        aside = one + "-old"
+        os.rename(other, aside)
+        os.rename(one, other)
+        os.rename(aside, one)
+
+
+def _remove_ours(folder: str) -> None:
+    """Remove a folder of our own files: not through links, and not what came into it since."""
+    for name in _files_below(folder):
+        if _OURS.match(name) or os.path.basename(name).startswith("."):
+            os.unlink(os.path.join(folder, name))
+    for root, _, _ in os.walk(folder, topdown=False):
+        if not os.listdir(root):
+            os.rmdir(root)

@@ -1,0 +1,1 @@
+"""What a user starts: each command's own file."""

@@ -1,0 +1,276 @@
+"""Say what this machine has and what will be used: `python -m qwen15 doctor`. Needs no MindSpore to run."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from .. import device
+from ..errors import EXIT_FAILED, EXIT_OK, UserError
+from ..generation import memory
+from ..launch.plan import DEFAULT_PORT
+
+OK, WARN, FAIL, INFO = "ok", "warn", "fail", "info"
+_PYTHON = ((3, 9), (3, 11))
+_PAIRS = {"2.9": "1.9", "2.7": "1.8"}
+"""MindSpore's minor version -> the MindFormers made for it."""
+
+_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16",
+              "asimd", "bf16", "sve")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at, one word.
+        status: 'ok', 'warn' (works, less well), 'fail' (will not work) or 'info'.
+        detail: what was found.
+        fix: what to do about it, None where nothing is to be done.
+    """
+
+    name: str
+    status: str
+    detail: str
+    fix: Optional[str] = None
+
+
+def check_python() -> Check:
+    """The interpreter."""
+    version = sys.version_info[:2]
+    detail = f"{platform.python_version()} at {sys.executable}"
+    if _PYTHON[0] <= version <= _PYTHON[1]:
+        return Check("python", OK, detail)
+    return Check("python", FAIL, detail, "MindSpore 2.9 has packages for Python 3.9, 3.10 and 3.11.")
+
+
+def version_of(package: str) -> Optional[str]:
+    """The installed version of a package, None when it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_packages(version: Callable[[str], Optional[str]] = version_of) -> List[Check]:
+    """What has to be installed, and whether the versions belong together."""
+    checks = []
+    for name in ("mindspore", "mindformers", "numpy", "pyyaml", "safetensors", "tokenizers", "tiktoken"):
+        found = version(name)
+        if found is None:
+            checks.append(Check(name, FAIL, "not installed", f"pip install {name}"))
+        else:
+            checks.append(_judged(name, found, version))
+    torch = version("torch")
+    checks.append(Check("torch", INFO, torch or "not installed; only .bin checkpoints need it"))
+    return checks
+
+
+def _judged(name: str, found: str, version: Callable[[str], Optional[str]]) -> Check:
+    """One installed package against what is known of its versions."""
+    if name == "numpy" and _numbers(found) >= (2,):
+        return Check(name, FAIL, f"{found}: MindSpore needs numpy below 2", "pip install 'numpy<2'")
+    if name == "safetensors" and _numbers(found) >= (0, 8):
+        return Check(name, WARN, f"{found} writes wrong bytes for arrays that are not contiguous; MindSpore's own "
+                     "transform tools hand it such arrays", "pip install 'safetensors<0.8'")
+    if name == "mindformers":
+        spark = version("mindspore") or ""
+        wanted = _PAIRS.get(".".join(spark.split(".")[:2]))
+        if spark and wanted is None:
+            return Check(name, WARN, f"{found} with mindspore {spark}, which is not tested",
+                         "Tested pairs: mindspore 2.9 with mindformers 1.9, mindspore 2.7 with mindformers 1.8.")
+        if wanted and not found.startswith(wanted):
+            return Check(name, WARN, f"{found}, but mindspore {spark} goes with mindformers {wanted}",
+                         f"pip install 'mindformers=={wanted}.*'")
+    return Check(name, OK, found)
+
+
+def _numbers(version: str) -> Tuple[int, ...]:
+    numbers = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Check:
+    """The processor: its name, how much of it this process may use, and the instruction sets that matter here."""
+    name, flags = platform.processor() or platform.machine(), set()
+    try:
+        with open(cpuinfo, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = (part.strip() for part in line.partition(":"))
+                if key == "model name":
+                    name = value
+                elif key in ("flags", "Features"):
+                    flags = set(value.split())
+                    break
+    except OSError:
+        pass  # not Linux: the name from `platform` has to do
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    known = " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no known vector extensions"
+    return Check("cpu", OK, f"{platform.machine()}, {name}, {usable} logical cores usable; {known}")
+
+
+def check_kernels() -> Check:
+    """The kernel library and which of its paths will run."""
+    from ..kernels import library
+    from ..kernels.build import find_compiler
+
+    forced = os.environ.get("QWEN15_KERNELS", "")
+    if forced == "reference":
+        return Check("kernels", WARN, "reference operators, slow (QWEN15_KERNELS=reference)", "Unset QWEN15_KERNELS.")
+    try:
+        kernels = library.load()
+    except UserError as error:
+        try:
+            compiler = f"the compiler {find_compiler()} is there"
+        except UserError as missing:
+            compiler = missing.what
+        return Check("kernels", WARN, f"reference operators, slow: {error.what}; {compiler}",
+                     error.fix or "Build it with `python -m qwen15.kernels.build`.")
+    if forced and not kernels.can_run(forced):
+        able = ", ".join(name for name in library.KERNELS if kernels.can_run(name))
+        return Check("kernels", FAIL, f"QWEN15_KERNELS={forced}, which this CPU cannot run", f"It runs {able}.")
+    return Check("kernels", OK, f"{forced or kernels.kernels}, {kernels.threads} threads, {kernels.path}")
+
+
+def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/") -> List[Check]:
+    """Cards, CANN, and what `device_target: auto` comes to."""
+    found = device.find_ascend(environ, root)
+    cards = f"{len(found.cards)} card(s): {', '.join(found.cards)}" if found.cards else "no card (no /dev/davinci*)"
+    cann = f"CANN {found.cann}" if found.cann else "no CANN (ASCEND_HOME_PATH is unset)"
+    # A card that cannot be used is a fault; a machine without one is just a machine.
+    status = OK if found.missing is None else WARN if found.cards or found.cann else INFO
+    fix = None
+    if found.cards and not found.cann:
+        fix = "Install CANN and source its set_env.sh."
+    elif found.cann and not found.cards:
+        fix = "Is the driver installed, and are the cards passed into this container (--device /dev/davinci0 ...)?"
+    elif found.missing:
+        fix = "Install a MindSpore with the Ascend backend." if found.cards else None
+    _, why = device.resolve(device.AUTO, environ, root)
+    return [Check("ascend", status, f"{cards}; {cann}", fix), Check("device", INFO, f"a run computes on {why}")]
+
+
+def check_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Check:
+    """Memory that is free now."""
+    has = memory.machine_memory(proc, cgroup)
+    if has.free_bytes is None or has.whole_bytes is None:
+        return Check("memory", INFO, "not known on this system")
+    return Check("memory", OK, f"{memory.gib(has.free_bytes)} free of {memory.gib(has.whole_bytes)} ({has.what})")
+
+
+def check_msrun(path: Optional[str] = None) -> Check:
+    """MindSpore's own launcher, for those who use it; scripts/msrun_launcher.sh does without."""
+    beside = os.path.join(os.path.dirname(sys.executable), "msrun")
+    found = beside if os.access(beside, os.X_OK) else shutil.which("msrun", path=path)
+    if found is None:
+        return Check("msrun", INFO, "not found; scripts/msrun_launcher.sh does without")
+    if found != beside:
+        return Check("msrun", WARN, f"{found} belongs to another Python than {sys.executable}",
+                     "Activate the environment that has MindSpore.")
+    return Check("msrun", OK, found)
+
+
+def check_port(port: int = DEFAULT_PORT) -> Check:
+    """Whether the scheduler's default port can be listened on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As the scheduler does: a port in TIME_WAIT counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return Check("port", WARN, f"{port} cannot be used ({error.strerror})",
+                         "msrun_launcher.sh takes a free one unless it is given this one; msrun wants --master_port.")
+    return Check("port", OK, f"{port} is free")
+
+
+def check_tokenizer(vocab_file: Optional[str], merges_file: Optional[str]) -> Check:
+    """The tokenizer files, read and tried on a sentence."""
+    if vocab_file is None or merges_file is None:
+        missing = "--vocab_file" if vocab_file is None else "--merges_file"
+        return Check("tokenizer", FAIL, f"{missing} is missing", "Give both files.")
+    from qwen1_5_tokenizer import Qwen2Tokenizer
+
+    sentence = "Hello, 世界! 1234 \n\tdef f(x): return x**2"
+    try:
+        tokenizer = Qwen2Tokenizer.from_files(vocab_file, merges_file, {})
+        ids = tokenizer.encode(sentence)
+        back = tokenizer.decode(ids)
+    except UserError as error:
+        return Check("tokenizer", FAIL, str(error))
+    if back != sentence:
+        return Check("tokenizer", FAIL, f"{sentence!r} comes back as {back!r}",
+                     "vocab.json and merges.txt are not of one model; download both again.")
+    return Check("tokenizer", OK, f"{len(tokenizer)} tokens; a test sentence of {len(ids)} tokens comes back unchanged")
+
+
+def check_mindspore() -> Check:
+    """Import MindSpore and let it add two numbers on the CPU."""
+    try:
+        import mindspore as ms
+
+        total = (ms.Tensor([1.0], ms.float32) + ms.Tensor([2.0], ms.float32)).asnumpy()[0]
+    except Exception as error:  # whatever keeps MindSpore from working is what the user has to read
+        return Check("mindspore runs", FAIL, " ".join(f"{type(error).__name__}: {error}".split()))
+    return Check("mindspore runs", OK if total == 3.0 else FAIL, f"1 + 2 = {total:g} on the CPU")
+
+
+def examine(vocab_file: Optional[str] = None, merges_file: Optional[str] = None, port: int = DEFAULT_PORT,
+            deep: bool = False) -> List[Check]:
+    """All findings, in the order in which they are read."""
+    checks = [check_python(), *check_packages(), check_cpu(), check_kernels(), *check_ascend(), check_memory(),
+              check_msrun(), check_port(port)]
+    if vocab_file is not None or merges_file is not None:
+        checks.append(check_tokenizer(vocab_file, merges_file))
+    if deep:
+        checks.append(check_mindspore())
+    return checks
+
+
+def as_text(checks: Sequence[Check]) -> str:
+    """One line a finding, its remedy below it, and a last line that sums up."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:<4}  {check.name:<{width}}  {check.detail}")
+        if check.fix:
+            lines.append(f"{'':<4}  {'':<{width}}  -> {check.fix}")
+    counts = {status: sum(check.status == status for check in checks) for status in (FAIL, WARN)}
+    verdict = "everything that is needed is here" if not counts[FAIL] else f"{counts[FAIL]} thing(s) have to be mended"
+    return "\n".join([*lines, f"{verdict}; {counts[WARN]} warning(s)"])
+
+
+def as_json(checks: Sequence[Check]) -> str:
+    """The findings as one JSON object."""
+    report: Dict[str, object] = {"ok": not any(check.status == FAIL for check in checks),
+                                 "checks": [asdict(check) for check in checks]}
+    return json.dumps(report, ensure_ascii=False, indent=2)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line: exit code 0 when nothing fails, 1 when something does."""
+    parser = argparse.ArgumentParser(prog="python -m qwen15 doctor", description=(
+        "What this machine has and what a run will use: versions, CPU, kernels, Ascend, memory, msrun, port, "
+        "tokenizer."),
+        epilog="exit codes: 0 nothing fails, 1 something does, 2 usage")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--vocab_file", metavar="FILE", help="examine this vocab.json ...")
+    parser.add_argument("--merges_file", metavar="FILE", help="... with this merges.txt")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"the scheduler's port (default {DEFAULT_PORT})")
+    parser.add_argument("--deep", action="store_true", help="also import MindSpore and run one operator (some seconds)")
+    args = parser.parse_args(argv)
+    if not 0 < args.port < 65536:
+        raise UserError(f"{args.port} is not a port", "--port", "Ports go from 1 to 65535.")
+    checks = examine(args.vocab_file, args.merges_file, args.port, args.deep)
+    print(as_json(checks) if args.json else as_text(checks))
+    return EXIT_FAILED if any(check.status == FAIL for check in checks) else EXIT_OK

@@ -1,0 +1,68 @@
+"""Everything that can be checked before a model is loaded: prompts, memory, checkpoint headers. Imports no MindSpore."""
+
+from typing import List, Sequence
+
+from .. import device, ops
+from ..checkpoint.reader import open_checkpoint
+from ..config.load import Config
+from ..generation import memory
+from ..generation.session import Prompt, Session
+from ..network import weights
+from ..progress import human_bytes
+
+
+def describe(session: Session, prompts: Sequence[Prompt]) -> str:
+    """What a run would do, one line a topic.
+
+    Raises:
+        UserError: what the run would have been refused for: a prompt that is too long, too little memory, a checkpoint that
+            does not fit.
+    """
+    config = session.config
+    lines = [_model_line(config), f"device: {config.device_note}", *_operator_line(config)]
+    lines.append(f"tokenizer: {len(session.tokenizer)} tokens, {config.tokenizer.vocab_file}")
+    if prompts:
+        lines.append(_prompt_line(session, prompts))
+    lines.append(memory.check(config))
+    lines += _checkpoint_lines(config)
+    return "\n".join([*lines, "dry run: nothing was loaded"])
+
+
+def _model_line(config: Config) -> str:
+    dims, model = config.model.dims, config.model
+    return (f"model: {dims.num_layers} layers, hidden {dims.hidden_size}, {dims.num_heads} heads, {dims.num_kv_heads} KV heads, "
+            f"vocabulary {dims.vocab_size}; weights {model.param_init_type}, KV cache {model.compute_dtype}, "
+            f"sequences up to {model.seq_length} tokens")
+
+
+def _operator_line(config: Config) -> List[str]:
+    return [] if config.device_target == device.ASCEND else [f"operators: {ops.decide()[1]}"]
+
+
+def _prompt_line(session: Session, prompts: Sequence[Prompt]) -> str:
+    requests = session.requests(prompts)  # checks each one against the limits
+    lengths = [len(request.prompt) for request in requests]
+    most = max(request.limit for request in requests)
+    blocks = -(-most // session.limits.block_size)
+    one = len(lengths) == 1
+    spread = f"{lengths[0]} tokens" if one else f"{min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all"
+    return (f"{'prompt' if one else f'prompts: {len(lengths)}'}: {spread}; with the answer up to {most} tokens = {blocks} blocks, "
+            f"the KV cache has {session.limits.num_blocks} ({session.limits.num_blocks // blocks} such at once)")
+
+
+def _checkpoint_lines(config: Config) -> List[str]:
+    """Open every rank's part and compare each tensor's name, shape and dtype with the model, from the headers alone."""
+    parallel = config.parallel
+    ranks = parallel.model_parallel
+    whole = config.auto_trans_ckpt or ranks == 1
+    lines = []
+    for rank in range(1 if whole else ranks):
+        path = weights.resolve(config.load_checkpoint, rank, ranks, config.auto_trans_ckpt)
+        weights.Source(path, config.model, config.model.param_init_type, rank, ranks, parallel.vocab_emb_dp, whole)
+        reader = open_checkpoint(path)
+        infos = reader.infos.values()
+        dtypes = ", ".join(sorted({info.dtype for info in infos}))
+        rank_name = "" if whole else f" rank {rank}"
+        lines.append(f"checkpoint{rank_name}: {len(reader.infos)} tensors ({dtypes}), {human_bytes(sum(i.nbytes for i in infos))}, "
+                     f"every weight there in its shape; {path}")
+    return lines

@@ -1,0 +1,335 @@
+"""Write the prediction YAML of a checkpoint from its config.json: `python -m qwen15 make-yaml --checkpoint DIR`."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, replace
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
+
+from .. import device
+from ..config.hf_config import dims_from_hf_config
+from ..config.keys import KEYS, MODEL, convert, size_bytes
+from ..config.load import ModelConfig, ParallelConfig
+from ..errors import UserError
+from ..generation import memory
+from ..json_file import read_json
+from ..naming import Dims, indivisible
+
+_LONGEST = 8192
+_CARD = "59GB"
+_RANKS = (1, 2, 4, 8)
+_END = "<|endoftext|>"
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+CHATML = ("{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+          "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+          "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+"""Qwen's ChatML: a default system message when there is none, then each message in its own frame."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a prediction YAML says; `render` writes it out.
+
+    Attributes:
+        title: the first comment line.
+        sampling: (key, value) pairs of the generation settings.
+        dtype: of weights and computation, None to follow the checkpoint.
+        chat_template: Jinja text, None to leave it to the checkpoint's tokenizer_config.json.
+        tokens: (unk_token, eos_token, pad_token).
+    """
+
+    title: str
+    dims: Dims
+    rms_norm_eps: float
+    theta: float
+    seq_length: int
+    block_size: int
+    num_blocks: int
+    dtype: Optional[str]
+    eos_token_id: Tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int
+    max_decode_length: int
+    sampling: Tuple[Tuple[str, Any], ...]
+    model_parallel: int
+    vocab_emb_dp: bool
+    max_device_memory: str
+    model_max_length: int
+    tokens: Tuple[str, str, str]
+    chat_template: Optional[str]
+
+
+def render(recipe: Recipe) -> str:
+    """The YAML file of a recipe."""
+    dims = recipe.dims
+    eos = recipe.eos_token_id[0] if len(recipe.eos_token_id) == 1 else list(recipe.eos_token_id)
+    parallel = recipe.model_parallel > 1
+    unk, eos_token, pad = recipe.tokens
+    lines = [
+        f"# {recipe.title}",
+        "# --print_config shows every value and where it came from. All keys: docs/configuration.md.",
+        "seed: 0",
+        "load_checkpoint: ''            # converted checkpoint: a file, a folder, or a folder with rank_0, rank_1, ...",
+        "auto_trans_ckpt: False         # True: each rank cuts its slice out of a whole checkpoint",
+        "use_past: True                 # KV cache",
+        f"use_parallel: {parallel}",
+        "run_mode: 'predict'",
+        "",
+        "trainer:",
+        "  type: CausalLanguageModelingTrainer     # for MindFormers' own Trainer, run_qwen1_5.py does without",
+        "",
+        f"# {recipe.model_parallel} workers, when use_parallel is True" if parallel else "# one worker",
+        "parallel_config:",
+        "  data_parallel: 1",
+        f"  model_parallel: {recipe.model_parallel}",
+        "  pipeline_stage: 1",
+        "  micro_batch_num: 1",
+        f"  vocab_emb_dp: {recipe.vocab_emb_dp}" + ("" if recipe.vocab_emb_dp else
+                                                    "          # embedding and head are cut along the vocabulary"),
+        "  gradient_aggregation_group: 4",
+        "",
+        "model:",
+        "  model_config:",
+        "    type: LlamaConfig",
+        "    batch_size: 1",
+        f"    seq_length: {recipe.seq_length}",
+        f"    hidden_size: {dims.hidden_size}",
+        f"    num_layers: {dims.num_layers}",
+        f"    num_heads: {dims.num_heads}",
+        f"    n_kv_heads: {dims.num_kv_heads}",
+        f"    vocab_size: {dims.vocab_size}",
+        f"    intermediate_size: {dims.intermediate_size}",
+        "    qkv_has_bias: True",
+        f"    tie_word_embeddings: {dims.tie_word_embeddings}",
+        f"    rms_norm_eps: {_number(recipe.rms_norm_eps)}",
+        f"    theta: {recipe.theta}",
+        f"    eos_token_id: {eos}",
+        f"    pad_token_id: {recipe.pad_token_id}",
+        f"    bos_token_id: {recipe.bos_token_id}",
+        *_dtype_lines(recipe.dtype),
+        '    layernorm_compute_type: "float32"',
+        '    softmax_compute_type: "float32"',
+        "    use_past: True",
+        "    is_dynamic: True",
+        "    use_flash_attention: True",
+        "    qkv_concat: False",
+        f"    block_size: {recipe.block_size}",
+        f"    num_blocks: {recipe.num_blocks}              # KV cache: block_size x num_blocks = "
+        f"{recipe.block_size * recipe.num_blocks} tokens",
+        f"    max_decode_length: {recipe.max_decode_length}       # total length, prompt included",
+        *(f"    {key}: {value}" for key, value in recipe.sampling),
+        "  arch:",
+        "    type: LlamaForCausalLM",
+        "",
+        "processor:",
+        "  tokenizer:",
+        "    type: Qwen2Tokenizer",
+        "    auto_register: qwen1_5_tokenizer.Qwen2Tokenizer     # where MindFormers' own Trainer finds it",
+        f"    model_max_length: {recipe.model_max_length}",
+        '    vocab_file: "/path/vocab.json"      # left like this: the one beside the checkpoint',
+        '    merges_file: "/path/merges.txt"',
+        f'    unk_token: "{unk}"',
+        f'    eos_token: "{eos_token}"',
+        f'    pad_token: "{pad}"',
+        *([f"    chat_template: {_quoted(recipe.chat_template)}"] if recipe.chat_template else []),
+        "",
+        "context:",
+        "  mode: 0",
+        '  device_target: "auto"          # Ascend when there is one, otherwise CPU',
+        f'  max_device_memory: "{recipe.max_device_memory}"      # Ascend only, like everything below',
+        "  max_call_depth: 10000",
+        "  ascend_config:",
+        '    precision_mode: "must_keep_origin_dtype"',
+        "",
+        "parallel:",
+        "  parallel_mode: 1",
+        "  full_batch: True",
+        '  search_mode: "sharding_propagation"',
+        "  gradients_mean: False",
+        "  strategy_ckpt_config:",
+        '    save_file: "./ckpt_strategy.ckpt"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _dtype_lines(dtype: Optional[str]) -> List[str]:
+    if dtype is None:
+        return ["    # param_init_type, compute_dtype, rotary_dtype: as the checkpoint's config.json says"]
+    return [f'    param_init_type: "{dtype}"    # dtype of the weights; float32 is more precise and slower',
+            f'    compute_dtype: "{dtype}"',
+            f'    rotary_dtype: "{dtype}"']
+
+
+def _number(value: float) -> str:
+    """`1.0e-6`: YAML reads a number without a dot before its exponent as a text."""
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    mantissa = mantissa.rstrip("0")
+    return f"{mantissa}{'0' if mantissa.endswith('.') else ''}e{int(exponent)}"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def recipe_for(checkpoint: str, model_parallel: Optional[int] = None) -> Recipe:
+    """The YAML's contents for a Hugging Face folder of the Qwen2ForCausalLM architecture.
+
+    Args:
+        checkpoint: folder with config.json, and generation_config.json and tokenizer_config.json where it has them.
+        model_parallel: ranks; None takes the fewest of 1, 2, 4, 8 on which a 64 GB card has room.
+
+    Raises:
+        UserError: no such folder, a model that is not supported (by name), or ranks that do not divide it.
+    """
+    if not os.path.isdir(checkpoint):
+        raise UserError("is not a folder", checkpoint, "Give the downloaded model's folder, the one with config.json.")
+    hf = dims_from_hf_config(checkpoint)
+    generation = _generation_settings(os.path.join(checkpoint, "generation_config.json"))
+    tokenizer = _settings(os.path.join(checkpoint, "tokenizer_config.json"))
+    longest = hf.max_position_embeddings or _LONGEST
+    seq_length, block_size = _lengths(min(longest, _LONGEST))
+    eos = generation["eos_token_id"] or hf.eos_token_ids
+    end = eos[0] if eos else 0
+    pad, bos = (_first(generation[name], getattr(hf, name), end) for name in ("pad_token_id", "bos_token_id"))
+    if not eos:
+        raise UserError("no eos_token_id in config.json or generation_config.json", checkpoint,
+                        "Add it to config.json: without it no answer ends.")
+    sampling = tuple((name, _first(generation[name], KEYS[MODEL + name].default)) for name in _SAMPLING)
+    texts = tuple(_token_text(tokenizer, name) or _END for name in ("unk_token", "eos_token", "pad_token"))
+    length = tokenizer.get("model_max_length")
+    sequences = 2 if hf.dims.num_kv_heads == hf.dims.num_heads else 4
+    recipe = Recipe(
+        title=f"{os.path.basename(os.path.abspath(checkpoint))}: written by qwen15 make-yaml from its config.json.",
+        dims=hf.dims, rms_norm_eps=hf.rms_norm_eps, theta=hf.rope_theta, seq_length=seq_length, block_size=block_size,
+        num_blocks=sequences * seq_length // block_size, dtype=hf.torch_dtype, eos_token_id=tuple(eos),
+        pad_token_id=pad, bos_token_id=bos, max_decode_length=min(2048, seq_length), sampling=sampling,
+        model_parallel=1, vocab_emb_dp=True, max_device_memory=_CARD,
+        model_max_length=length if isinstance(length, int) and length < 2 ** 31 else longest,
+        tokens=texts, chat_template=_template(tokenizer, checkpoint))
+    return _spread(recipe, model_parallel, checkpoint)
+
+
+def _spread(recipe: Recipe, model_parallel: Optional[int], where: str) -> Recipe:
+    """Choose the ranks; more than one cut the vocabulary as well where it divides."""
+    if model_parallel is not None:
+        why = indivisible(recipe.dims, model_parallel)
+        if why:
+            raise UserError(why, "--model_parallel")
+        return replace(recipe, model_parallel=model_parallel, vocab_emb_dp=model_parallel == 1)
+    for ranks in _RANKS:
+        spread = replace(recipe, model_parallel=ranks, vocab_emb_dp=ranks == 1)
+        if indivisible(recipe.dims, ranks) is None and card_bytes(spread) <= size_bytes(_CARD):
+            return spread
+    raise UserError(f"does not fit on {_RANKS[-1]} cards of {_CARD}", where, "Give --model_parallel.")
+
+
+def card_bytes(recipe: Recipe) -> int:
+    """Bytes on each Ascend card."""
+    dtype = recipe.dtype or "bfloat16"
+    model = ModelConfig(
+        dims=recipe.dims, rms_norm_eps=recipe.rms_norm_eps, theta=recipe.theta, seq_length=recipe.seq_length,
+        param_init_type=dtype, compute_dtype=dtype, layernorm_compute_type="float32", softmax_compute_type="float32",
+        rotary_dtype=dtype, use_past=True, is_dynamic=True, use_flash_attention=True, qkv_concat=False,
+        block_size=recipe.block_size, num_blocks=recipe.num_blocks, batch_size=1, pad_token_id=recipe.pad_token_id,
+        bos_token_id=recipe.bos_token_id, eos_token_id=recipe.eos_token_id)
+    parallel = ParallelConfig(recipe.model_parallel > 1, 1, recipe.model_parallel, 1, recipe.vocab_emb_dp)
+    return memory.need(model, parallel, device.ASCEND).total_bytes
+
+
+def _lengths(longest: int) -> Tuple[int, int]:
+    """(seq_length, block_size): the length divides into blocks, as block tables on Ascend want."""
+    for block in (32, 16):
+        if longest >= block:
+            return longest // block * block, block
+    return longest, longest
+
+
+def _settings(path: str) -> Mapping[str, Any]:
+    """The object in a JSON file that a model may or may not come with."""
+    if not os.path.isfile(path):
+        return {}
+    contents = read_json(path)
+    if not isinstance(contents, dict):
+        raise UserError("is not an object of settings", path, "Download the file again.")
+    return contents
+
+
+def _generation_settings(path: str) -> Mapping[str, Any]:
+    """What generation_config.json says of tokens and sampling, checked like the YAML's keys; None where it says nothing."""
+    contents, checked = _settings(path), {}
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id", *_SAMPLING):
+        try:
+            checked[name] = convert(KEYS[MODEL + name], contents.get(name))
+        except ValueError as error:
+            raise UserError(f"{name} {error}", path) from None
+    return checked
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _token_text(settings: Mapping[str, Any], name: str) -> Optional[str]:
+    value = settings.get(name)
+    if isinstance(value, dict):  # an AddedToken written out
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _template(settings: Mapping[str, Any], checkpoint: str) -> Optional[str]:
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several templates by name
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    if isinstance(template, str):
+        return template
+    # transformers 4.43 and later write it to a file of its own.
+    beside = os.path.join(checkpoint, "chat_template.jinja")
+    if os.path.isfile(beside):
+        with open(beside, encoding="utf-8") as file:
+            return file.read()
+    return None
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(prog="python -m qwen15 make-yaml", description=(
+        "Write the prediction YAML of a Qwen1.5, Qwen2 or Qwen2.5 checkpoint (Qwen2ForCausalLM, dense) from its "
+        "config.json."))
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the downloaded model's folder")
+    parser.add_argument("--output", metavar="FILE",
+                        help="YAML file to write, stdout by default; one that is there is not overwritten")
+    parser.add_argument("--model_parallel", type=int, metavar="N",
+                        help="workers; by default the fewest of 1, 2, 4, 8 on which it fits into 59 GB cards")
+    args = parser.parse_args(argv)
+    if args.model_parallel is not None and args.model_parallel < 1:
+        raise UserError(f"must be at least 1, not {args.model_parallel}", "--model_parallel")
+    recipe = recipe_for(args.checkpoint, args.model_parallel)
+    text = render(recipe)
+    needs = (f"{recipe.model_parallel} card(s), {memory.gib(card_bytes(recipe))} on each; KV cache "
+             f"{recipe.block_size * recipe.num_blocks} tokens")
+    if args.output is None:
+        print(text, end="")
+    else:
+        _write_new(args.output, text)
+    print(f"{args.output or 'stdout'}: {needs}", file=sys.stderr)
+    return 0
+
+
+def _write_new(path: str, text: str) -> None:
+    """Write beside, then link to the final name, which fails where something is there already."""
+    beside = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(beside, "x", encoding="utf-8") as file:
+            file.write(text)
+        try:
+            os.link(beside, path)
+        finally:
+            os.unlink(beside)
+    except FileExistsError:
+        raise UserError("is there already", path, "Choose another --output, or move it away.") from None
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", path) from None

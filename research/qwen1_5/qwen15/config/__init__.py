@@ -1,0 +1,1 @@
+"""One checked configuration, every key with the place it came from."""

@@ -1,0 +1,1 @@
+"""Checkpoints into checkpoints: planned and accounted for first, then run, compared, and put in place."""

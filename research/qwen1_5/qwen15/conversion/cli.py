@@ -1,0 +1,79 @@
+"""What the three converters' command lines share: their flags, and the account they give on stderr."""
+
+import argparse
+import sys
+from typing import Any, Optional
+
+from ..errors import UserError
+
+
+def add_common_flags(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
+    """Flags that every converter has."""
+    if dtype:
+        parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto",
+                            help="of the result; auto keeps every tensor's own (default)")
+        parser.add_argument("--allow_overflow", action="store_true",
+                            help="let values that the new dtype cannot hold become inf")
+        parser.add_argument("--max_shard_size", default="4GB", metavar="SIZE",
+                            help="most bytes of one file of a folder: 4GB (default), 500MB, 2GiB")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be done, and write nothing")
+    parser.add_argument("--verify", action="store_true",
+                        help="read the result back and compare every tensor before it is put in place")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True) -> Any:
+    """The `conversion.Options` that the flags say."""
+    from .hugging_face import Options, parse_size
+    from .slices import Slicing
+
+    if parts is not None and parts < 1:
+        raise UserError(f"{parts} is no number of ranks", "--model_parallel", "Give 1, 2, 4, ...")
+    return Options(target=target, form=args.format, dtype=args.dtype, shard_bytes=parse_size(args.max_shard_size),
+                   slicing=None if parts is None else Slicing(parts, vocab_emb_dp))
+
+
+def carry_out(plan: Any, args: argparse.Namespace) -> bool:
+    """Run a plan, or print it with `--dry_run`; tells on stderr what was done. Returns whether there is a result."""
+    from ..checkpoint.atomic import partial_path
+    from ..checkpoint.leftovers import account
+    from ..progress import human_bytes
+    from .run import check_plan, kept_bytes, run
+
+    try:
+        for note in plan.notes:
+            _tell(f"note: {note}")
+        for phrase in account(plan.left_out):
+            _tell(f"left out: {phrase}")
+        check_plan(plan, args.overwrite)
+        if args.dry_run:
+            for line in plan.describe():
+                print(line)
+            return False
+        try:
+            result = run(plan, verify=args.verify, overwrite=args.overwrite,
+                         allow_overflow=getattr(args, "allow_overflow", False))
+        except BaseException:
+            if kept_bytes(plan):
+                _tell(f"{human_bytes(kept_bytes(plan))} are kept in {partial_path(plan.target)}: the same command goes on from there")
+            raise
+    finally:
+        plan.close()
+    for line in result.account.lines():
+        _tell(f"cast {line}")
+    for name, (nan, infinite) in sorted(result.account.non_finite.items()):
+        _tell(f"warning: {name} holds {nan} NaN and {infinite} infinite values; they were carried over")
+    if result.resumed_bytes:
+        _tell(f"{human_bytes(result.resumed_bytes)} of {human_bytes(plan.read_bytes)} were done by an interrupted run, "
+              f"{result.resumed} of {len(plan.files)} files whole")
+    written = plan.write_bytes * (1 - result.resumed_bytes / max(plan.read_bytes, 1))
+    rate = human_bytes(written / max(result.seconds, 1e-9))
+    _tell(f"{plan.target}: {len(plan.moves)} tensors, {human_bytes(plan.write_bytes)} in {result.seconds:.2f} s ({rate}/s)")
+    if args.verify:
+        _tell(f"verified: {result.compared} tensors read back, equal bit for bit")
+    return True
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,187 @@
+"""A conversion as a plan of moves into files, which can be shown before a byte is written."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from ..checkpoint.file_writer import Blocks
+from ..checkpoint.reader import FORMATS, INDEX_FILES, Checkpoint, write_index
+from ..checkpoint.tensors import TensorInfo, itemsize, total_bytes
+from ..errors import UserError
+from ..json_file import read_json
+from ..progress import human_bytes
+from .strips import STRIP_BYTES, Move
+
+_SIDECARS = ("config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+             "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_LARGEST_SIDECAR_BYTES = 64 * 2 ** 20
+_INTERPRETER_BYTES = 60 * 10 ** 6
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """A checkpoint file to be written.
+
+    Attributes:
+        name: relative to the target folder; empty when the target is the file itself.
+        kind: a key of `FORMATS`.
+        infos: its tensors, in order.
+        metadata: the format's free text.
+    """
+
+    name: str
+    kind: str
+    infos: Tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+
+    def steps(self) -> List[Any]:
+        """How to write it."""
+        return FORMATS[self.kind].steps(self.infos, self.metadata)
+
+
+@dataclass
+class Plan:
+    """Everything that is known before the first byte is written.
+
+    Attributes:
+        target: the file or folder to make.
+        is_folder: which of the two.
+        sources: what is read, opened.
+        files: what is written.
+        moves: the tensors, in the order in which every file wants its own.
+        small: name -> contents of small files beside the weights (in the folder, or beside the file).
+        notes: what the user should know.
+        left_out: kind -> names of entries that are not carried over.
+    """
+
+    target: str
+    is_folder: bool
+    sources: Sequence[Checkpoint]
+    files: List[OutFile]
+    moves: List[Move]
+    small: Dict[str, bytes] = field(default_factory=dict)
+    notes: List[str] = field(default_factory=list)
+    left_out: Dict[str, List[str]] = field(default_factory=dict)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all tensors, every one counted once."""
+        return sum(move.nbytes for move in self.moves)
+
+    @property
+    def write_bytes(self) -> int:
+        """Disk the result takes."""
+        return sum(total_bytes(file.steps()) for file in self.files) + sum(map(len, self.small.values()))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that running the plan takes, about: Python itself, strips on their way, and blocks that are being written."""
+        casting = any(move.dtype != move.target_dtype for move in self.moves)
+        slicing = any(len(move.parts) > 1 or len(move.destinations) > 1 for move in self.moves)
+        at_once = max(len(numbers) for numbers, _ in groups(self))
+        return _INTERPRETER_BYTES + STRIP_BYTES * (2 + (4 if casting else 0) + (2 if slicing else 0)) + Blocks(at_once).all_bytes
+
+    def path_of(self, file: OutFile, folder: str) -> str:
+        """Where a file is, in the folder or as the target."""
+        return os.path.join(folder, file.name) if self.is_folder else folder
+
+    def describe(self) -> Iterator[str]:
+        """The plan for a reader: every tensor, then the sums."""
+        for move in self.moves:
+            for destination in move.destinations[:1]:
+                name, cut = destination.name, ""
+                if len(move.destinations) > 1 or destination.region.rows * destination.region.columns != move.rows * move.columns:
+                    first = self.files[destination.file]
+                    shape = next(info.shape for info in first.infos if info.name == name)
+                    cut = f"  as {len(move.destinations)} x {list(shape)}"
+                cast = "" if move.dtype == move.target_dtype else f" -> {move.target_dtype}"
+                yield f"{move.label}  ->  {name}  {move.dtype}{cast} {list(move.shape)}{cut}  {human_bytes(move.nbytes)}"
+        for file in self.files:
+            yield f"{self.path_of(file, self.target)}: {len(file.infos)} tensors, {human_bytes(total_bytes(file.steps()))}"
+        for name in sorted(self.small):
+            yield f"{os.path.join(self._small_folder, name)}: {human_bytes(len(self.small[name]))}"
+        yield (f"{len(self.moves)} tensors; reads {human_bytes(self.read_bytes)}, writes {human_bytes(self.write_bytes)}, "
+               f"needs about {human_bytes(self.memory_bytes)} of memory")
+
+    @property
+    def _small_folder(self) -> str:
+        return self.target if self.is_folder else os.path.dirname(os.path.abspath(self.target))
+
+    def close(self) -> None:
+        """Close what is read."""
+        for source in self.sources:
+            source.close()
+
+
+def shape_files(infos: Sequence[TensorInfo], most_bytes: int) -> List[List[TensorInfo]]:
+    """Fill shards in order, none above `most_bytes` unless one tensor alone is."""
+    shards: List[List[TensorInfo]] = []
+    filled = 0
+    for info in infos:
+        if not shards or (filled + info.nbytes > most_bytes and shards[-1]):
+            shards.append([])
+            filled = 0
+        shards[-1].append(info)
+        filled += info.nbytes
+    return shards
+
+
+def aligned(infos: Sequence[TensorInfo]) -> List[TensorInfo]:
+    """Wider elements first, so that every tensor in a file is aligned; the order is kept otherwise."""
+    return sorted(infos, key=lambda info: -itemsize(info.dtype))
+
+
+def shard_names(count: int) -> List[str]:
+    """The file names that a checkpoint in `count` shards has by convention."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def index_of(files: Sequence[OutFile]) -> Dict[str, bytes]:
+    """The index beside several shards; nothing for one."""
+    if len(files) == 1:
+        return {}
+    weight_map = {info.name: file.name for file in files for info in file.infos}
+    nbytes = sum(info.nbytes for file in files for info in file.infos)
+    return {INDEX_FILES["safetensors"]: write_index(weight_map, nbytes)}
+
+
+def sidecars(folder: str, torch_dtype: Optional[str] = None) -> Dict[str, bytes]:
+    """The small files that predicting needs, from the folder of the source.
+
+    Args:
+        folder: where they are looked for; those that are missing are not in the result.
+        torch_dtype: what config.json shall say about the weights; None leaves the file as it is.
+    """
+    found: Dict[str, bytes] = {}
+    for name in _SIDECARS:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            if os.path.getsize(path) > _LARGEST_SIDECAR_BYTES:
+                raise UserError(f"{human_bytes(os.path.getsize(path))} are too many for such a file", path)
+            with open(path, "rb") as file:
+                found[name] = file.read()
+    if torch_dtype is not None and "config.json" in found:
+        config = read_json(os.path.join(folder, "config.json"))
+        key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
+        if config.get(key) != torch_dtype:
+            config[key] = torch_dtype
+            found["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    return found
+
+
+def groups(plan: Plan) -> Iterator[Tuple[List[int], List[Move]]]:
+    """Files that must be written together, with their moves: single shards, or all ranks at once."""
+    numbers: List[int] = []
+    moves: List[Move] = []
+    for move in plan.moves:
+        here = sorted({destination.file for destination in move.destinations})
+        if moves and not set(here) & set(numbers):
+            yield numbers, moves
+            numbers, moves = [], []
+        numbers = sorted(set(numbers) | set(here))
+        moves.append(move)
+    if moves:
+        yield numbers, moves

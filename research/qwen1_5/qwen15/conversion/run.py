@@ -1,0 +1,178 @@
+"""Run a plan: move, compare the result, put it in place."""
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Dict, Iterator, Mapping, Optional, Sequence
+
+from ..checkpoint.atomic import (
+    AtomicFolder,
+    atomic_file,
+    check_space,
+    check_target,
+    disk_bytes,
+    partial_path,
+    write_small,
+)
+from ..checkpoint.file_writer import Blocks, FileWriter
+from ..checkpoint.reader import Checkpoint, TensorFile
+from ..errors import UserError
+from ..progress import Progress
+from .plan import Plan, groups
+from .resume import RECORD_FILE, Record
+from .strips import Account, Move, compare, transfer
+
+RECORD_EVERY_BYTES = 2 ** 30
+"""After so many bytes an interrupted run of many files at once can be taken up; making sure of them costs some milliseconds."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What running a plan did.
+
+    Attributes:
+        account: of the tensors.
+        seconds: that it took.
+        resumed, resumed_bytes: whole files, and bytes of the source, that an interrupted run had done.
+        compared: tensors that were read back.
+    """
+
+    account: Account
+    seconds: float
+    resumed: int
+    resumed_bytes: int
+    compared: int
+
+
+def run(plan: Plan, verify: bool = False, overwrite: bool = False, allow_overflow: bool = False) -> Result:
+    """Carry a plan out.
+
+    Args:
+        plan: what to do.
+        verify: read the result back and compare every tensor before it is put in place.
+        overwrite: replace what is at the target, if it is what this program writes.
+        allow_overflow: let casts make infinities.
+
+    Raises:
+        UserError: the target is in the way or the disk too small (nothing was written then), or reading, writing or comparing
+            failed (nothing was put in place then).
+    """
+    check_plan(plan, overwrite)
+    return (_run_folder if plan.is_folder else _run_file)(plan, verify, allow_overflow)
+
+
+def check_plan(plan: Plan, overwrite: bool) -> None:
+    """What `run` refuses before it writes anything; a dry run asks the same."""
+    sources = [file.path for source in plan.sources for file in source.files]
+    check_target(plan.target, sources, overwrite)
+    # What an interrupted run has left is taken up, or written over: either way its room is there.
+    check_space(plan.target, plan.write_bytes - disk_bytes(partial_path(plan.target)))
+    if not plan.is_folder:
+        for name, content in plan.small.items():
+            path = os.path.join(plan._small_folder, name)
+            if os.path.lexists(path) and not overwrite and _read(path) != content:
+                raise UserError("exists already, and the model that is converted has another", path,
+                                "Write to a folder of its own, or --overwrite to replace it.")
+
+
+def kept_bytes(plan: Plan) -> int:
+    """Disk taken by what an interrupted run of a plan has left for the next; 0 when there is nothing to go on from."""
+    scratch = partial_path(plan.target)
+    return disk_bytes(scratch) if os.path.exists(os.path.join(scratch, RECORD_FILE)) else 0
+
+
+def _read(path: str) -> Optional[bytes]:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def _run_file(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
+    (file,) = plan.files
+    account = Account()
+    begin = time.monotonic()
+    with atomic_file(plan.target) as (fd, path):
+        with Blocks() as blocks:
+            writer = FileWriter(fd, path, file.steps(), blocks)
+            with Progress("converting", plan.read_bytes) as progress:
+                transfer(plan.moves, {0: writer}, account, allow_overflow, progress.advance)
+                writer.finish()
+        compared = _verify(plan, {0: path}) if verify else 0
+        for name, content in plan.small.items():
+            beside = os.path.join(plan._small_folder, name)
+            if _read(beside) != content:
+                write_small(beside, content)
+    return Result(account, time.monotonic() - begin, 0, 0, compared)
+
+
+def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
+    begin = time.monotonic()
+    folder = AtomicFolder(plan.target)
+    try:
+        record = Record(plan, folder)
+        resumed = len(record.done)
+        with Progress("converting", plan.read_bytes) as progress:
+            for numbers, moves in groups(plan):
+                if all(plan.files[number].name in record.done for number in numbers):
+                    progress.skip(sum(move.nbytes for move in moves))
+                else:
+                    _run_group(plan, numbers, moves, folder, record, allow_overflow, progress)
+        for name, content in plan.small.items():
+            write_small(os.path.join(folder.path, name), content)
+        paths = {number: os.path.join(folder.path, file.name) for number, file in enumerate(plan.files)}
+        compared = _verify(plan, paths) if verify else 0
+        folder.publish()
+        return Result(record.account, time.monotonic() - begin, resumed, progress.skipped_bytes, compared)
+    finally:
+        folder.close()
+
+
+def _run_group(plan: Plan, numbers: Sequence[int], moves: Sequence[Move], folder: AtomicFolder, record: Record,
+               allow_overflow: bool, progress: Progress) -> None:
+    """Write some files of a folder together, from where an earlier run of the plan has come to."""
+    names = [plan.files[number].name for number in numbers]
+    first, sizes = record.begun(names)
+    progress.skip(sum(move.nbytes for move in moves[:first]))
+    with ExitStack() as stack:
+        opened = {number: stack.enter_context(folder.file(plan.files[number].name, record.keeps)) for number in numbers}
+        blocks = stack.enter_context(Blocks(len(numbers)))  # opened last, so that it is left before the files are closed
+        writers = {number: FileWriter(fd, path, plan.files[number].steps(), blocks, sizes.get(plan.files[number].name, 0))
+                   for number, (fd, path) in opened.items()}
+        for last in _stops(moves, first):
+            transfer(moves[first:last], writers, record.account, allow_overflow, progress.advance)
+            if last < len(moves):
+                record.begin(last, {plan.files[number].name: writer.sync() for number, writer in writers.items()})
+            first = last
+        for writer in writers.values():
+            writer.finish()
+        record.finish(names)
+
+
+def _stops(moves: Sequence[Move], first: int) -> Iterator[int]:
+    """After how many moves to write down how far it has come, the last time after all of them."""
+    nbytes = 0
+    for number in range(first, len(moves)):
+        nbytes += moves[number].nbytes
+        if nbytes >= RECORD_EVERY_BYTES or number == len(moves) - 1:
+            yield number + 1
+            nbytes = 0
+
+
+def _verify(plan: Plan, paths: Mapping[int, str]) -> int:
+    results: Dict[int, Checkpoint] = {}
+    try:
+        for number, path in paths.items():
+            file = TensorFile(path, plan.files[number].kind)
+            file.forget_cached()
+            results[number] = file
+            surplus = set(file.infos) - {info.name for info in plan.files[number].infos}
+            if surplus or file.others:
+                raise UserError(f"holds {sorted(surplus | set(file.others))[0]}, which nobody wrote", path)
+        with Progress("comparing", plan.read_bytes) as progress:
+            return compare(plan.moves, results, progress.advance)
+    finally:
+        for result in results.values():
+            result.close()

@@ -1,0 +1,1 @@
+"""Several ranks on one machine or many: planned, started, watched, ended."""

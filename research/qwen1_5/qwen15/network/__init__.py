@@ -1,0 +1,1 @@
+"""The network behind one seam: our own on a CPU, MindFormers' on Ascend, and the weights that fill either."""

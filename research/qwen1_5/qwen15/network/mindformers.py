@@ -1,0 +1,289 @@
+"""MindFormers' own LlamaForCausalLM behind the seam: context, building, strict loading, prefill and decode on Ascend."""
+
+import contextlib
+import os
+import re
+import sys
+from typing import Any, Callable, Dict, Iterator, Optional, Set, Tuple
+
+import numpy as np
+
+from .. import device, naming
+from ..checkpoint import casting
+from ..checkpoint.tensors import LONG_NAMES
+from ..config.load import Config, ModelConfig
+from ..errors import EXIT_FAILED, UserError
+from . import weights
+from .base import Network
+
+SEMI_AUTO_PARALLEL = (1, "SEMI_AUTO_PARALLEL")
+"""MindFormers' two spellings of the parallel mode in which MindSpore cuts the weights by the strategies in the network."""
+
+_CACHE = re.compile(r"\.(key_cache|value_cache)$")
+_DTYPES = {"Float32": "F32", "Float16": "F16", "BFloat16": "BF16"}
+_OUT_OF_MEMORY = re.compile(r"out of memory|memory (is not|isn't|not) enough|alloc\w* .*memory failed|device memory", re.IGNORECASE)
+
+
+class MindFormersNetwork(Network):
+    """LlamaForCausalLM from MindFormers, unchanged, with its fused operators, on one card or cut over several.
+
+    Prefill always runs whole prompts: MindFormers' prefill graph attends to the tokens it is given and not to the cache.
+
+    Args:
+        config: the whole configuration; `config.effective` is what MindFormers is given.
+        checkpoint: what `weights.resolve` found.
+        tell: receives one line for each thing worth knowing.
+
+    Attributes:
+        cell: MindFormers' network itself.
+
+    Raises:
+        UserError: no card, MindFormers missing, a configuration or checkpoint that does not fit.
+    """
+
+    supports_cached_prefill = False
+
+    def __init__(self, config: Config, checkpoint: str, tell: Callable[[str], None]):
+        device.require(config.device_target)
+        check(config.model, config.device_target)
+        self.vocab_size = config.model.dims.vocab_size
+        with stdout_to_stderr():
+            settings = mindformers_config(config)
+            self.rank, self.ranks = start(settings)
+            if config.parallel.use_parallel and self.ranks != config.parallel.model_parallel:
+                raise UserError(f"{self.ranks} workers are running, model_parallel is {config.parallel.model_parallel}",
+                                fix=f"Start {config.parallel.model_parallel} workers.")
+            self.cell = build(settings)
+            if self.ranks > 1:
+                cut(self.cell, config.model)
+            self._source = weights.Source(checkpoint, config.model, config.model.param_init_type, self.rank, self.ranks,
+                                          config.parallel.vocab_emb_dp, whole=config.auto_trans_ckpt or self.ranks == 1)
+            fill(self.cell, self._source, config, self.ranks, tell)
+            self.cell.set_dynamic_inputs()
+        self._phase: Optional[str] = None
+        self._compiled: Set[str] = set()
+        self._table_width = -(-config.model.seq_length // config.model.block_size)
+        self.note = (f"{config.device_target}, MindFormers' LlamaForCausalLM on {self.ranks} card(s), "
+                     f"weights {config.model.param_init_type}, KV cache {config.model.compute_dtype}")
+
+    def prefill(self, input_ids, query_lens, context_lens, block_tables, slot_mapping):
+        if not np.array_equal(query_lens, context_lens):
+            raise ValueError("this network cannot prefill sequences that are partly in the cache")
+        return self._run("prefill", input_ids[None, :], context_lens, block_tables, slot_mapping)
+
+    def decode(self, input_ids, context_lens, block_tables, slot_mapping):
+        return self._run("increment", input_ids[:, None], context_lens, block_tables, slot_mapping)
+
+    def _run(self, phase: str, input_ids: np.ndarray, lengths: np.ndarray, block_tables: np.ndarray,
+             slot_mapping: np.ndarray) -> np.ndarray:
+        """One call of the network in its predict contract: ids (1, T) or (B, 1), lengths (1, B), tables (B, M), slots (T,)."""
+        import mindspore as ms
+
+        if phase != self._phase:
+            # A flag decides which of its two graphs the network traces, a phase which compiled graph MindSpore runs.
+            self.cell.add_flags_custom(is_first_iteration=phase == "prefill")
+            self._phase = phase
+        self.cell.phase = phase
+        tables = np.full((len(block_tables), self._table_width), -1, np.int32)
+        tables[:, :block_tables.shape[1]] = block_tables
+        inputs = {"input_ids": input_ids, "batch_valid_length": lengths[None, :], "block_tables": tables,
+                  "slot_mapping": slot_mapping}
+        tensors = {name: ms.Tensor.from_numpy(np.ascontiguousarray(array, np.int32)) for name, array in inputs.items()}
+        with contextlib.ExitStack() as stack:
+            if phase not in self._compiled:
+                stack.enter_context(stdout_to_stderr())
+            try:
+                logits = self.cell(**tensors).asnumpy()
+            except RuntimeError as error:
+                raise _explain(error) from error
+        self._compiled.add(phase)
+        return logits
+
+    def agree(self, ids):
+        if self.ranks == 1:
+            return ids
+        return broadcast(ids)
+
+    def find_non_finite(self):
+        return self._source.find_non_finite()
+
+
+def check(model: ModelConfig, device_target: str) -> None:
+    """Refuse what MindFormers' network or the Ascend operators cannot do, before anything is imported.
+
+    Raises:
+        UserError: names the key and the value to set.
+    """
+    where = "model.model_config"
+    for name in ("use_past", "is_dynamic"):
+        if not getattr(model, name):
+            raise UserError(f"{name} is False; on Ascend the engine needs the paged KV cache and prompts without padding",
+                            f"{where}.{name}", f"Set {name}: True.")
+    if model.qkv_concat:
+        raise UserError("qkv_concat is True; this module's checkpoints hold wq, wk, wv, w1 and w3 apart",
+                        f"{where}.qkv_concat", "Set qkv_concat: False.")
+    dims = model.dims
+    if dims.hidden_size != dims.num_heads * dims.head_dim:
+        raise UserError(f"head size {dims.head_dim} x {dims.num_heads} heads is not hidden_size {dims.hidden_size}; MindFormers' "
+                        "LlamaForCausalLM has no head size of its own", where, "This model runs on CPU only.")
+    if device_target == device.ASCEND:
+        for name in ("compute_dtype", "rotary_dtype"):
+            if getattr(model, name) == "float32":
+                raise UserError(f"{name} is float32; the fused operators on Ascend take float16 and bfloat16 only",
+                                f"{where}.{name}", f"Set {name}: bfloat16.")
+
+
+def mindformers_config(config: Config) -> Any:
+    """`config.effective` as a MindFormerConfig, with MindFormers' own weight loading switched off and its mode made explicit.
+
+    Raises:
+        UserError: MindFormers is not installed, or the YAML asks for what prediction cannot do.
+    """
+    if config.effective.get("only_save_strategy"):
+        raise UserError("a prediction run saves no strategy", "only_save_strategy",
+                        "Remove it: convert_weight.py --model_parallel N writes strategy files beside the slices, without a card.")
+    MindFormerConfig = _import_mindformers().MindFormerConfig
+
+    settings = MindFormerConfig(**config.effective)
+    settings.use_legacy = True
+    settings.load_checkpoint = ""  # loaded by `fill`: MindFormers goes on with random weights where one is missing
+    settings.auto_trans_ckpt = False
+    settings.model.model_config.checkpoint_name_or_path = ""
+    settings.context = settings.context or MindFormerConfig()
+    settings.context.device_target = config.device_target
+    settings.parallel = settings.parallel or MindFormerConfig()
+    if config.parallel.use_parallel:
+        mode = settings.parallel.setdefault("parallel_mode", SEMI_AUTO_PARALLEL[0])
+        if mode not in SEMI_AUTO_PARALLEL:
+            raise UserError(f"parallel_mode {mode} cannot cut the weights", "parallel.parallel_mode", "Set parallel_mode: 1.")
+        if settings.context.mode == 1:
+            raise UserError("mode 1 (PyNative) cannot cut the weights over cards", "context.mode", "Set mode: 0.")
+        settings.parallel.setdefault("full_batch", True)
+    return settings
+
+
+def start(settings: Any) -> Tuple[int, int]:
+    """Set up MindSpore's context and the communication between cards through MindFormers' build_context.
+
+    Returns:
+        (rank, ranks).
+    """
+    from mindformers import build_context
+
+    try:
+        context = build_context(settings)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the device cannot be set up: {_first_line(error)}", fix="`python -m qwen15 ascend-check` examines it.",
+                        exit_code=EXIT_FAILED) from error
+    if settings.use_parallel:
+        import mindspore as ms
+
+        # build_context has named a file under ./output/strategy to be overwritten at the next compilation: nobody asked for it.
+        ms.context.set_auto_parallel_context(strategy_ckpt_save_file="")
+        return context.rank_id, context.device_num
+    return 0, 1
+
+
+def build(settings: Any):
+    """The network, through MindFormers' registry, with parameters that hold no memory yet."""
+    from mindformers.core.parallel_config import build_parallel_config
+    from mindformers.models import build_network
+    from mindspore.nn.utils import no_init_parameters
+
+    build_parallel_config(settings)
+    defaults = {"parallel_config": settings.parallel_config, "moe_config": settings.moe_config}
+    # Besides the time and memory saved, only parameters without contents let the compiler set a slice's shape and no more.
+    with no_init_parameters():
+        cell = build_network(settings.model, default_args=defaults)
+    cell.set_train(False)
+    return cell
+
+
+def cut(cell, model: ModelConfig) -> None:
+    """Give every parameter the shape of this rank's slice: MindSpore compiles the network's front end, no device code."""
+    from mindspore import Model
+
+    ids = np.ones((model.batch_size, model.seq_length), np.int32)
+    Model(cell).infer_predict_layout(*cell.prepare_inputs_for_predict_layout(ids), skip_backend_compile=True)
+
+
+def fill(cell, source: weights.Source, config: Config, ranks: int, tell: Callable[[str], None]) -> None:
+    """Put this rank's slice of every weight into its Parameter, and zeros into the KV caches; strictly.
+
+    Raises:
+        UserError: the network has other parameters, or other slices, than the table of weights says.
+    """
+    parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
+    expected = {weight.ms: weight for weight in naming.weights(config.model.dims)}
+    unknown = [name for name in parameters if name not in expected and not _CACHE.search(name)]
+    absent = [name for name in expected if name not in parameters]
+    if unknown or absent:
+        raise UserError(f"MindFormers' network has {len(unknown)} parameters this module does not know and lacks {len(absent)}: "
+                        f"{(unknown + absent)[0]}", fix="Use the MindFormers version named in the guide.")
+    casts: Dict[Tuple[str, str], casting.Count] = {}
+    for name, weight in expected.items():
+        parameter = parameters[name]
+        wanted = weight.slice_shape(ranks, config.parallel.vocab_emb_dp)
+        if tuple(parameter.shape) != wanted:
+            raise UserError(f"{name} of rank slice {wanted} has shape {tuple(parameter.shape)} in MindFormers' network",
+                            fix="Use the MindFormers version named in the guide.")
+        array, held = source.read(name)
+        dtype = _DTYPES[str(parameter.dtype)]
+        if held != dtype:  # norm weights and biases: the matrices have been cast by the source
+            array, count = casting.cast(array, held, dtype)
+            if dtype != "F32":
+                casts[held, dtype] = casts.get((held, dtype), casting.Count()) + count
+        parameter.set_data(casting.to_tensor(array, dtype), slice_shape=ranks > 1)
+    cell.init_parameters_data()  # what is left without contents: the caches, zeros
+    empty = [parameter.name for parameter in cell.get_parameters() if parameter.has_init]
+    if empty:
+        raise UserError(f"{len(empty)} parameters got no value, the first is {empty[0]}",
+                        fix="Use the MindFormers version named in the guide.")
+    told = "".join(f"; norms and biases {LONG_NAMES[a]} -> {LONG_NAMES[b]}: {count}" for (a, b), count in casts.items())
+    tell(source.account() + told)
+
+
+def broadcast(ids: np.ndarray) -> np.ndarray:
+    """Rank 0's `ids` (N,) int32 on every rank."""
+    import mindspore as ms
+    from mindspore.communication import GlobalComm, comm_func
+
+    tensor = ms.Tensor.from_numpy(np.ascontiguousarray(ids, np.int32))
+    return comm_func.broadcast(tensor, src=0, group=GlobalComm.WORLD_COMM_GROUP).asnumpy()
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """While MindSpore and MindFormers are imported, built and compiled, what they print goes to stderr: stdout is the answer's."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _import_mindformers():
+    try:
+        import mindformers
+    except ImportError as error:
+        raise UserError(f"MindFormers cannot be imported: {_first_line(error)}", fix="pip install mindformers==1.9.0",
+                        exit_code=EXIT_FAILED) from error
+    return mindformers
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _explain(error: RuntimeError) -> Exception:
+    """A card that is full, as a user can mend it; anything else as it is."""
+    if _OUT_OF_MEMORY.search(str(error)):
+        return UserError(f"the card is out of memory: {_first_line(error)}", exit_code=EXIT_FAILED,
+                         fix="Lower model.model_config.num_blocks or the batch, or raise context.max_device_memory "
+                             "or model_parallel.")
+    return error
