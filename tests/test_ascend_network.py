@@ -123,7 +123,7 @@ RANK = """
 import sys
 import numpy as np
 import mindspore as ms
-from qwen15.mindformers_network import broadcast
+from qwen15.network.mindformers import broadcast
 ms.set_device("CPU")
 ms.set_context(mode=ms.GRAPH_MODE)
 ms.communication.init()

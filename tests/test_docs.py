@@ -20,7 +20,7 @@ SIZES = dims(hidden=64, intermediate=96, layers=2, heads=8, kv_heads=8, head_dim
 NOT_RUN = (
     (r"huggingface-cli|modelscope", "needs a hub"),
     (r"scripts/(quickstart|test)\.sh|^source \.venv|^pip install", "installs"),
-    (r"Ascend/|ascend_check|14b\.ckpt|/path/72b ", "needs a 910B card"),
+    (r"Ascend/|ascend-check|14b\.ckpt|/path/72b ", "needs a 910B card"),
     (r'run_qwen1_5\.py \.\.\."', "stands for a command that is given in full elsewhere on its page"),
     (r"bench numerics", "takes minutes with a real model"),
 )

@@ -14,8 +14,9 @@ import time
 from dataclasses import dataclass
 from typing import BinaryIO, Callable, List, Mapping, Optional, Tuple
 
-from .. import terminal
 from ..errors import EXIT_FAILED
+from ..terminal import VARIABLE as TERMINAL_VARIABLE
+from ..terminal import Terminal
 
 _PR_SET_PDEATHSIG = 1
 NOTICE = re.compile(rb"\[(DEBUG|INFO|WARNING)\] [A-Z_]+\([0-9]+[,:]")
@@ -63,7 +64,7 @@ class RankProcess:
         stopped_since: monotonic time at which it was first seen stopped; None while it is not.
     """
 
-    def __init__(self, task: Task, log_path: str, relayed: bool, terminal: Optional[terminal.Terminal] = None):
+    def __init__(self, task: Task, log_path: str, relayed: bool, terminal: Optional[Terminal] = None):
         self.task = task
         self.log_path = log_path
         self.code: Optional[int] = None
@@ -71,7 +72,7 @@ class RankProcess:
         self._relays: List[_Relay] = []
         environ = dict(task.environ)
         if terminal is not None:
-            environ[terminal.VARIABLE] = terminal.variable
+            environ[TERMINAL_VARIABLE] = terminal.variable
         with open(log_path, "wb") as log:
             self._popen = subprocess.Popen(
                 task.command, env=environ, stdin=self._stdin(relayed, terminal),
@@ -79,7 +80,7 @@ class RankProcess:
                 start_new_session=terminal is None, preexec_fn=_Prepare(task.cpus, terminal is not None), bufsize=0)
 
     @staticmethod
-    def _stdin(relayed: bool, terminal: Optional[terminal.Terminal]) -> Optional[int]:
+    def _stdin(relayed: bool, terminal: Optional[Terminal]) -> Optional[int]:
         """Rank 0 may read what is piped to the launcher, or typed; a terminal cannot be read from another session."""
         if terminal is not None:
             return None

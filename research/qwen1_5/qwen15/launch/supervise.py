@@ -254,7 +254,7 @@ class _Supervisor:
     # -- the terminal
 
     def _lend_terminal(self) -> None:
-        """Look after a rank 0 that has our terminal as its stdin; afterwards Ctrl-C is its own, see `foreground`."""
+        """Look after a rank 0 that has our terminal as its stdin; afterwards Ctrl-C is its own, see `terminal.Terminal`."""
         if self._terminal is None:
             return
         process = self._ranks[0]
