@@ -10,7 +10,12 @@
 // Prefill: an item is one key/value head and a block of query tokens; keys stream by in blocks of 128 with a running
 // maximum and sum (Milakov and Gimelshein, 2018, arXiv:1805.02867), so no T x T matrix ever exists.
 #pragma once
+#include "elementwise.h"
+#include "matmul_dot.h"
+#include "matmul_pack.h"
+#include "team.h"
 
+namespace qwen15 {
 namespace {
 
 constexpr int kKeys = 128;                  // keys per step of prefill
@@ -169,9 +174,10 @@ struct Partial {
   float* acc(float* partial) const { return partial + 2 * lanes; }
 };
 
-// One token against cached tokens [begin, end). `next` gives the position from which this thread reads on afterwards, in
-// the same sequence, or -1; it is asked when the last keys are at hand. While keys are scored their values are asked for,
-// and while these are added the next keys: with a new place for every block the hardware's prefetcher does not keep up.
+// One token against cached tokens [begin, end). `next` gives the position from which this thread reads on afterwards,
+// in the same sequence, or -1; it is asked when the last keys are at hand. While keys are scored their values are asked
+// for, and while these are added the next keys: with a new place for every block the hardware's prefetcher does not
+// keep up.
 template <class R, class Next>
 void decode_piece(Team& team, const float* q, int64_t heads, Paged paged, int64_t begin, int64_t end, float* partial,
                   Next next) {
@@ -514,3 +520,4 @@ void attention(Team& team, const float* q, int64_t q_stride, int64_t heads, cons
 }
 
 }  // namespace
+}  // namespace qwen15

@@ -1,4 +1,6 @@
-"""Compile the kernels into one shared library: `python -m qwen15.kernels.build`. Needs a C++17 compiler, nothing else."""
+"""Compile the kernels into one shared library: `python -m qwen15.kernels.build`. Needs only a C++17 compiler."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -32,9 +34,15 @@ X86_SOURCES: Dict[str, Sequence[str]] = {
 """Sources of one instruction set each, with the flags no other source may be compiled with."""
 SOURCES: Sequence[str] = ("team.cpp", "dispatch.cpp", "layer.cpp", "operators.cpp", "select.cpp", "probe.cpp",
                           "isa_portable.cpp")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread", "-Wall", "-Wextra",
-         "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread", "-Wall",
+         "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 SANITIZERS = ("address", "undefined", "thread")
+
+
+def is_x86(target: Optional[str] = None) -> bool:
+    """Whether `target`, a machine triple or None for this machine, is an x86 of 64 bits."""
+    machine = target.split("-")[0] if target else platform.machine()
+    return machine in ("x86_64", "amd64", "AMD64")
 
 
 def find_compiler(target: Optional[str] = None) -> str:
@@ -75,9 +83,8 @@ def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = N
         if name not in SANITIZERS:
             raise UserError(f"unknown sanitizer {name!r}", where="kernels", fix=f"Choose from {', '.join(SANITIZERS)}.")
     compiler = shlex.split(find_compiler(target))
-    machine = target.split("-")[0] if target else platform.machine()
-    sources = {name: () for name in SOURCES}
-    if machine in ("x86_64", "amd64", "AMD64"):
+    sources: Dict[str, Sequence[str]] = {name: () for name in SOURCES}
+    if is_x86(target):
         sources.update(X86_SOURCES)
     flags: List[str] = list(FLAGS)
     link: List[str] = ["-shared", "-pthread"]
@@ -110,7 +117,8 @@ def _run(command: Sequence[str], verbose: bool) -> None:
         lines = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines()
         first = lines[0] if lines else f"exit code {done.returncode}"
         raise UserError(f"{command[0]} failed: {first}", where="kernels",
-                        fix="See the whole output with `python -m qwen15.kernels.build --verbose`.", exit_code=EXIT_FAILED)
+                        fix="See the whole output with `python -m qwen15.kernels.build --verbose`.",
+                        exit_code=EXIT_FAILED)
     if verbose and done.stdout:
         print(done.stdout, file=sys.stderr, end="")
 
@@ -118,7 +126,8 @@ def _run(command: Sequence[str], verbose: bool) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qwen15.kernels.build", description=__doc__)
     parser.add_argument("--output_dir", help=f"where the library goes (default {OUTPUT_DIR})")
-    parser.add_argument("--sanitizer", metavar="NAME[,NAME]", help=f"compile with these, for tests: {', '.join(SANITIZERS)}")
+    parser.add_argument("--sanitizer", metavar="NAME[,NAME]",
+                        help=f"compile with these, for tests: {', '.join(SANITIZERS)}")
     parser.add_argument("--target", metavar="TRIPLE", help="cross-compile, for example aarch64-linux-gnu")
     parser.add_argument("--verbose", action="store_true", help="show the compiler's commands and warnings")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -7,7 +7,10 @@
 //   embed          out[t, :] = table[ids[t], :], table (V, E) f32/f16/bf16, out float32
 // Threads take contiguous ranges of tokens; a single token's elements are too few to be worth splitting.
 #pragma once
+#include "rows.h"
+#include "team.h"
 
+namespace qwen15 {
 namespace {
 
 void rmsnorm(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Vector w, float eps,
@@ -123,3 +126,4 @@ void embed(Team& team, const int32_t* ids, int64_t tokens, Matrix table, float* 
 }
 
 }  // namespace
+}  // namespace qwen15

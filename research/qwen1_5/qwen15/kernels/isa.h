@@ -1,19 +1,26 @@
-// One instruction set's kernels: included by each isa_*.cpp after its vectors, compiled with that file's own flags.
+// One instruction set's kernels: included by each isa_*.cpp, which is compiled with that set's flags.
+//
 // Everything lives in unnamed namespaces and no standard C++ header is used, so that no function compiled for a newer
 // CPU can be picked by the linker for an older one.
 #pragma once
-#include <stdint.h>
-#include <string.h>
-
-#include "team.h"
-#include "types.h"
-
-namespace qwen15 {
-#include "rows.h"
-// The order matters: each builds on those above it.
+#include "attention.h"
 #include "elementwise.h"
 #include "matmul.h"
-#include "attention.h"
-#include "select.h"
 #include "probe.h"
+#include "select.h"
+
+namespace qwen15 {
+namespace {
+
+constexpr Kernels kernels_named(const char* name) {
+#ifdef QWEN15_BF16_PAIRS
+  constexpr bool bf16_pairs = true;
+#else
+  constexpr bool bf16_pairs = false;
+#endif
+  return {name,      bf16_pairs, rmsnorm,      prepare, matmul,     ask,       rope_and_cache,
+          attention, embed,      chunk_maxima, sum_exp, read_bytes, peak_flops};
+}
+
+}  // namespace
 }  // namespace qwen15

@@ -1,11 +1,7 @@
 // The kernels for any CPU.
-#include <stdint.h>
-
-#include "vec_portable.h"
-
+#define QWEN15_PORTABLE 1
 #include "isa.h"
 
 namespace qwen15 {
-extern const Kernels kernels_portable = {"portable",    false,     rmsnorm,      prepare, matmul,     ask,      rope_and_cache,
-                                  attention, embed,    chunk_maxima, sum_exp, read_bytes, peak_flops};
+extern const Kernels kernels_portable = kernels_named("portable");
 }  // namespace qwen15

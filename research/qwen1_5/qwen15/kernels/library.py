@@ -1,5 +1,7 @@
 """Load the compiled kernels and give their C functions Python types; says why when they cannot be used."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 from pathlib import Path
@@ -23,7 +25,7 @@ _I32 = ctypes.POINTER(ctypes.c_int32)
 
 
 def library_path() -> Path:
-    """Where the library is looked for: $QWEN15_KERNELS_LIBRARY (a build with a sanitizer, say), else where it is built."""
+    """Where the library is looked for: $QWEN15_KERNELS_LIBRARY (a sanitizer's build, say), else where it is built."""
     return Path(os.environ.get("QWEN15_KERNELS_LIBRARY") or OUTPUT_DIR / LIBRARY_NAME)
 
 
@@ -48,7 +50,8 @@ class Library:
         except (OSError, AttributeError) as error:
             raise UserError(f"the CPU kernels cannot be loaded ({error})", where=path, fix=build) from error
         if version != ABI_VERSION:
-            raise UserError(f"the CPU kernels are version {version}, this package needs {ABI_VERSION}", where=path, fix=build)
+            raise UserError(f"the CPU kernels are version {version}, this package needs {ABI_VERSION}", where=path,
+                            fix=build)
         self.path = path
         self._handle = handle
         for name, result, arguments in (
@@ -63,8 +66,8 @@ class Library:
                 ("bound_addresses", ctypes.c_int64, (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)),
                 ("argmax", None, (_F32, ctypes.c_int64, ctypes.c_int64, _I32)),
                 ("top_candidates", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_int64, _F32, _I32)),
-                ("nucleus", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, _F32, _I32, ctypes.c_int64,
-                                             ctypes.POINTER(ctypes.c_double))),
+                ("nucleus", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, _F32, _I32,
+                                             ctypes.c_int64, ctypes.POINTER(ctypes.c_double))),
                 ("probe_bandwidth", ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)),
                 ("probe_flops", ctypes.c_double, (ctypes.c_int64, ctypes.c_int)),
                 ("busy_seconds", ctypes.c_double, ())):
@@ -100,15 +103,15 @@ class Library:
         self._handle.qwen15_set_threads(count)
 
     def open_binding(self) -> int:
-        """A number under which the operator `decoder` keeps where a network's weights and caches are, for the operator `decode`."""
+        """A number under which the operator `decoder` keeps where weights and caches are, for the operator `decode`."""
         return self._handle.qwen15_open_binding()
 
     def close_binding(self, number: int) -> None:
-        """Forget what is kept under a number of `open_binding`, before that memory is given back; `decode` refuses it then."""
+        """Forget what is kept under a number, before that memory is given back; `decode` refuses it from then on."""
         self._handle.qwen15_close_binding(number)
 
     def bound_addresses(self, number: int) -> List[int]:
-        """Addresses of what is kept under this number, in the order of decoder's inputs from cos on; none when nothing is."""
+        """Addresses of what is kept under this number, as decoder's inputs from cos on; empty if nothing."""
         count = self._handle.qwen15_bound_addresses(number, None, 0)
         addresses = (ctypes.c_int64 * count)()
         self._handle.qwen15_bound_addresses(number, addresses, count)
@@ -135,7 +138,8 @@ class Library:
             raise ValueError("NaN among the logits")
         return values, ids
 
-    def nucleus(self, logits: np.ndarray, temperature: float, top_p: float) -> Tuple[np.ndarray, np.ndarray, float, float]:
+    def nucleus(self, logits: np.ndarray, temperature: float,
+                top_p: float) -> Tuple[np.ndarray, np.ndarray, float, float]:
         """The fewest most likely ids of softmax(logits / temperature) whose probabilities sum to at least top_p.
 
         The id whose probability crosses top_p is included. Probabilities are over the whole vocabulary.
@@ -144,8 +148,8 @@ class Library:
             logits: (V,) float32.
 
         Returns:
-            values (N,) float32 (logits, not divided), ids (N,) int32, most likely first, equal ones in order of their ids; the
-            largest logit; the sum over the vocabulary of exp((logit - largest) / temperature).
+            values (N,) float32 (logits, not divided), ids (N,) int32, most likely first, equal ones in order of their
+            ids; the largest logit; the sum over the vocabulary of exp((logit - largest) / temperature).
 
         Raises:
             ValueError: NaN among the logits.
@@ -155,8 +159,8 @@ class Library:
         room = min(4096, logits.size)
         while True:
             values, ids = np.empty(room, np.float32), np.empty(room, np.int32)
-            count = self._handle.qwen15_nucleus(_f32(logits), logits.size, temperature, top_p, _f32(values), _i32(ids), room,
-                                                normaliser)
+            count = self._handle.qwen15_nucleus(_f32(logits), logits.size, temperature, top_p, _f32(values), _i32(ids),
+                                                room, normaliser)
             if count == -1:
                 raise ValueError("NaN among the logits")
             if count >= 0:
@@ -173,18 +177,19 @@ class Library:
         return self._handle.qwen15_probe_bandwidth(memory.ctypes.data, memory.nbytes, split)
 
     def flops(self, dtype: str, repeats: int = 5_000_000) -> float:
-        """Floating point operations per second of multiply-adds on registers, all threads, as prefill does them for `dtype`."""
+        """Multiply-adds on registers by all threads, as prefill does them for `dtype`: operations per second."""
         return self._handle.qwen15_probe_flops(repeats, DTYPES[dtype])
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds for which the kernels' threads have worked since the process began (searches over the vocabulary not counted)."""
+        """Seconds for which the threads have worked since the process began (searches over logits not counted)."""
         return self._handle.qwen15_busy_seconds()
 
 
 def _logits(logits: np.ndarray, ndim: int) -> np.ndarray:
     if logits.dtype != np.float32 or logits.ndim != ndim or logits.size == 0:
-        raise ValueError(f"logits must be float32 with {ndim} dimensions and not empty, got {logits.dtype} {logits.shape}")
+        raise ValueError(f"logits must be float32 with {ndim} dimensions and not empty, got {logits.dtype} "
+                         f"{logits.shape}")
     return np.ascontiguousarray(logits)
 
 

@@ -216,8 +216,8 @@ Qkv read_qkv(const Call& call, int i, int c, float eps, int64_t hidden) {
   return s;
 }
 
-// The weights and caches of one network as a call of the whole stack was given them, for calls that name them by a number.
-// MindSpore's preparation of a call costs microseconds for every input, and the whole stack has hundreds.
+// The weights and caches of one network as a call of the whole stack was given them, for calls that name them by a
+// number. MindSpore's preparation of a call costs microseconds for every input, and the whole stack has hundreds.
 struct Bound {
   Stack stack;
   std::vector<Layer> layers;
@@ -469,8 +469,8 @@ QWEN15_API std::vector<int64_t> qwen15_decoderInferShape(int*, int64_t** shapes,
 }
 
 // binding (1,), rows (B, 3 + M), head (V, E) -> logits (B, V): `decoder` with one new token for each sequence, on the
-// weights and caches it has kept. A row is id, context_len, slot, then the sequence's block table. The head is passed for
-// its shape; that it is the one that is kept is checked.
+// weights and caches it has kept. A row is id, context_len, slot, then the sequence's block table. The head is passed
+// for its shape; that it is the one that is kept is checked.
 QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   return guarded("decode", [&] {
     constexpr int kTable = 3;

@@ -1,6 +1,8 @@
 // How fast this instruction set can read memory and multiply at all: what the bench holds the kernels against.
 #pragma once
+#include "rows.h"
 
+namespace qwen15 {
 namespace {
 
 // Reads every byte, in `Streams` parts that advance side by side, and adds them up in 64-bit words. One part is read in
@@ -73,3 +75,4 @@ double peak_flops(int64_t repeats, DType dtype) {
 }
 
 }  // namespace
+}  // namespace qwen15

@@ -1,6 +1,12 @@
-// How a row of numbers in each dtype meets float32 or bf16 activations: the traits the matmuls and attention are built on.
+// How a row of numbers in each dtype meets float32 or bf16 activations: the traits the matmuls and attention are built
+// on.
 #pragma once
+#include <stdint.h>
+#include <string.h>
+#include "types.h"
+#include "vec.h"
 
+namespace qwen15 {
 namespace {
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -131,7 +137,8 @@ inline void v_store_part(float* p, V v, int n) {
   for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
 
-// First n (at most W) elements of y to column `col` of row t: of `act` when `out` is null, of out (T, stride) otherwise.
+// First n (at most W) elements of y to column `col` of row t: of `act` when `out` is null, of out (T, stride)
+// otherwise.
 inline void write_output(float* out, int64_t stride, Activations act, int64_t t, int64_t col, V y, int n,
                          bool round_bf16) {
   if (out != nullptr) {
@@ -193,3 +200,4 @@ inline V v_exp2_short(V x) {
 inline V v_silu(V x) { return v_div(x, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
 
 }  // namespace
+}  // namespace qwen15

@@ -45,8 +45,8 @@ void collect(const float* logits, int64_t n, const std::vector<float>& maxima, f
   }
 }
 
-// Sorts with `before`. Many are first dealt into small buckets of values that lie near each other, which is most of the work
-// in one pass.
+// Sorts with `before`. Many are first dealt into small buckets of values that lie near each other, which is most of the
+// work in one pass.
 void sort_candidates(std::vector<Candidate>* all) {
   constexpr size_t kFew = 4096, kPerBucket = 32;
   float top = -INFINITY, low = INFINITY;
@@ -98,9 +98,9 @@ QWEN15_API void qwen15_argmax(const float* logits, int64_t rows, int64_t vocab, 
   }
 }
 
-// The k largest of logits (V,), largest first, equal ones in order of their ids. Exact: the k-th largest chunk maximum has
-// k values at or above it, so nothing below it can be among the k. Returns their number (k, or V when it is less), -1
-// when a logit is NaN.
+// The k largest of logits (V,), largest first, equal ones in order of their ids. Exact: the k-th largest chunk maximum
+// has k values at or above it, so nothing below it can be among the k. Returns their number (k, or V when it is less),
+// -1 when a logit is NaN.
 QWEN15_API int64_t qwen15_top_candidates(const float* logits, int64_t vocab, int64_t k, float* values, int32_t* ids) {
   if (k > vocab) k = vocab;
   if (k <= 0) return 0;
@@ -122,9 +122,9 @@ QWEN15_API int64_t qwen15_top_candidates(const float* logits, int64_t vocab, int
   return k;
 }
 
-// The nucleus of softmax(logits / temperature), logits (V,): the fewest most likely ids whose probabilities sum to at least
-// top_p, the one that crosses included; most likely first, equal ones in order of their ids. `capacity` is the room in
-// values (logits, not divided) and ids. `normaliser` becomes (largest logit, sum over the whole vocabulary of
+// The nucleus of softmax(logits / temperature), logits (V,): the fewest most likely ids whose probabilities sum to at
+// least top_p, the one that crosses included; most likely first, equal ones in order of their ids. `capacity` is the
+// room in values (logits, not divided) and ids. `normaliser` becomes (largest logit, sum over the whole vocabulary of
 // exp((logit - largest) / temperature)). Returns the number of ids, -1 when a logit is NaN, -2 when they do not fit.
 QWEN15_API int64_t qwen15_nucleus(const float* logits, int64_t vocab, float temperature, double top_p, float* values,
                                   int32_t* ids, int64_t capacity, double* normaliser) {

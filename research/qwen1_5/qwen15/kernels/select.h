@@ -1,6 +1,8 @@
 // Passes over one row of logits (V,) float32 that selecting the next token is built on.
 #pragma once
+#include "rows.h"
 
+namespace qwen15 {
 namespace {
 
 // maxima[c] = largest of logits[256 c : 256 (c + 1)]; false when a logit is NaN.
@@ -41,3 +43,4 @@ double sum_exp(const float* logits, int64_t n, float inverse_temperature, float 
 }
 
 }  // namespace
+}  // namespace qwen15

@@ -31,8 +31,8 @@ struct Activations {
   bool pairs = false;  // true: uint16 bf16; false: float
 };
 
-// Elements per row that keep every vector load inside the row, whatever the instruction set. One cache line more, so that
-// the rows of a power of two do not all fall into the same few sets of the cache.
+// Elements per row that keep every vector load inside the row, whatever the instruction set. One cache line more, so
+// that the rows of a power of two do not all fall into the same few sets of the cache.
 static inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64 + 32; }
 
 struct Cache {  // one layer's keys and values, each (num_blocks, block_size, K, D)
@@ -101,7 +101,8 @@ struct Kernels {
   // Over one row of logits; see select.h.
   bool (*chunk_maxima)(const float* logits, int64_t n, float* maxima);
   double (*sum_exp)(const float* logits, int64_t n, float inverse_temperature, float top);
-  // Probes for the bench: a sum over `bytes` of memory; floating point operations done in `repeats` rounds. See probe.h.
+  // Probes for the bench: a sum over `bytes` of memory; floating point operations done in `repeats` rounds. See
+  // probe.h.
   uint64_t (*read_bytes)(const void* data, int64_t bytes, bool split);
   double (*peak_flops)(int64_t repeats, DType dtype);
 };

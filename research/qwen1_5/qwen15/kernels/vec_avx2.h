@@ -1,6 +1,7 @@
 // Vectors of AVX2 with FMA and F16C: 8 floats.
 #pragma once
 #include <immintrin.h>
+#include <stdint.h>
 #include <string.h>
 
 namespace {

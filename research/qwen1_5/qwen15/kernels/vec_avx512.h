@@ -1,6 +1,7 @@
 // Vectors of AVX-512: 16 floats; bf16 dot products where the file is compiled with -mavx512bf16.
 #pragma once
 #include <immintrin.h>
+#include <stdint.h>
 
 namespace {
 

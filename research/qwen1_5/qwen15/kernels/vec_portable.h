@@ -1,5 +1,6 @@
 // Vectors written in the compiler's own vector types: 4 floats; any CPU, aarch64 among them.
 #pragma once
+#include <stdint.h>
 #include <string.h>
 
 namespace {

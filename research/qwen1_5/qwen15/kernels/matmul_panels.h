@@ -1,0 +1,83 @@
+// Matmuls over many tokens: threads take panels of rows, pack one in their L2, and run register tiles over it.
+#pragma once
+#include "matmul_finish.h"
+#include "matmul_pack.h"
+#include "team.h"
+
+namespace qwen15 {
+namespace {
+
+constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
+constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
+
+// One item of a matmul over many tokens: a panel of a job's rows against a block of tokens. `next` is the item after
+// it, or null: its first rows are fetched meanwhile.
+struct Item {
+  const Job* job;
+  int64_t row, token, tokens;
+};
+
+constexpr int64_t kPanelRows = kTileVecs * W;
+
+template <class R>
+Ahead rows_ahead(const Job& job, const void* w, int64_t row, int64_t k0) {
+  int64_t cols = job.w.cols, count = job.w.rows - row < kPanelRows ? job.w.rows - row : kPanelRows;
+  int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth, size = sizeof(typename R::E);
+  return Ahead((const typename R::E*)w + row * cols + k0, count, cols * size, k * size);
+}
+
+template <class R>
+void one_panel(Team& team, const Item& item, const Item* next, Activations x, bool round_bf16) {
+  typedef typename Packer<R>::Tile T;
+  static_assert(kPanelRows <= kRowBlock, "finish() holds the bias of one panel");
+  const Job& job = *item.job;
+  int64_t row = item.row, cols = job.w.cols;
+  int n = job.w.rows - row < kPanelRows ? (int)(job.w.rows - row) : (int)kPanelRows;
+  int vecs = (n + W - 1) / W;
+  bool gated = job.up.data != nullptr;
+  int64_t depth = cols < kPanelDepth ? padded(cols) : kPanelDepth;
+  int64_t panel_bytes = depth * kPanelRows * sizeof(typename T::P), c_bytes = item.tokens * kPanelRows * sizeof(float);
+  char* memory = (char*)team.scratch(panel_bytes + (gated ? 2 : 1) * c_bytes);
+  auto* panel = (typename T::P*)memory;
+  float* c[2] = {(float*)(memory + panel_bytes), (float*)(memory + panel_bytes + c_bytes)};
+  const auto* xs = (const typename T::A*)x.data + item.token * x.stride;
+  for (int part = 0; part <= (gated ? 1 : 0); ++part) {
+    const void* source = part == 0 ? job.w.data : job.up.data;
+    const auto* w = (const typename R::E*)source;
+    for (int64_t k0 = 0; k0 < cols; k0 += kPanelDepth) {
+      int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth;
+      const typename R::E* rows[kPanelRows];
+      for (int r = 0; r < n; ++r) rows[r] = w + (row + r) * cols + k0;
+      Packer<R>::pack(rows, n, k, vecs, panel);
+      Ahead ahead;
+      if (k0 + kPanelDepth < cols) ahead = rows_ahead<R>(job, source, row, k0 + kPanelDepth);
+      else if (part == 0 && gated) ahead = rows_ahead<R>(job, job.up.data, row, 0);
+      else if (next != nullptr) ahead = rows_ahead<R>(*next->job, next->job->w.data, next->row, 0);
+      multiply_panel<T>(xs + k0, x.stride, item.tokens, panel, vecs, k, c[part], kPanelRows, k0 > 0, ahead);
+    }
+  }
+  finish(job, item.token, item.tokens, row, n, c[0], c[1], kPanelRows, round_bf16);
+}
+
+int64_t panels(const Job& job) { return (job.w.rows + kPanelRows - 1) / kPanelRows; }
+
+struct Items {
+  const Job* jobs;
+  int64_t per_block = 0, block = kTokenBlock, tokens, count;
+
+  Items(const Job* all, int job_count, int64_t token_count, int threads) : jobs(all), tokens(token_count) {
+    for (int j = 0; j < job_count; ++j) per_block += panels(jobs[j]);
+    // Few panels for many threads: cut the tokens finer, at the price of packing more often.
+    while (block > 8 * kTileRows && per_block * ((tokens + block - 1) / block) < 4 * threads) block /= 2;
+    count = per_block * ((tokens + block - 1) / block);
+  }
+  Item operator[](int64_t i) const {
+    int64_t token = i / per_block * block, panel = i % per_block;
+    const Job* job = jobs;
+    for (; panel >= panels(*job); ++job) panel -= panels(*job);
+    return {job, panel * kPanelRows, token, tokens - token < block ? tokens - token : block};
+  }
+};
+
+}  // namespace
+}  // namespace qwen15
