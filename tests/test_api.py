@@ -1,14 +1,16 @@
 """The Python interface, as its documentation shows it."""
 
 import doctest
+import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import qwen15
 from command_fixtures import MODULE, make_random
-from qwen15 import UserError, api, generate, load
+from qwen15 import UserError, api, generate, load, ops
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,36 @@ def test_a_closed_model_says_so(model):
     other.close()
     with pytest.raises(ValueError, match="closed"):
         generate(other, "a")
+
+
+def test_the_programs_own_warnings_come_as_before_loading(model, small_model):
+    before = list(warnings.filters)
+    with load(small_model, seq_length=64, num_blocks=2, device_target="CPU"):
+        assert warnings.filters == before
+    with pytest.warns(RuntimeWarning, match="the program's own"):
+        warnings.warn("the program's own", RuntimeWarning, stacklevel=1)
+
+
+THREADS = """
+import os, sys
+from qwen15 import generate, load
+
+def kernel_threads():
+    # MindSpore starts threads of its own as well, so count those that come with the first prompt.
+    return len(os.listdir("/proc/self/task"))
+
+counts = []
+for threads in (1, 5, 3):
+    with load(sys.argv[1], seq_length=64, num_blocks=2, device_target="CPU", runtime_num_threads=threads) as model:
+        generate(model, "one two three", max_new_tokens=2)
+        counts.append(kernel_threads())
+print(counts[1] - counts[0], counts[2] - counts[1])
+"""
+
+
+def test_the_kernels_run_on_as_many_threads_as_the_setting_says(small_model):
+    if ops.decide()[0] == "reference":
+        pytest.skip("the reference operators have no threads of their own")
+    done = subprocess.run([sys.executable, "-c", THREADS, str(small_model)], cwd=MODULE, capture_output=True, text=True,
+                          env={**os.environ, "QWEN15_THREADS": "2"})
+    assert done.stdout.split() == ["4", "-2"], done.stdout + done.stderr

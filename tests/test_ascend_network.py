@@ -13,7 +13,7 @@ from qwen15 import device
 from qwen15.ascend import check
 from qwen15.config.load import load_config
 from qwen15.errors import UserError
-from qwen15.generation import memory
+from qwen15.generation import memory_check
 from qwen15.generation.engine import Engine
 from qwen15.network import mindformers
 
@@ -84,7 +84,7 @@ def complaints(config, monkeypatch):
     attempts += [
         lambda: mindformers.check(replace(model, dims=replace(model.dims, head_dim=64)), "Ascend"),
         lambda: device.require("Ascend"), lambda: check.main([]),
-        lambda: memory.check(config("context.max_device_memory=20GB")),
+        lambda: memory_check.check(config("context.max_device_memory=20GB")),
         lambda: mindformers.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0")),
         lambda: mindformers.mindformers_config(config("use_parallel=True", "context.mode=1"))]
     told = [str(mindformers._explain(RuntimeError("memory isn't enough"))),

@@ -10,7 +10,10 @@ import time
 import pytest
 from qwen15 import device
 from qwen15.config import keys
-from qwen15.config.load import Flag, add_flags, checkpoint_folders, describe, flags_from, load_config
+from qwen15.config.checkpoint_files import checkpoint_folders
+from qwen15.config.describe import describe
+from qwen15.config.flags import Flag, add_flags, flags_from
+from qwen15.config.load import load_config
 from qwen15.errors import UserError
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")

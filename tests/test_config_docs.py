@@ -5,8 +5,8 @@ import re
 
 import pytest
 from qwen15.config import keys
-from qwen15.config.flags import FLAG_FIELDS
-from qwen15.config.load import Flag, load_config
+from qwen15.config.flags import FLAG_FIELDS, Flag
+from qwen15.config.load import load_config
 from qwen15.errors import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

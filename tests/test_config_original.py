@@ -7,7 +7,8 @@ import copy
 
 import pytest
 import yaml
-from qwen15.config.load import Flag, load_config
+from qwen15.config.flags import Flag
+from qwen15.config.load import load_config
 from qwen15.errors import UserError
 
 SIZES = {"batch_size": 1, "seq_length": 8192, "hidden_size": 5120, "num_layers": 40, "num_heads": 40,

@@ -9,7 +9,7 @@ from conftest import MODULE, ROOT
 
 PACKAGE = MODULE / "qwen15"
 
-GROUND = ["errors", "naming", "family", "json_file", "device", "cluster", "interrupts", "progress", "reporting", "terminal"]
+GROUND = ["errors", "naming", "family", "json_file", "device", "machine", "cluster", "interrupts", "progress", "reporting", "terminal"]
 """Files beside the wings that any wing may import."""
 BELOW = {
     "text": [],
@@ -116,7 +116,7 @@ LIGHT = {
     "the Python interface": "from qwen15 import load, generate, convert",
     "the tokenizer": "import qwen1_5_tokenizer",
     "the launcher": "import qwen15.launch.plan",
-    "configuration": "import qwen15.config.load, qwen15.generation.memory, qwen15.commands.make_yaml",
+    "configuration": "import qwen15.config.load, qwen15.generation.memory_check, qwen15.commands.memory, qwen15.commands.make_yaml",
     "the package": "import qwen15",
 }
 

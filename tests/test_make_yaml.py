@@ -10,8 +10,9 @@ from conftest import random_model
 from official_configs import OTHERS, QWEN1_5, config
 from qwen15 import device
 from qwen15.commands import make_yaml
+from qwen15.config.flags import Flag
 from qwen15.config.hf_config import dims_from_hf_config
-from qwen15.config.load import Flag, load_config
+from qwen15.config.load import load_config
 from qwen15.errors import UserError
 from qwen15.generation import memory
 from qwen15.generation.engine import Engine, Limits, Request

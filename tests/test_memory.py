@@ -9,9 +9,13 @@ from dataclasses import replace
 import pytest
 from command_fixtures import error_line, make_random, run
 from qwen15 import device, naming
-from qwen15.config.load import Flag, load_config
+from qwen15 import machine as this_machine
+from qwen15.commands import markdown_part
+from qwen15.commands import memory as command
+from qwen15.config.flags import Flag
+from qwen15.config.load import load_config
 from qwen15.errors import UserError
-from qwen15.generation import memory
+from qwen15.generation import memory, memory_check
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULE = os.path.join(ROOT, "research", "qwen1_5")
@@ -70,7 +74,7 @@ def _product(shape):
 def test_reference_operators_need_twice_the_weights():
     config = shipped("0_5b", "CPU")
     fused = memory.need(config.model, config.parallel, device.CPU)
-    plain = memory.need(config.model, config.parallel, device.CPU, "float32", "float32", reference=True)
+    plain = memory.need(config.model, config.parallel, device.CPU, memory.REFERENCE)
     assert plain.cache_bytes == 2 * fused.cache_bytes
     assert plain.weight_bytes > 1.99 * fused.weight_bytes
     assert plain.workspace_bytes - fused.workspace_bytes == 3 * 16 * 2048 * 8192 * 8 + 151936 * 1024 * 8
@@ -100,22 +104,22 @@ def machine(tmp_path):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_container_that_allows_less_than_the_machine_counts(machine, version):
-    has = memory.machine_memory(**machine(64, 60, limit=16, used=6, cached=4, version=version))
+    has = this_machine.memory(**machine(64, 60, limit=16, used=6, cached=4, version=version))
     assert (has.free_bytes, has.whole_bytes) == (14 * 2 ** 30, 16 * 2 ** 30)
     assert "container" in has.what
 
 
 def test_without_a_limit_the_machine_counts(machine):
     for limit in (None, "max", 128):
-        has = memory.machine_memory(**machine(64, 60, limit=limit))
+        has = this_machine.memory(**machine(64, 60, limit=limit))
         assert (has.free_bytes, has.whole_bytes) == (60 * 2 ** 30, 64 * 2 ** 30)
 
 
 def test_an_unknown_machine_is_not_compared(tmp_path):
     nowhere = str(tmp_path / "nothing")
-    assert memory.machine_memory(nowhere, nowhere).free_bytes is None
+    assert this_machine.memory(nowhere, nowhere).free_bytes is None
     config = shipped("0_5b", "CPU")
-    assert "not compared" in memory.check(config, nowhere, nowhere)
+    assert "not compared" in memory_check.check(config, nowhere, nowhere)
 
 
 # --- comparing
@@ -123,11 +127,11 @@ def test_an_unknown_machine_is_not_compared(tmp_path):
 @pytest.fixture
 def fused(monkeypatch):
     """As if the fused kernels ran here: weights and cache are held as they are."""
-    monkeypatch.setattr(memory, "_held", lambda config: {})
+    monkeypatch.setattr(memory_check, "held", lambda config: memory.AS_CONFIGURED)
 
 
 def test_a_run_that_fits_says_its_numbers(machine, fused):
-    line = memory.check(shipped("0_5b", "CPU"), **machine(64, 60))
+    line = memory_check.check(shipped("0_5b", "CPU"), **machine(64, 60))
     size = r"\d\.\d\d GiB"
     assert re.match(rf"memory: weights 0\.86 GiB \+ KV cache 1\.50 GiB \+ workspace {size} = {size}, of 60\.00 GiB",
                     line)
@@ -147,33 +151,33 @@ def applied(config, remedy):
 def test_what_the_message_tells_to_set_fits(machine, fused, size, free):
     config = shipped(size, "CPU")
     with pytest.raises(UserError) as caught:
-        memory.check(config, **machine(64, free))
+        memory_check.check(config, **machine(64, free))
     assert f"{free:.2f} GiB there are (the machine (MemAvailable))" in str(caught.value)
     assert caught.value.exit_code == 2
     smaller = applied(config, caught.value.fix)
     assert smaller.model != config.model
-    assert "of " in memory.check(smaller, **machine(64, free))
+    assert "of " in memory_check.check(smaller, **machine(64, free))
 
 
 def test_a_machine_that_is_too_small_is_told_so(machine, fused):
     with pytest.raises(UserError) as caught:
-        memory.check(shipped("72b", "CPU", flags=[Flag("use_parallel", "--use_parallel", False)]), **machine(64, 60))
+        memory_check.check(shipped("72b", "CPU", flags=[Flag("use_parallel", "--use_parallel", False)]), **machine(64, 60))
     assert "Even with the smallest KV cache it takes 13" in caught.value.fix
 
 
 def test_workers_on_one_machine_share_its_memory(machine, fused):
     both = [Flag("use_parallel", "--use_parallel", True)]
     config = shipped("7b", "CPU", ["parallel_config.model_parallel=2"], both)
-    assert "on each of 2 ranks" in memory.check(config, **machine(64, 60))
+    assert "on each of 2 ranks" in memory_check.check(config, **machine(64, 60))
     with pytest.raises(UserError) as caught:
-        memory.check(config, **machine(24, 23))
+        memory_check.check(config, **machine(24, 23))
     assert "on each of 2 ranks is more than the 12.00 GiB" in str(caught.value)
 
 
 def test_a_card_that_is_too_small_is_told_the_number_of_cards():
     config = shipped("72b", flags=[Flag("use_parallel", "--use_parallel", False)])
     with pytest.raises(UserError) as caught:
-        memory.check(config)
+        memory_check.check(config)
     assert "58.00 GiB there are (max_device_memory)" in str(caught.value)
     assert caught.value.fix == "Run 4 cards: use_parallel True and model_parallel 4"
 
@@ -209,9 +213,9 @@ def cards(tmp_path, monkeypatch):
 
 def test_a_card_smaller_than_the_yaml_says_counts(cards):
     cards(32768)
-    assert "2.61 GiB, of 27.00 GiB (a card of 32.00 GiB less 5.00 GiB for CANN and HCCL)" in memory.check(shipped("0_5b"))
+    assert "2.61 GiB, of 27.00 GiB (a card of 32.00 GiB less 5.00 GiB for CANN and HCCL)" in memory_check.check(shipped("0_5b"))
     with pytest.raises(UserError) as caught:
-        memory.check(shipped("14b"))
+        memory_check.check(shipped("14b"))
     assert "40.07 GiB is more than the 27.00 GiB there are (a card of 32.00 GiB" in str(caught.value)
     assert caught.value.fix == ("Set --seq_length 512 --options model.model_config.num_blocks=16 --predict_length 512; "
                                 "or run 2 cards: use_parallel True and model_parallel 2")
@@ -219,15 +223,15 @@ def test_a_card_smaller_than_the_yaml_says_counts(cards):
 
 def test_a_card_as_the_yaml_says_is_counted_by_the_yaml(cards, tmp_path):
     cards(65536)
-    assert "of 59.00 GiB (max_device_memory)" in memory.check(shipped("14b"))
+    assert "of 59.00 GiB (max_device_memory)" in memory_check.check(shipped("14b"))
     (tmp_path / "npu-smi").write_text("#!/bin/sh\necho no device; exit 1\n")
-    assert "of 59.00 GiB (max_device_memory)" in memory.check(shipped("14b"))
+    assert "of 59.00 GiB (max_device_memory)" in memory_check.check(shipped("14b"))
 
 
 def test_float32_on_a_card_is_pointed_to_bfloat16():
     options = [f"model.model_config.{name}=float32" for name in ("param_init_type", "compute_dtype")]
     with pytest.raises(UserError) as caught:
-        memory.check(shipped("14b", options=[*options, "context.max_device_memory=50GB"]))
+        memory_check.check(shipped("14b", options=[*options, "context.max_device_memory=50GB"]))
     assert "bfloat16" in caught.value.fix
 
 
@@ -249,27 +253,27 @@ def test_the_numbers_come_before_the_weights(tmp_path, small_model):
 def test_the_table_in_the_docs_is_current():
     with open(os.path.join(ROOT, "docs", "memory.md"), encoding="utf-8") as file:
         document = file.read()
-    current = memory.updated(document, memory.document_part(MODULE))
-    assert document == current, "run: python -m qwen15 memory --update docs/memory.md"
+    current = markdown_part.updated(document, command.NAME, command.document_part(MODULE))
+    assert document == current, "run: qwen15 memory --update docs/memory.md"
 
 
 def test_updating_keeps_everything_outside_the_markers(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{memory.BEGIN}\nold\n{memory.END}\nafter\n")
-    assert memory.main(["--update", str(page)]) == 0
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*markdown_part.markers(command.NAME)))
+    assert command.main(["--update", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 110B | 8 * |" in text
-    assert memory.main(["--update", str(page)]) == 0
+    assert command.main(["--update", str(page)]) == 0
     assert "was current" in capsys.readouterr().err
     page.write_text("no markers")
     with pytest.raises(UserError):
-        memory.main(["--update", str(page)])
+        command.main(["--update", str(page)])
     assert page.read_text() == "no markers"
 
 
 def test_the_table_has_every_size_and_every_number_of_cards():
-    rows = re.findall(r"^\| (\S+) \| (\d)", memory.table(MODULE), re.M)
+    rows = re.findall(r"^\| (\S+) \| (\d)", command.table(MODULE), re.M)
     sizes = ("0.5B", "1.8B", "4B", "7B", "14B", "32B", "72B", "110B")
     assert rows == [(size, count) for size in sizes for count in "1248"]
 
@@ -278,8 +282,9 @@ def test_the_table_has_every_size_and_every_number_of_cards():
 
 MEASURE = """
 import sys
-from qwen15.config import Flag, load_config
-from qwen15.network import build_network
+from qwen15.config.flags import Flag
+from qwen15.config.load import load_config
+from qwen15.network.build import build_network
 
 def anonymous_bytes():
     with open("/proc/self/status") as status:
@@ -315,9 +320,9 @@ def test_weights_are_mapped_and_an_empty_cache_costs_nothing(tmp_path):
 
 
 def test_the_operators_that_will_run_decide_without_importing_mindspore():
-    program = ("import sys; from qwen15.generation import memory; from qwen15.config.load import load_config; "
+    program = ("import sys; from qwen15.generation import memory_check; from qwen15.config.load import load_config; "
                f"config = load_config({os.path.join(MODULE, 'predict_qwen1_5_0_5b.yaml')!r}, environ={{}}); "
-               "print(memory.check(config)); assert 'mindspore' not in sys.modules")
+               "print(memory_check.check(config)); assert 'mindspore' not in sys.modules")
     lines = {}
     for kernels in ("reference", "portable"):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,

@@ -13,7 +13,7 @@ COMMANDS = {
     "transform": ("transform_ckpt", "split and merge checkpoints (transform_ckpt.py)"),
     "launch": ("qwen15.launch.plan", "start the workers of a multi-card run (msrun_launcher.sh)"),
     "make-yaml": ("qwen15.commands.make_yaml", "a predict YAML from a checkpoint's config.json"),
-    "memory": ("qwen15.generation.memory", "bytes per card, before anything is loaded"),
+    "memory": ("qwen15.commands.memory", "bytes per card, before anything is loaded"),
     "doctor": ("qwen15.commands.doctor", "what this machine has and what will be used"),
     "ascend-check": ("qwen15.ascend.check", "compare the Ascend path with plain definitions on a card, and report"),
     "bench": ("qwen15.bench", "measure speed, memory and closeness to transformers"),

@@ -23,12 +23,14 @@ from types import TracebackType
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
 
 from . import interrupts  # noqa: F401  (before NumPy, see there)
+from .config.flags import Flag
 from .config.keys import KEYS, MODEL, TOKENIZER
-from .config.load import Config, Flag, load_config
+from .config.load import load_config
+from .config.schema import Config
 from .errors import UserError, did_you_mean
 from .generation.engine import Usage
 from .generation.session import Answer, Prompt, Session, Settings, numbered
-from .reporting import quiet_frameworks
+from .reporting import frameworks_quiet
 from .text.chat import Message
 
 __all__ = ["Conversion", "Generation", "Model", "UserError", "convert", "generate", "load"]
@@ -172,9 +174,9 @@ def load(checkpoint: Union[str, "os.PathLike[str]"], config: Union[str, "os.Path
     """
     flags = [Flag("load_checkpoint", "checkpoint", os.fspath(checkpoint))]
     flags += [Flag(_key(name), name, value) for name, value in settings.items() if value is not None]
-    quiet_frameworks("info")
     session = Session.prepare(load_config(None if config is None else os.fspath(config), flags))
-    session.open(tell or (lambda line: None), max_batch)
+    with frameworks_quiet():
+        session.open(tell or (lambda line: None), max_batch)
     return Model(session)
 
 

@@ -1,9 +1,12 @@
 """What a run says on stderr beside its answer, by level; MindSpore's own chatter is kept out of it."""
 
+from __future__ import annotations
+
 import os
 import sys
 import warnings
-from typing import Callable, Optional, TextIO
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional, Set, TextIO
 
 from .device import env_rank
 
@@ -24,7 +27,7 @@ class Reporter:
     def __init__(self, level: str = "info"):
         self.stream: Optional[TextIO] = None
         self._most = LEVELS.index(level)
-        self._said = set()
+        self._said: Set[str] = set()
 
     def info(self, line: str) -> None:
         """What was done, and numbers."""
@@ -59,6 +62,16 @@ def quiet_frameworks(level: str) -> None:
     os.environ.setdefault("GLOG_v", "3")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+@contextmanager
+def frameworks_quiet() -> Iterator[None]:
+    """`quiet_frameworks` for a while, in a program that is not ours: its own warnings come as before afterwards."""
+    os.environ.setdefault("GLOG_v", "3")
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def set_encoding(json: bool) -> None:

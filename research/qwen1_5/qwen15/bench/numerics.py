@@ -7,7 +7,8 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
-from ..config.load import Flag, load_config
+from ..config.flags import Flag
+from ..config.load import load_config
 from ..errors import UserError
 from ..network.build import build_network
 

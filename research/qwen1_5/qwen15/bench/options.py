@@ -6,8 +6,10 @@ import sys
 from typing import NamedTuple, Optional
 
 from .. import family
+from ..config.flags import Flag
 from ..config.keys import MODEL
-from ..config.load import Config, Flag, load_config
+from ..config.load import load_config
+from ..config.schema import Config
 from ..errors import UserError
 from . import report
 from .make_checkpoint import DTYPES, dims_of, make_checkpoint

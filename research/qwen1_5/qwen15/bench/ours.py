@@ -1,13 +1,15 @@
 """Our engine on a checkpoint: prefill and decode as a user's run does them, with their times."""
 
-import os
 import sys
 import time
 from typing import Callable, Sequence
 
 import numpy as np
 
-from .. import interrupts  # noqa: F401  (interrupts before NumPy, see there)
+from .. import (
+    interrupts,  # noqa: F401  (before NumPy, see there)
+    ops,
+)
 from ..generation import session  # noqa: F401  (interrupts before NumPy, see there)
 from ..generation.engine import Engine, KeptCache, Limits, Request, Step
 from ..generation.sampling import SamplingParams
@@ -24,7 +26,7 @@ class Ours:
 
     def __init__(self, checkpoint: Checkpoint, threads: int, longest: int, sequences: int):
         quiet_frameworks("info")
-        os.environ["QWEN15_THREADS"] = str(threads)
+        ops.use_threads(threads)
         block_size = 32
         blocks = -(-longest // block_size)
         config = checkpoint.config(seq_length=blocks * block_size, block_size=block_size, num_blocks=blocks * sequences,

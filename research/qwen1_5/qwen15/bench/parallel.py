@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from .. import naming
-from ..config import load
+from ..config.flags import boolean
 from ..errors import EXIT_FAILED, UserError
 from . import options, report
 from .parallel_rank import PROFILED_TOKENS
@@ -31,7 +31,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--workers", type=options.positive, nargs="+", default=[1, 2, 4], metavar="N", help="how many (default 1 2 4)")
     parser.add_argument("--prompt", type=options.positive, default=512, metavar="N", help="tokens of the prompt (default 512)")
     parser.add_argument("--new_tokens", type=options.at_least_two, default=64, metavar="N", help="tokens after it (default 64)")
-    parser.add_argument("--vocab_emb_dp", type=load.boolean, default=True, metavar="True|False",
+    parser.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
                         help="False splits embedding and head over the workers too (default True)")
     options.add_checkpoint(parser)
     options.add_run(parser, WHAT, rounds=3, threads=False, against=False)

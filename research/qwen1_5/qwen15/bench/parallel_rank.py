@@ -21,8 +21,9 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     import numpy as np
 
     from .. import cluster, ops  # noqa: F401
+    from ..config.flags import Flag
     from ..config.keys import MODEL
-    from ..config.load import Flag, load_config
+    from ..config.load import load_config
     from ..generation import session  # noqa: F401
     from ..generation.engine import Engine, KeptCache, Limits, Request
     from ..network import model, weights  # noqa: F401

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, TextIO, Tuple
 
-from ..config.load import Config
+from ..config.schema import Config
 from ..errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, did_you_mean
 from ..generation.engine import CANCELLED, Usage
 from ..generation.ranks import Shared

@@ -1,4 +1,4 @@
-"""Say what this machine has and what will be used: `python -m qwen15 doctor`. Needs no MindSpore to run."""
+"""Say what this machine has and what will be used: `qwen15 doctor`. Needs no MindSpore to run."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from .. import device
+from .. import device, machine
 from ..errors import EXIT_FAILED, EXIT_OK, UserError
 from ..generation import memory
 from ..launch.plan import DEFAULT_PORT
@@ -163,7 +163,7 @@ def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/") -
 
 def check_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Check:
     """Memory that is free now."""
-    has = memory.machine_memory(proc, cgroup)
+    has = machine.memory(proc, cgroup)
     if has.free_bytes is None or has.whole_bytes is None:
         return Check("memory", INFO, "not known on this system")
     return Check("memory", OK, f"{memory.gib(has.free_bytes)} free of {memory.gib(has.whole_bytes)} ({has.what})")
@@ -259,7 +259,7 @@ def as_json(checks: Sequence[Check]) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line: exit code 0 when nothing fails, 1 when something does."""
-    parser = argparse.ArgumentParser(prog="python -m qwen15 doctor", description=(
+    parser = argparse.ArgumentParser(prog="qwen15 doctor", description=(
         "What this machine has and what a run will use: versions, CPU, kernels, Ascend, memory, msrun, port, "
         "tokenizer."),
         epilog="exit codes: 0 nothing fails, 1 something does, 2 usage")

@@ -4,8 +4,8 @@ from typing import List, Sequence
 
 from .. import device, ops
 from ..checkpoint.reader import open_checkpoint
-from ..config.load import Config
-from ..generation import memory
+from ..config.schema import Config
+from ..generation import memory_check
 from ..generation.session import Prompt, Session
 from ..network import weights
 from ..progress import human_bytes
@@ -23,7 +23,7 @@ def describe(session: Session, prompts: Sequence[Prompt]) -> str:
     lines.append(f"tokenizer: {len(session.tokenizer)} tokens, {config.tokenizer.vocab_file}")
     if prompts:
         lines.append(_prompt_line(session, prompts))
-    lines.append(memory.check(config))
+    lines.append(memory_check.check(config))
     lines += _checkpoint_lines(config)
     return "\n".join([*lines, "dry run: nothing was loaded"])
 

@@ -1,4 +1,4 @@
-"""Write the prediction YAML of a checkpoint from its config.json: `python -m qwen15 make-yaml --checkpoint DIR`."""
+"""Write the prediction YAML of a checkpoint from its config.json: `qwen15 make-yaml --checkpoint DIR`."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from typing import Any, List, Mapping, Optional, Sequence, Tuple
 from .. import device
 from ..config.hf_config import dims_from_hf_config
 from ..config.keys import KEYS, MODEL, convert, size_bytes
-from ..config.load import ModelConfig, ParallelConfig
+from ..config.schema import ModelConfig, ParallelConfig
 from ..errors import UserError
 from ..generation import memory
 from ..json_file import read_json
@@ -296,7 +296,7 @@ def _template(settings: Mapping[str, Any], checkpoint: str) -> Optional[str]:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m qwen15 make-yaml", description=(
+    parser = argparse.ArgumentParser(prog="qwen15 make-yaml", description=(
         "Write the prediction YAML of a Qwen1.5, Qwen2 or Qwen2.5 checkpoint (Qwen2ForCausalLM, dense) from its "
         "config.json."))
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the downloaded model's folder")

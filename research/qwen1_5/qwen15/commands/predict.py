@@ -6,8 +6,10 @@ import time
 from typing import List, Optional, Sequence, Union
 
 from .. import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
-from ..config import load as configuration
-from ..config.load import Config
+from ..config.describe import describe
+from ..config.flags import add_flags, boolean, flags_from
+from ..config.load import load_config
+from ..config.schema import Config
 from ..errors import UserError
 from ..generation.engine import Usage
 from ..generation.session import Prompt, Session, Settings, mismatch, numbered
@@ -21,14 +23,14 @@ def parser() -> argparse.ArgumentParser:
         prog="run_qwen1_5.py", description="Continue texts, or chat, with Qwen1.5 on MindSpore: on the CPU, or on Ascend cards.",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="exit codes: 0 fine, 1 failed, 2 usage or bad input, 130 interrupted")
-    configuration.add_flags(made)
+    add_flags(made)
     group = made.add_argument_group("input")
     group.add_argument("--predict_data", nargs="+", default=[], metavar="TEXT", help="one or more texts to continue")
     group.add_argument("--predict_file", metavar="FILE",
                        help="prompts, one a line, or JSON lines with settings of their own; - reads standard input")
     group.add_argument("--chat", action="store_true", help="ask as a conversation; without texts, an interactive one")
     group.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
-    group.add_argument("--control_tokens", type=configuration.boolean, default=True, metavar="True|False",
+    group.add_argument("--control_tokens", type=boolean, default=True, metavar="True|False",
                        help="whether <|im_start|> and the like in a text become control tokens (default True; never with --chat)")
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer before any of these strings")
     group.add_argument("--max_batch", type=int, metavar="N",
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
                        help="text streams to stdout (default); jsonl prints one object per prompt (default with --predict_file)")
     group.add_argument("--output_file", metavar="FILE",
                        help="JSON lines, written as results come; the same command again continues where it ended")
-    group.add_argument("--echo", nargs="?", const=True, type=configuration.boolean, metavar="True|False",
+    group.add_argument("--echo", nargs="?", const=True, type=boolean, metavar="True|False",
                        help="whether the prompt is printed before its continuation (default True, False with --chat)")
     group.add_argument("--no-echo", dest="echo", action="store_const", const=False, help="the same as --echo False")
     group.add_argument("--logprobs", type=int, default=0, metavar="N", help="in JSON: log probabilities of the N likeliest tokens")
@@ -60,7 +62,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     report = Reporter(level)
     config = _load_config(args)
     if args.print_config:
-        print(configuration.describe(config))
+        print(describe(config))
         return 0
     interactive = args.chat and not args.predict_data and not args.predict_file
     _check_flags(args, interactive)
@@ -92,11 +94,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _load_config(args: argparse.Namespace) -> Config:
-    flags = configuration.flags_from(args)
+    flags = flags_from(args)
     if not args.config and not any(flag.key == "load_checkpoint" for flag in flags):
         raise UserError("no configuration is given", where="--config",
                         fix="Pass one of the predict_qwen1_5_*.yaml beside this script, or --load_checkpoint with a config.json in it.")
-    return configuration.load_config(args.config, flags, args.options)
+    return load_config(args.config, flags, args.options)
 
 
 def _format(args: argparse.Namespace) -> str:

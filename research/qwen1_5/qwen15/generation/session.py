@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from .. import interrupts
+from .. import interrupts, ops
 from ..checkpoint.reader import open_checkpoint
 from ..config.keys import KEYS, MODEL, convert
-from ..config.load import Config
+from ..config.schema import Config
 from ..device import env_rank
 from ..errors import UserError
 from ..network import weights
 from ..text import chat
 from ..text.stream import TextStream
-from . import memory, sampling
+from . import memory_check, sampling
 from .engine import STOP, Engine, KeptCache, Limits, Request, Step, Usage
 from .sampling import SamplingParams, Selection
 
@@ -160,6 +160,8 @@ class Session:
         """
         if launched:
             check_launch(config)
+        if config.threads:
+            ops.use_threads(config.threads)
         parallel = config.parallel
         checkpoint = weights.resolve(config.load_checkpoint, env_rank() if parallel.use_parallel else 0, parallel.model_parallel,
                                      config.auto_trans_ckpt)
@@ -183,9 +185,7 @@ class Session:
             UserError: it does not fit in memory, or the checkpoint does not fit it.
         """
         start_s = time.perf_counter()
-        tell(memory.check(self.config))
-        if self.config.threads:
-            os.environ["QWEN15_THREADS"] = str(self.config.threads)
+        tell(memory_check.check(self.config))
         with interrupts.held(), _stdout_to_stderr():
             from ..network.build import build_network
 

@@ -2,7 +2,7 @@
 
 from typing import Callable
 
-from ..config.load import Config
+from ..config.schema import Config
 from .base import Network
 
 

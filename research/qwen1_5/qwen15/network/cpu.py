@@ -4,7 +4,7 @@ from typing import Callable
 
 import numpy as np
 
-from ..config.load import Config
+from ..config.schema import Config
 from .base import Network, rope_tables
 from .short_decode import ShortDecode
 

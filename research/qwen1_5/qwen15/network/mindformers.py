@@ -11,7 +11,7 @@ import numpy as np
 from .. import device, naming
 from ..checkpoint import casting
 from ..checkpoint.tensors import LONG_NAMES
-from ..config.load import Config, ModelConfig
+from ..config.schema import Config, ModelConfig
 from ..errors import EXIT_FAILED, UserError
 from . import weights
 from .base import Network

@@ -10,7 +10,7 @@ from .. import family, naming
 from ..checkpoint import casting, leftovers
 from ..checkpoint.reader import open_checkpoint, rank_folders
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES
-from ..config.load import ModelConfig
+from ..config.schema import ModelConfig
 from ..errors import UserError
 from ..naming import Dims
 

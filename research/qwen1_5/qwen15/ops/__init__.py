@@ -22,6 +22,8 @@ The KV cache of a layer is two Parameters [num_blocks, block_size, K, D]; slot =
 int32; block tables are padded with -1.
 """
 
+from __future__ import annotations
+
 import importlib
 import os
 from types import ModuleType
@@ -50,6 +52,16 @@ def decide() -> Tuple[str, str]:
     if forced:
         raise UserError(f"{forced} kernels cannot be used: {why}", where="QWEN15_KERNELS")
     return "reference", f"reference operators, slow ({why})"
+
+
+def use_threads(count: int) -> None:
+    """Let the kernels run on so many threads from now on, whatever they ran on before; without kernels there is nothing to do."""
+    from ..kernels import library
+
+    try:
+        library.load().threads = count
+    except UserError:  # not built; `decide` says so
+        pass
 
 
 def select() -> Tuple[ModuleType, str]:

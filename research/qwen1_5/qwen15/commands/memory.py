@@ -1,0 +1,87 @@
+"""Bytes per card for every model of the family, and one configuration compared with this machine: `qwen15 memory`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from typing import Optional, Sequence
+
+from .. import device, naming
+from ..config.flags import add_flags, flags_from
+from ..config.load import load_config
+from ..config.schema import Config
+from ..family import FAMILY, yaml_name
+from ..generation.memory import gib, need
+from ..generation.memory_check import check
+from .markdown_part import update
+
+RANKS = (1, 2, 4, 8)
+NAME = "qwen15 memory"
+"""What the markers around the tables in docs/memory.md are called."""
+
+
+def table(folder: str) -> str:
+    """Bytes per card for every size on 1, 2, 4 and 8 cards, with the settings of the YAML files in `folder`."""
+    lines = ["| Qwen1.5 | model_parallel | weights | KV cache | bytes a token | workspace | total "
+             "| max_device_memory |", "|---|---|---|---|---|---|---|---|"]
+    for size, dims in FAMILY.items():
+        config = _shipped(folder, size)
+        for ranks in RANKS:
+            why = naming.indivisible(dims, ranks)
+            if why:
+                lines.append(f"| {size} | {ranks} | | | | | | {why.split(' (')[0]} |")
+                continue
+            parallel = replace(config.parallel, use_parallel=ranks > 1, model_parallel=ranks)
+            wanted = need(config.model, parallel, device.ASCEND)
+            limit = config.max_device_memory_bytes
+            fits = f"{wanted.total_bytes / limit:.0%} of" if wanted.total_bytes <= limit else "does not fit into"
+            shipped = " *" if ranks == config.parallel.model_parallel else ""
+            tokens = config.model.block_size * config.model.num_blocks
+            lines.append(f"| {size} | {ranks}{shipped} | {gib(wanted.weight_bytes)} | {gib(wanted.cache_bytes)} | "
+                         f"{wanted.cache_bytes // tokens} | {gib(wanted.other_bytes)} | "
+                         f"{gib(wanted.total_bytes)} | {fits} {gib(limit)} |")
+    return "\n".join(lines)
+
+
+def cpu_table(folder: str) -> str:
+    """Bytes of one CPU process for every size: weights as stored (bfloat16) or float32, with the YAML's KV cache."""
+    lines = ["| Qwen1.5 | KV cache tokens | bfloat16 | float32 weights and cache |", "|---|---|---|---|"]
+    for size in FAMILY:
+        config = _shipped(folder, size)
+        alone = replace(config.parallel, use_parallel=False, model_parallel=1)
+        exact = replace(config.model, param_init_type="float32", compute_dtype="float32")
+        lines.append(f"| {size} | {config.model.block_size * config.model.num_blocks} | "
+                     f"{gib(need(config.model, alone, device.CPU).total_bytes)} | "
+                     f"{gib(need(exact, alone, device.CPU).total_bytes)} |")
+    return "\n".join(lines)
+
+
+def document_part(folder: str) -> str:
+    """Both tables, as they stand in docs/memory.md."""
+    return f"{table(folder)}\n\n{cpu_table(folder)}"
+
+
+def _shipped(folder: str, size: str) -> Config:
+    # The table is about the files, not about the launcher this command may run under.
+    return load_config(os.path.join(folder, yaml_name(size)), environ={})
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line: the table, or the need of one configuration."""
+    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    parser = argparse.ArgumentParser(prog="qwen15 memory", description=(
+        "Memory that a run needs on each card, without loading anything: a table of the shipped YAML files, or with "
+        "--config one configuration compared with this machine."))
+    add_flags(parser)
+    parser.add_argument("--update", metavar="FILE", help="write the table between the markers of this Markdown file")
+    args = parser.parse_args(argv)
+    if args.config:
+        config = load_config(args.config, flags_from(args), args.options)
+        print(check(config))
+        return 0
+    if args.update:
+        update(args.update, NAME, document_part(here))
+    else:
+        print(document_part(here))
+    return 0

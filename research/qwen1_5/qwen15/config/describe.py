@@ -1,0 +1,38 @@
+"""A configuration written out: every key with its value and where it came from, for --print_config."""
+
+from __future__ import annotations
+
+from typing import Any, List, Mapping, Tuple
+
+from .. import device
+from .keys import DEVICE, INERT, find
+from .schema import Config
+
+_WIDEST = 72
+
+
+def describe(config: Config) -> str:
+    """Every key with its value and where it came from, one a line."""
+    rows = []
+    for name, value in sorted(_flatten(config.effective)):
+        row = find(name)
+        remark = ""
+        if row is not None and row.role == INERT:
+            remark = "  (no effect)"
+        elif row is not None and row.role == DEVICE and config.device_target != device.ASCEND:
+            remark = "  (Ascend only)"
+        rows.append((f"{name} = {value!r}" if isinstance(value, str) else f"{name} = {value}",
+                     f"{config.sources.get(name, 'default')}{remark}"))
+    width = min(max(len(left) for left, _ in rows), _WIDEST)
+    lines = [f"{left:<{width}}  # {right}" for left, right in rows]
+    return "\n".join([*lines, f"# device: {config.device_note}"])
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> List[Tuple[str, Any]]:
+    flat: List[Tuple[str, Any]] = []
+    for name, value in nested.items():
+        if isinstance(value, dict) and value:
+            flat.extend(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat.append((f"{prefix}{name}", value))
+    return flat
