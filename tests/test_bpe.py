@@ -6,9 +6,9 @@ import random
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from qwen1_5_tokenizer import Qwen2Tokenizer
 from qwen15.errors import UserError
 from qwen15.text.bpe import BytePairEncoder, byte_alphabet, merges_are_canonical
+from qwen15.text.tokenizer import Qwen2Tokenizer
 
 ALPHABET = byte_alphabet()
 SIZE = 256

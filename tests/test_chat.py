@@ -5,9 +5,9 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qwen1_5_tokenizer import Qwen2Tokenizer
 from qwen15.errors import UserError
 from qwen15.text import chat, template
+from qwen15.text.tokenizer import Qwen2Tokenizer
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS
 
 # Templates with the habits of those that checkpoints carry: trimming, joining, testing and splitting contents, tools, errors.

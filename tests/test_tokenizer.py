@@ -8,23 +8,15 @@ import sys
 import unicodedata
 
 import pytest
+from conftest import MODULE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from qwen1_5_tokenizer import Qwen2Tokenizer
 from qwen15.errors import UserError
+from qwen15.text import sharing
+from qwen15.text.tokenizer import Qwen2Tokenizer
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS, NEWER_MARKS, corpus
 
 EXTRA = ["<|im_start|>", "<|im_end|>"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plain_face():
-    """Another test may have imported MindFormers; these tests are about the tokenizer without it."""
-    import qwen1_5_tokenizer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qwen1_5_tokenizer, "_mindformers_is_imported", lambda: False)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +105,11 @@ def test_a_batch_and_a_long_text_give_the_ids_of_their_parts(tokenizer, document
 
 @pytest.mark.parametrize("ending", ["x", ".", " .", "\nx", "\n\n", "'s", "中", "1", "\u0301"])
 def test_long_texts_are_cut_where_it_does_not_show(tokenizer, ending, monkeypatch):
-    import qwen1_5_tokenizer
-
     text = "".join(f"word.{blank}\n{blank}{ending}\r\n{ending}\n{CONTROL_TOKENS[2]}\n" for blank in BLANKS * 3)
     whole = tokenizer._encode(text, None)
     for size in (1, 2, 7, 64):
-        monkeypatch.setattr(qwen1_5_tokenizer, "_SLICE", size)
-        pieces = list(qwen1_5_tokenizer._sliced(text))
+        monkeypatch.setattr(sharing, "SLICE", size)
+        pieces = list(sharing.sliced(text))
         assert "".join(pieces) == text and len(pieces) > 2
         assert [index for piece in pieces for index in tokenizer._encode(piece, None)] == whole
 
@@ -297,9 +287,8 @@ def test_saved_tokenizers_load_here_and_in_hugging_face(files, tmp_path):
 def test_importing_and_building_loads_nothing_heavy(files):
     code = ("import sys, qwen1_5_tokenizer as q; q.Qwen2Tokenizer(*sys.argv[1:]).encode('a');"
             "print([m for m in ('mindspore', 'mindformers', 'transformers', 'torch') if m in sys.modules])")
-    folder = os.path.dirname(os.path.abspath(sys.modules["qwen1_5_tokenizer"].__file__))
     done = subprocess.run([sys.executable, "-c", code, *files], stdout=subprocess.PIPE, universal_newlines=True, check=True,
-                          env={**os.environ, "PYTHONPATH": folder})
+                          env={**os.environ, "PYTHONPATH": str(MODULE)})
     assert done.stdout.strip() == "[]"
 
 

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-import qwen1_5_tokenizer
+from conftest import MODULE
+from qwen15.text.tokenizer import Qwen2Tokenizer
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mindformers") is None, reason="mindformers is not installed")
@@ -19,7 +20,7 @@ def in_python(code, tmp_path, *arguments, **environment):
     """Run `code` in a process of its own (MindFormers writes a log folder where it runs) and read its JSON line."""
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True,
-                          env={**os.environ, "PYTHONPATH": os.path.dirname(qwen1_5_tokenizer.__file__), "LOG_MF_PATH": str(tmp_path),
+                          env={**os.environ, "PYTHONPATH": str(MODULE), "LOG_MF_PATH": str(tmp_path),
                                "OM_MODULES_CACHE": str(tmp_path / "modules"), "HOME": str(tmp_path), **environment})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -65,11 +66,10 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_type_in_a_yaml_builds_it(order, qwen_vocabulary, tmp_path, monkeypatch):
+def test_type_in_a_yaml_builds_it(order, qwen_vocabulary, tmp_path):
     files = str(qwen_vocabulary / "vocab.json"), str(qwen_vocabulary / "merges.txt")
     seen = in_python(ORDERS[order] + BUILD + REPORT, tmp_path, *files, json.dumps(TEXTS))
-    monkeypatch.setattr(qwen1_5_tokenizer, "_mindformers_is_imported", lambda: False)  # another test may have done so
-    plain = qwen1_5_tokenizer.Qwen2Tokenizer(*files)
+    plain = Qwen2Tokenizer(*files)
     ids = [plain.encode(text) for text in TEXTS]
     assert seen["is_mindformers"] and seen["is_encoding"]
     assert seen["sizes"] == [151643, 151646, 32768]
@@ -97,7 +97,7 @@ def test_auto_register_builds_it(qwen_vocabulary, tmp_path):
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 print(json.dumps([tokenizer.encode("Hello world<|im_end|>"), isinstance(tokenizer, PreTrainedTokenizer)]))
 """
-    folder = os.path.dirname(qwen1_5_tokenizer.__file__)
+    folder = str(MODULE)
     for path in ("", folder):  # with run_mindformer.py --register_path the folder is importable too, with REGISTER_PATH alone it is not
         seen = in_python(code, tmp_path, qwen_vocabulary / "vocab.json", qwen_vocabulary / "merges.txt",
                          REGISTER_PATH=folder, PYTHONPATH=path)

@@ -6,7 +6,7 @@ import statistics
 import time
 
 import pytest
-from qwen1_5_tokenizer import Qwen2Tokenizer
+from qwen15.text.tokenizer import Qwen2Tokenizer
 from tokenizer_corpus import corpus
 
 pytestmark = pytest.mark.slow

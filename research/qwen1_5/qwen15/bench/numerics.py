@@ -36,7 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         from transformers import Qwen2ForCausalLM
     except ImportError as error:
         raise UserError(f"{error.name} is not installed", where="qwen15 bench numerics", fix="Run: pip install torch transformers") from None
-    from qwen1_5_tokenizer import Qwen2Tokenizer
+    from ..text.tokenizer import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer.from_files(os.path.join(args.checkpoint, "vocab.json"), os.path.join(args.checkpoint, "merges.txt"), {})
     prompts = [tokenizer.encode(text) for text in TEXTS]

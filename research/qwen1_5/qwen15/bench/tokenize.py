@@ -32,7 +32,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = list(argv or ())
     args = parser.parse_args(argv)
     plot = options.plot_path(args, WHAT)
-    from qwen1_5_tokenizer import Qwen2Tokenizer
+    from ..text.tokenizer import Qwen2Tokenizer
 
     files = [os.path.join(args.vocabulary, name) for name in ("vocab.json", "merges.txt")]
     ours = Qwen2Tokenizer.from_files(*files, {})

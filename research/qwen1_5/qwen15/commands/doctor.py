@@ -199,7 +199,7 @@ def check_tokenizer(vocab_file: Optional[str], merges_file: Optional[str]) -> Ch
     if vocab_file is None or merges_file is None:
         missing = "--vocab_file" if vocab_file is None else "--merges_file"
         return Check("tokenizer", FAIL, f"{missing} is missing", "Give both files.")
-    from qwen1_5_tokenizer import Qwen2Tokenizer
+    from ..text.tokenizer import Qwen2Tokenizer
 
     sentence = "Hello, 世界! 1234 \n\tdef f(x): return x**2"
     try:

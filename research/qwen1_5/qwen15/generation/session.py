@@ -322,7 +322,7 @@ def load_tokenizer(config: Config) -> Any:
         if path is None:
             raise UserError("is not set and there is no such file beside the checkpoint", where=f"processor.tokenizer.{name}",
                             fix=f"Pass --{name}, or set it in the YAML.")
-    from qwen1_5_tokenizer import Qwen2Tokenizer
+    from ..text.tokenizer import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer.from_files(files.vocab_file, files.merges_file, files.options)
     if len(tokenizer) > config.model.dims.vocab_size:
