@@ -12,7 +12,6 @@ from ..errors import EXIT_FAILED, UserError
 from ..json_file import read_json
 from . import format_bin, format_ckpt, format_safetensors
 from .pages import ask_for_huge_pages
-from .shard import join
 from .tensors import NUMPY_DTYPES, Scan, Stored, TensorInfo, itemsize
 
 FORMATS = {"safetensors": format_safetensors, "ckpt": format_ckpt, "bin": format_bin}
@@ -358,19 +357,29 @@ def _check_numbers(path: str, names: Sequence[str]) -> None:
                     raise UserError(f"{wanted} is missing beside {name}", path, "Download the missing shards.")
 
 
+def all_ranks(path: str) -> Dict[int, str]:
+    """As `rank_folders`, none of them absent.
+
+    Raises:
+        UserError: there is a gap between their numbers.
+    """
+    folders = rank_folders(path)
+    for rank in range(max(folders, default=-1) + 1):
+        if rank not in folders:
+            raise UserError(f"rank_{rank} is missing, though rank_{max(folders)} is there", path,
+                            f"Copy every rank's folder into it, rank_0 to rank_{max(folders)}.")
+    return folders
+
+
 def open_ranks(path: str, formats: Sequence[str] = ("safetensors", "ckpt")) -> List[Checkpoint]:
     """Open every `rank_x` folder of a folder of slices, in rank order.
 
     Raises:
         UserError: no rank folders, a gap between their numbers, or one that cannot be opened.
     """
-    folders = rank_folders(path)
+    folders = all_ranks(path)
     if not folders:
         raise UserError("has no rank_0, rank_1, ... folders", path)
-    for rank in range(max(folders) + 1):
-        if rank not in folders:
-            raise UserError(f"rank_{rank} is missing, though rank_{max(folders)} is there", path,
-                            "Collect every rank's folder in one place.")
     opened: List[Checkpoint] = []
     try:
         for folder in folders.values():
@@ -380,11 +389,6 @@ def open_ranks(path: str, formats: Sequence[str] = ("safetensors", "ckpt")) -> L
             checkpoint.close()
         raise
     return opened
-
-
-def read_joined(ranks: Sequence[Checkpoint], name: str, axis: Optional[int]) -> np.ndarray:
-    """A whole tensor from every rank's slice; `axis` as in `shard.join`."""
-    return join([rank.read(name) for rank in ranks], axis)
 
 
 def write_index(weight_map: Dict[str, str], total_size_bytes: int) -> bytes:

@@ -5,12 +5,10 @@ import re
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Sequence
 
-import numpy as np
-
 from .. import naming
+from ..checkpoint.account import Account, Expected, same_contents, take_account
 from ..checkpoint.casting import FLOATS
-from ..checkpoint.leftovers import sort_out
-from ..checkpoint.reader import Checkpoint, format_of, open_checkpoint, rank_folders
+from ..checkpoint.reader import Checkpoint, format_of, open_checkpoint
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo
 from ..config.hf_config import CONFIG_FILE, HfConfig, dims_from_hf_config
 from ..errors import UserError
@@ -18,7 +16,7 @@ from ..naming import Dims, Weight
 from .plan import OutFile, Plan, aligned, index_of, shape_files, shard_names, sidecars
 from .slices import Slicing, infer_dims, open_slices
 from .strategy import strategy_files
-from .strips import STRIP_BYTES, Destination, Move, Part, region_of, whole
+from .strips import Destination, Move, Part, region_of, whole
 
 DEFAULT_SHARD_BYTES = 4 * 10 ** 9
 _UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "TB": 10 ** 12,
@@ -76,10 +74,11 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
         config = dims_from_hf_config(folder)
         weights = list(naming.weights(config.dims))
         plan = Plan(options.target, False, [source], [], [], notes=list(source.notes))
-        found = _account(source, weights, "hf", config, plan)
-        dtypes = _dtypes(source, found, weights, options.dtype)
-        moves = [Move(weight.hf, weight.shape, source.infos[found[weight.hf]].dtype, dtypes[weight.ms],
-                      (Part(source, found[weight.hf], whole(weight.shape)),), ()) for weight in weights]
+        account = take_account(source, Expected(config.dims, config.where, "hf"))
+        _told(source, account, config, plan)
+        dtypes = _dtypes(source, account, weights, options.dtype)
+        moves = [Move(weight.hf, weight.shape, source.infos[weight.hf].dtype, dtypes[weight.ms],
+                      (Part(source, weight.hf, whole(weight.shape)),), ()) for weight in weights]
         if options.slicing is None:
             _whole_files(plan, options, weights, moves, dtypes, "ms")
         else:
@@ -91,98 +90,26 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
         raise
 
 
-def _account(source: Checkpoint, weights: Sequence[Weight], side: str, config: HfConfig, plan: Plan) -> Dict[str, str]:
-    """Weight name -> name in the checkpoint; refuses what is missing, surplus or misshapen.
-
-    Args:
-        source: where the tensors are.
-        weights: what the model needs.
-        side: 'hf' or 'ms', whose names the checkpoint has.
-        config: of the model.
-        plan: gets notes and what is left out.
-    """
-    wanted = {getattr(weight, side): weight for weight in weights}
-    missing = [name for name in wanted if name not in source.infos]
-    surplus = [name for name in source.infos if name not in wanted]
-    head, embedding = getattr(naming.HEAD, side), getattr(naming.EMBEDDING, side)
-    if missing:
-        raise UserError(f"{_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing "
-                        f"({len(wanted) - len(missing)} of {len(wanted)} weights found)", source.path,
-                        _missing_hint(source, missing, head, side, config))
-    misshapen = [name for name in wanted if source.infos[name].shape != wanted[name].shape]
-    if misshapen:
-        name = misshapen[0]
-        raise UserError(f"{name} has shape {list(source.infos[name].shape)}, {config.where} makes it "
-                        f"{list(wanted[name].shape)}" + (f" (and {len(misshapen) - 1} more)" if misshapen[1:] else ""),
-                        source.path, "Take config.json and weights from one model.")
-    if config.dims.tie_word_embeddings and head in surplus:
-        if not _same_contents(source, head, embedding):
-            raise UserError(f"{head} differs from {embedding}, though tie_word_embeddings is true", source.path,
-                            f"Set tie_word_embeddings false in {config.where} to keep both.")
-        plan.notes.append(f"{head} equals {embedding} and is left out: tie_word_embeddings is true")
-        surplus.remove(head)
-    elif not config.dims.tie_word_embeddings and _same_contents(source, head, embedding):
+def _told(source: Checkpoint, account: Account, config: HfConfig, plan: Plan) -> Account:
+    """Put into the plan what an account has to tell; returns the account."""
+    head, embedding = account.stored.get(naming.HEAD.ms), account.stored[naming.EMBEDDING.ms]
+    if account.tied_head is not None:
+        plan.notes.append(f"{account.tied_head} equals {embedding} and is left out: tie_word_embeddings is true")
+    elif head is not None and not config.dims.tie_word_embeddings and same_contents(source, head, embedding):
         plan.notes.append(f"{head} equals {embedding} bit for bit, yet tie_word_embeddings is false: both are kept")
-    known, unknown = sort_out(surplus, source.others)
-    if unknown:
-        raise UserError(f"{_listed(unknown)} {'is' if len(unknown) == 1 else 'are'} no weight of this model", source.path,
-                        _surplus_hint(unknown[0], config))
-    plan.left_out.update(known)
-    return {name: name for name in wanted}
+    plan.left_out.update(account.left_out)
+    return account
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _missing_hint(source: Checkpoint, missing: Sequence[str], head: str, side: str, config: HfConfig) -> str:
-    if list(missing) == [head]:
-        return f"If the head is the embedding, {config.where} must say tie_word_embeddings true."
-    other = naming.ms_to_hf if side == "hf" else naming.hf_to_ms
-    if any(other(name) not in (None, name) for name in source.infos):
-        return ("These are MindSpore's names: convert_reversed.py goes from there to Hugging Face." if side == "hf" else
-                "These are Hugging Face's names: convert_weight.py goes from there to MindSpore.")
-    concatenated = next((name for name in source.infos if "w_qkv" in name or "w_gate_hidden" in name), None)
-    if concatenated:
-        return (f"{concatenated} is of qkv_concat, whose two layouts share their names and shapes: convert again from "
-                "Hugging Face.")
-    return "Is the download complete, and config.json the model's own?"
-
-
-def _surplus_hint(name: str, config: HfConfig) -> str:
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer and int(layer[1]) >= config.dims.num_layers:
-        return f"{config.where} has num_hidden_layers {config.dims.num_layers}; take it from the weights' own model."
-    if "lora" in name:
-        return "Merge adapters into the weights first."
-    if any(word in name for word in ("qweight", "qzeros", "scales", "g_idx")):
-        return "Quantized weights are not supported; take the unquantized model."
-    return "Only dense Qwen1.5 and Qwen2 models are converted."
-
-
-def _same_contents(source: Checkpoint, one: str, other: str) -> bool:
-    a, b = source.infos[one], source.infos[other]
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    for start in range(0, a.nbytes, STRIP_BYTES):
-        nbytes = min(STRIP_BYTES, a.nbytes - start)
-        left, right = np.empty(nbytes, np.uint8), np.empty(nbytes, np.uint8)
-        source.read_into(one, start, left)
-        source.read_into(other, start, right)
-        if not np.array_equal(left, right):
-            return False
-    return True
-
-
-def _dtypes(source: Checkpoint, found: Mapping[str, str], weights: Sequence[Weight], dtype: str) -> Dict[str, str]:
+def _dtypes(source: Checkpoint, account: Account, weights: Sequence[Weight], dtype: str) -> Dict[str, str]:
     """MindSpore name -> dtype of the result."""
     result = {}
     for weight in weights:
-        name = found[weight.hf] if weight.hf in found else found[weight.ms]
+        name = account.stored[weight.ms]
         have = source.infos[name].dtype
         if have not in FLOATS:
             raise UserError(f"{name} is {have}, weights are {', '.join(FLOATS)}", source.path,
-                            "Quantized and float64 checkpoints are not supported; take or save it in bfloat16.")
+                            "Take it in bfloat16, or save it so.")
         result[weight.ms] = have if dtype == "auto" else SHORT_NAMES[dtype]
     return result
 
@@ -279,8 +206,8 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
         if slicing.parts > 1:
             slicing.check(config.dims)
             plan.notes.append(f"{source_path}: {slicing.parts} slices with vocab_emb_dp {slicing.vocab_emb_dp} are merged")
-        found = account_slices(ranks, weights, slicing, config, plan)
-        dtypes = _dtypes(ranks[0], found, weights, options.dtype)
+        account = account_slices(ranks, slicing, config, plan)
+        dtypes = _dtypes(ranks[0], account, weights, options.dtype)
         moves = [Move(weight.ms, weight.shape, ranks[0].infos[weight.ms].dtype, dtypes[weight.ms],
                       tuple(Part(rank, weight.ms, region_of(weight.shape, slicing.axis(weight), number, slicing.parts))
                             for number, rank in enumerate(ranks)), ()) for weight in weights]
@@ -310,22 +237,21 @@ def _hf_sidecars(folder: str, config_path: Optional[str], options: Options, dtyp
     return found
 
 
-def account_slices(ranks: Sequence[Checkpoint], weights: Sequence[Weight], slicing: Slicing, config: HfConfig,
-                    plan: Plan) -> Dict[str, str]:
-    """As `_account`, for every rank; the shapes are those of slices."""
-    sliced = [Weight(weight.hf, weight.ms, slicing.shape(weight), weight.cut, weight.layer) for weight in weights]
-    found: Dict[str, str] = {}
-    for rank in ranks:
-        apart = Plan(plan.target, False, [], [], [])
-        found = _account(rank, sliced, "ms", config, apart)
-        for name in found:
+def account_slices(ranks: Sequence[Checkpoint], slicing: Slicing, config: HfConfig, plan: Plan) -> Account:
+    """Every rank's account; the first one's, whose notes go into the plan.
+
+    Raises:
+        UserError: a slice is not whole, or the ranks differ.
+    """
+    expected = Expected(config.dims, config.where, "ms", slicing.parts, slicing.vocab_emb_dp)
+    first = _told(ranks[0], take_account(ranks[0], expected), config, plan)
+    for rank in ranks[1:]:
+        take_account(rank, expected)
+        for name in first.stored:
             if rank.infos[name].dtype != ranks[0].infos[name].dtype:
                 raise UserError(f"{name} is {rank.infos[name].dtype}, in {ranks[0].path} it is {ranks[0].infos[name].dtype}",
                                 rank.path, "The slices are not of one checkpoint.")
-        if rank is ranks[0]:
-            plan.notes += apart.notes
-            plan.left_out.update(apart.left_out)
-    return found
+    return first
 
 
 def yaml_lines(plan: Plan, options: Options) -> List[str]:
@@ -345,8 +271,3 @@ def yaml_lines(plan: Plan, options: Options) -> List[str]:
         lines += ["processor:", "  tokenizer:"]
         lines += [f"    {key}: '{os.path.join(folder, name)}'" for key, name in tokenizer]
     return lines
-
-
-def is_sliced(path: str) -> bool:
-    """Whether a path is a folder of `rank_x` slices."""
-    return bool(rank_folders(path))

@@ -97,7 +97,7 @@ def _cuts_by_table(request: Request, ranks: Sequence[Checkpoint], slicing: Slici
         raise UserError("is whole already" if target.parts == 1 else f"is cut for {target.parts} ranks already",
                         request.source, "Give --model_parallel to cut it for another number of ranks.")
     weights = list(naming.weights(config.dims))
-    account_slices(ranks, weights, slicing, config, plan)
+    account_slices(ranks, slicing, config, plan)
     if target.parts > 1 and not target.vocab_emb_dp and config.dims.vocab_size % target.parts:
         plan.notes.append(f"vocab_size {config.dims.vocab_size} is not divisible by {target.parts}: embedding and head stay "
                           "whole on every rank")

@@ -1,18 +1,17 @@
 """Checkpoint -> parameters, strictly: every key accounted for, every shape checked, only this rank's slices read."""
 
 import os
-import re
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import numpy as np
 
-from .. import family, naming
+from .. import naming
 from ..checkpoint import casting, leftovers
-from ..checkpoint.reader import open_checkpoint, rank_folders
+from ..checkpoint.account import Expected, take_account
+from ..checkpoint.reader import all_ranks, open_checkpoint
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES
 from ..config.schema import ModelConfig
 from ..errors import UserError
-from ..naming import Dims
 
 
 def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = True) -> str:
@@ -31,7 +30,7 @@ def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = Tr
                         fix="Set load_checkpoint in the YAML or pass --load_checkpoint.")
     if not os.path.exists(path):
         raise UserError("no such file or folder", where=f"load_checkpoint {path}", fix=_nearest(path))
-    slices = rank_folders(path)
+    slices = all_ranks(path)
     if not slices:
         if ranks > 1 and not whole:
             last = ranks - 1
@@ -41,10 +40,6 @@ def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = Tr
                             fix="Pass --auto_trans_ckpt True to slice it while loading, or slice it once with transform_ckpt.py.")
         return path
     found = len(slices)
-    if list(slices) != list(range(found)):
-        absent = sorted(set(range(max(slices) + 1)) - set(slices))
-        raise UserError(f"rank folders are not complete: rank_{absent[0]} is missing", where=f"load_checkpoint {path}",
-                        fix=f"Copy all of rank_0 .. rank_{max(slices)}.")
     if found == 1 and (whole or ranks == 1):
         return slices[0]
     if ranks == 1:
@@ -88,78 +83,11 @@ class Source:
         self._matrix_dtype = model.param_init_type
         self._held_dtype = held_dtype
         self._rank, self._ranks, self._whole = rank, ranks, whole
-        self._axes: Dict[str, Optional[int]] = {}
-        self._stored: Dict[str, str] = {}
-        self._skipped: Dict[str, List[str]] = {}
+        self._axes = {weight.ms: weight.axis(ranks, vocab_emb_dp) for weight in naming.weights(model.dims)}
         self._casts: Dict[Tuple[str, str], casting.Count] = {}
-        self._loaded, self._tied, self._mapped_bytes, self._copied_bytes = 0, 0, 0, 0
-        self._check(model.dims, vocab_emb_dp)
-
-    def _check(self, dims: Dims, vocab_emb_dp: bool) -> None:
-        infos = self._reader.infos
-        expected = {w.ms: w for w in naming.weights(dims)}
-        surplus = []
-        for stored in infos:
-            name = naming.hf_to_ms(stored) or stored
-            if name in expected:
-                if name in self._stored:
-                    raise UserError(f"holds both {self._stored[name]} and {stored}, names of the same weight", self._path)
-                self._stored[name] = stored
-            elif name == naming.HEAD.ms and dims.tie_word_embeddings:
-                self._tied = 1  # looked at below, once the embedding is known to be there
-            else:
-                surplus.append(stored)
-        self._skipped, unexpected = leftovers.sort_out(surplus, self._reader.others)
-        self._check_shapes(dims, expected, vocab_emb_dp)
-        missing = [name for name in expected if name not in self._stored]
-        if missing:
-            hint = "The checkpoint is not complete, or not of this model."
-            if missing == [naming.HEAD.ms]:
-                hint = "Models that share it with the embedding need tie_word_embeddings: True."
-            raise UserError(f"{len(missing)} of {len(expected)} weights are missing, the first is {missing[0]}", self._path, hint)
-        if unexpected:
-            raise UserError(f"{len(unexpected)} tensors belong to no weight of this model, the first is {unexpected[0]}",
-                            self._path, _unexpected_hint(unexpected[0], dims))
-        if self._tied:
-            self._check_tied_head()
-
-    def _check_shapes(self, dims: Dims, expected: Dict[str, naming.Weight], vocab_emb_dp: bool) -> None:
-        for name, weight in expected.items():
-            self._axes[name] = weight.axis(self._ranks, vocab_emb_dp)
-            if name not in self._stored:
-                continue
-            found = self._reader.infos[self._stored[name]].shape
-            wanted = weight.shape if self._whole else weight.slice_shape(self._ranks, vocab_emb_dp)
-            if tuple(found) != wanted:
-                raise UserError(self._misshapen(weight, tuple(found), wanted, dims, vocab_emb_dp), self._path)
-
-    def _misshapen(self, weight: naming.Weight, found: Tuple[int, ...], wanted: Tuple[int, ...], dims: Dims,
-                   vocab_emb_dp: bool) -> str:
-        line = f"{weight.ms} has shape {found}, the YAML wants {wanted}"
-        if not self._whole:
-            for parts in (1, 2, 4, 8, 16):
-                for split in (True, False):
-                    if parts != self._ranks and weight.axis(parts, split) is not None and \
-                            found == weight.slice_shape(parts, split):
-                        return f"{line}: this slice was cut for {parts} ranks, not {self._ranks}"
-            if found == weight.slice_shape(self._ranks, not vocab_emb_dp):
-                return f"{line}: it was sliced with vocab_emb_dp {not vocab_emb_dp}, the run has {vocab_emb_dp}"
-        sizes = {"num_layers": sum(1 for name in self._stored if name.endswith(".attention_norm.weight"))}
-        embedding = self._stored.get(naming.EMBEDDING.ms)
-        if embedding and self._whole:
-            sizes["vocab_size"], sizes["hidden_size"] = self._reader.infos[embedding].shape
-        theirs, ours = family.looks_like(sizes), family.looks_like(_telling(dims))
-        if theirs and theirs != ours:
-            line = f"{line}: the checkpoint looks like Qwen1.5-{theirs}" + (f", not {ours}" if ours else "")
-        return line
-
-    def _check_tied_head(self) -> None:
-        """A checkpoint of a tied model may hold the head as well, but then it must be the embedding."""
-        head = next(stored for stored in self._reader.infos if (naming.hf_to_ms(stored) or stored) == naming.HEAD.ms)
-        one, other = (self._reader.read(name) for name in (head, self._stored[naming.EMBEDDING.ms]))
-        if one.dtype != other.dtype or one.shape != other.shape or not np.array_equal(one.view(np.uint8), other.view(np.uint8)):
-            raise UserError(f"{head} differs from the embedding, and tie_word_embeddings: True would ignore it", self._path,
-                            "Set tie_word_embeddings: False.")
+        self._loaded = 0
+        self._account = take_account(self._reader, Expected(model.dims, "the YAML", "either", 1 if whole else ranks, vocab_emb_dp))
+        self._stored = self._account.stored
 
     def __call__(self, name: str):
         """The value of parameter `name` as a MindSpore Tensor: this rank's slice, mapped from the file where it can be."""
@@ -192,10 +120,11 @@ class Source:
     def account(self) -> str:
         """One line for the user: what was loaded, tied, cast and skipped."""
         line = f"weights: loaded {self._loaded} of {len(self._stored)}, missing 0, unexpected 0"
-        if self._tied:
+        if self._account.tied_head is not None:
             line += ", tied 1 (head = embedding)"
-        skipped = ", ".join(leftovers.account(self._skipped))
-        line += f", skipped {sum(map(len, self._skipped.values()))}" + (f": {skipped}" if skipped else "")
+        skipped = self._account.left_out
+        phrases = ", ".join(leftovers.account(skipped))
+        line += f", skipped {sum(map(len, skipped.values()))}" + (f": {phrases}" if phrases else "")
         for (source, target), count in self._casts.items():
             line += f"; {LONG_NAMES.get(source, source)} -> {LONG_NAMES[target]}: {count}"
         return line
@@ -206,18 +135,3 @@ class Source:
             if casting.has_non_finite(self._reader.read(stored), self._reader.infos[stored].dtype):
                 return name
         return None
-
-
-def _telling(dims: Dims) -> Dict[str, int]:
-    return {"hidden_size": dims.hidden_size, "intermediate_size": dims.intermediate_size, "num_layers": dims.num_layers}
-
-
-def _unexpected_hint(name: str, dims: Dims) -> str:
-    if "w_qkv" in name or "w_gate_hidden" in name:
-        return "It was converted with qkv_concat; convert it again from Hugging Face without."
-    layer = re.search(r"layers\.(\d+)\.", name)
-    if layer and int(layer[1]) >= dims.num_layers:
-        return f"The checkpoint has more layers than num_layers: {dims.num_layers}."
-    if "lora" in name:
-        return "Merge LoRA adapters into the weights first."
-    return "Is this the checkpoint of a Qwen1.5 or Qwen2 model?"
