@@ -1,10 +1,14 @@
 """What a user is told when something is wrong, and the exit code that goes with it."""
 
+from __future__ import annotations
+
 import difflib
 import os
 import sys
 import traceback
 from typing import Callable, Iterable, Optional, Sequence
+
+from . import terminal
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -34,7 +38,7 @@ class UserError(Exception):
         line = self.what if self.where is None else f"{self.where}: {self.what}"
         if self.fix:
             line = f"{line.rstrip('.')}. {self.fix}"
-        return " ".join(line.split())
+        return terminal.line(" ".join(line.split()))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> Optional[str]:
@@ -69,6 +73,6 @@ def run_main(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Opt
     except Exception as error:  # the last stop before the user
         if debug:
             traceback.print_exc()
-        summary = " ".join(f"{type(error).__name__}: {error}".split())
+        summary = terminal.line(" ".join(f"{type(error).__name__}: {error}".split()))
         print(f"error: {summary} (unexpected; run again with --debug for the traceback)", file=sys.stderr)
         return EXIT_FAILED

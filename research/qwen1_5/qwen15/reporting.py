@@ -8,6 +8,7 @@ import warnings
 from contextlib import contextmanager
 from typing import Callable, Iterator, Optional, Set, TextIO
 
+from . import terminal
 from .device import env_rank
 
 LEVELS = ("error", "warning", "info", "debug")
@@ -49,7 +50,7 @@ class Reporter:
 
     def _say(self, level: str, line: str) -> None:
         if self.shows(level):
-            print(line, file=self.stream or sys.stderr, flush=True)
+            print("\n".join(map(terminal.line, line.split("\n"))), file=self.stream or sys.stderr, flush=True)
 
 
 def quiet_frameworks(level: str) -> None:

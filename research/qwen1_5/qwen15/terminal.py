@@ -1,13 +1,55 @@
-"""The terminal under the launcher: lent to rank 0 when it first uses it, by job control, as a shell does with its jobs."""
+"""The terminal: what may be written to it, and how the launcher lends it to rank 0, by job control, as a shell does with its jobs."""
+
+from __future__ import annotations
 
 import os
 import signal
 import sys
 import termios
+import unicodedata
 from typing import Mapping, Optional, TextIO
 
 VARIABLE = "QWEN15_TERMINAL"
 """Set by the launcher for a rank 0 whose stdin is its terminal: which of the launcher's streams (1, 2) are that terminal too."""
+
+
+def shown(text: str, most: Optional[int] = None) -> str:
+    """Text from elsewhere with what a terminal would obey made visible: ESC becomes `\\x1b`, a mark that turns text round `\\u202e`.
+
+    Line ends are made visible too, so the result is one line. Tabs and every other character that is seen stay.
+
+    Args:
+        text: from a file, a peer or a user.
+        most: characters to keep; what is cut off is marked by `...`.
+    """
+    if most is not None and len(text) > most:
+        text = text[:most - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(character if character == "\t" or character.isprintable() or unicodedata.category(character) == "Zs"
+                   else character.encode("unicode_escape").decode("ascii") for character in text)
+
+
+MOST_CHARACTERS = 500
+"""The longest line of a message. What tells it apart stands at its beginning, the way out of it at its end."""
+
+
+def line(text: str) -> str:
+    """A message as one line for a terminal: nothing in it steers, and of a long one the middle is left out."""
+    text = shown(text)
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    left_out = f" [... {len(text) - MOST_CHARACTERS} more characters ...] "
+    kept = MOST_CHARACTERS - len(left_out)
+    return text[:kept - kept // 3] + left_out + text[-(kept // 3):]
+
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def answer(text: str) -> str:
+    """What a model says, for a terminal: characters that could move its cursor or rename its window are shown as `\\x1b`."""
+    return text.translate(_CONTROL)
 
 
 class Terminal:
