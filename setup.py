@@ -29,6 +29,10 @@ class BuildWithKernels(build_py):
             print(f"kernel library not built: {error}", file=sys.stderr)
 
 
+MINDFORMERS = "mindformers>=1.8,<2; python_version < '3.12'"
+TRANSFORMERS = "transformers>=4.51,<6"
+"""Compared with, never needed to run. From 5.13 on it wants the safetensors that is kept out below."""
+
 with open("README.md", encoding="utf-8") as readme:
     LONG_DESCRIPTION = readme.read()
 
@@ -38,7 +42,7 @@ setup(
     description="Qwen1.5 on MindSpore: convert, slice and predict, on a CPU or on Ascend cards",
     long_description=LONG_DESCRIPTION,
     long_description_content_type="text/markdown",
-    python_requires=">=3.9,<3.12",
+    python_requires=">=3.9,<3.13",
     package_dir={"": SOURCE},
     packages=find_packages(SOURCE),
     py_modules=["convert_reversed", "convert_weight", "qwen1_5_tokenizer", "run_qwen1_5", "transform_ckpt"],
@@ -47,23 +51,26 @@ setup(
     cmdclass={"build_py": BuildWithKernels},
     install_requires=[
         "mindspore>=2.7.2,<2.10",
-        "mindformers>=1.8,<2",
         "numpy>=1.26,<2",
         "pyyaml>=6",
         # 0.8.0 writes wrong bytes for arrays that are not contiguous, and MindSpore hands it such arrays.
         "safetensors>=0.5.3,<0.8",
         "tiktoken>=0.7",
         "tokenizers>=0.21",
-        "transformers>=4.51,<5",
         "jinja2>=3.1",
+        "huggingface_hub>=0.30,<3",
+        "tqdm>=4.60",
     ],
     extras_require={
+        # Cards, and `type: Qwen2Tokenizer` in MindFormers' own programs. It brings the transformers that it goes with, and ends at 3.11.
+        "ascend": [MINDFORMERS],
         "quickstart": ["gguf>=0.10"],
-        "bench": ["matplotlib>=3.7"],
+        "modelscope": ["modelscope>=1.20"],
+        "bench": ["matplotlib>=3.7", TRANSFORMERS],
         # .bin files only. Take a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu
         "torch": ["torch>=2.4"],
         # torch is left out: scripts/test.sh installs a CPU build where one is offered.
-        "test": ["gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7", "pytest>=7", "pytest-timeout"],
+        "test": [MINDFORMERS, TRANSFORMERS, "gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7", "pytest>=7", "pytest-timeout", "pytest-xdist"],
     },
     entry_points={"console_scripts": ["qwen15 = qwen15.__main__:run"]},
 )

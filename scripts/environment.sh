@@ -1,6 +1,6 @@
 # The virtual environment that quickstart.sh and test.sh share, and how packages get in; sourced, not run.
 #
-#   QWEN15_PYTHON  the interpreter to make it with (3.9 to 3.11; default: the first that python3, python3.11, ... offers)
+#   QWEN15_PYTHON  the interpreter to make it with (3.9 to 3.12; default: the first that python3, python3.12, ... offers)
 #   QWEN15_VENV    where it is (default: .venv in the checkout)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -8,17 +8,17 @@ venv=${QWEN15_VENV:-$root/.venv}
 
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null; }
+supported() { "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
 find_python() {
     local candidate
-    for candidate in ${QWEN15_PYTHON:-python3 python3.11 python3.10 python3.9}; do
+    for candidate in ${QWEN15_PYTHON:-python3 python3.12 python3.11 python3.10 python3.9}; do
         if supported "$candidate"; then
             printf '%s' "$candidate"
             return
         fi
     done
-    echo "error: no Python 3.9, 3.10 or 3.11 found. Install one, or name it: QWEN15_PYTHON=/path/python3.11 bash $0" >&2
+    echo "error: no Python from 3.9 to 3.12 found (MindSpore has no package for 3.13 yet). Install one, or name it: QWEN15_PYTHON=/path/python3.12 bash $0" >&2
     exit 2
 }
 

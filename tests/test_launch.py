@@ -1,5 +1,6 @@
 """The launcher's arguments, quoting, environment and output; ranks here are small scripts that form no cluster."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from launch_runs import LAUNCHER, WORKER, Launch, free_port, worker
 from qwen15.errors import UserError
 from qwen15.launch import plan as launch
+from qwen15.launch import ports, secret
 from qwen15.launch.rank_process import _WithoutNotices
 
 SCRIPT = str(WORKER)
@@ -61,7 +63,9 @@ def test_nine_arguments_with_every_worker_here_are_one_machine():
 
 @pytest.mark.parametrize("arguments, message", [
     ((), "0 arguments"), (("a", "1", "2"), "3 arguments"),
-    ((SCRIPT, "0"), "WORKER_NUM: '0' is not a whole number of at least 1"),
+    ((SCRIPT, "0"), "WORKER_NUM: '0' is not a whole number from 1 to 65535"),
+    ((SCRIPT, "9" * 30), "WORKER_NUM: '999999999999999999999999999999' is not a whole number from 1 to 65535"),
+    ((SCRIPT, "\x1b[2J" + "9" * 5000), "WORKER_NUM: '\\x1b[2J" + "9" * 33 + "...'"),
     ((SCRIPT, "two"), "WORKER_NUM: 'two'"), ((SCRIPT, "２"), "WORKER_NUM: '２'"),
     ((SCRIPT, "2", "70000", "l", "True", "1"), "MASTER_PORT: '70000' is not a whole number from 1 to 65535"),
     ((SCRIPT, "2", "9000", "l", "yes", "1"), "JOIN: 'yes' is neither True nor False"),
@@ -390,31 +394,72 @@ def test_a_port_that_was_asked_for_and_is_in_use_is_named(tmp_path):
             assert not (tmp_path / "rank_0.json").exists()
 
 
+def listener(port=0):
+    """Somebody who listens as MindSpore does: sharing the address with connections that have ended."""
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.bind(("127.0.0.1", port))
+    server.listen()
+    return server
+
+
 def test_two_launchers_that_start_together_get_different_ports():
-    plan = launch.parse([SCRIPT, "1"])
-    first, one = launch.reserve_port(plan)
-    second, two = launch.reserve_port(plan)
-    with one, two:
-        assert first != second
-        with socket.socket() as scheduler:  # as MindSpore binds and listens
-            scheduler.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            scheduler.bind(("127.0.0.1", first))
-            scheduler.listen()
+    one, two = ports.reserve("127.0.0.1", 8118, False), ports.reserve("127.0.0.1", 8118, False)
+    assert one.port != two.port
+    listener(one.port).close()  # the scheduler comes
+    for reservation in (one, two):
+        reservation.close()
+
+
+def test_a_reserved_port_is_not_given_to_others():
+    reservation = ports.reserve("127.0.0.1", free_port(), True)
+    with socket.socket() as other, pytest.raises(OSError):
+        other.bind(("127.0.0.1", reservation.port))
+    reservation.close()
 
 
 def test_a_port_with_connections_that_have_ended_is_free():
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(("127.0.0.1", 0))
-        server.listen()
+    with listener() as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client:
             accepted, _ = server.accept()
             accepted.close()  # the server's side ends first and keeps TIME_WAIT
             assert client.recv(1) == b""
-    reserved, held = launch.reserve_port(launch.parse([SCRIPT, "1", str(port), "l", "True", "5"]))
-    held.close()
-    assert reserved == port
+    reservation = ports.reserve("127.0.0.1", port, True)
+    reservation.close()
+    assert reservation.port == port
+
+
+def test_who_holds_a_port_that_is_taken_is_named():
+    with listener() as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError) as caught:
+            ports.reserve("127.0.0.1", port, True)
+    assert f"port {port} of 127.0.0.1 is in use by process {os.getpid()} (" in str(caught.value)
+    assert ports.holder_of(port) is None
+
+
+def test_a_port_that_is_lost_before_the_scheduler_listens_is_another_one(monkeypatch, tmp_path, capfd):
+    """The scheduler here is a script that says what MindSpore's says when its port has been taken."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLOG_v", "2")
+    schedulers = tmp_path / "scheduler.py"
+    schedulers.write_text("import os, sys, time\nif not os.path.exists('lost'):\n    open('lost', 'w').close()\n"
+                          "    sys.exit('Failed to call socket listen, url: 127.0.0.1')\ntime.sleep(60)\n")
+    tasks = launch.tasks
+
+    def with_scheduler(*arguments):
+        scheduler, ranks = tasks(*arguments)
+        return dataclasses.replace(scheduler, command=(sys.executable, str(schedulers))), ranks
+
+    monkeypatch.setattr(launch, "tasks", with_scheduler)
+    assert launch.main(["-c 'import os, time; time.sleep(2); print(\"port\", os.environ[\"MS_SCHED_PORT\"])'", "1"]) == 0
+    out, err = capfd.readouterr()
+    assert "has meanwhile been taken by another program; another one is tried" in err
+    assert out.count("port") == 1
+    (tmp_path / "lost").unlink()
+    with pytest.raises(UserError, match="has meanwhile been taken"):
+        launch.main(["-c 'import time; time.sleep(9)'", "1", str(free_port()), "logs", "True", "60"])
 
 
 def test_a_log_folder_in_use_is_named(tmp_path):
@@ -441,3 +486,10 @@ def test_help_is_quick_and_needs_no_mindspore(tmp_path):
     assert done.returncode == 0 and "MASTER_ADDR" in done.stdout
     code = "import sys; from qwen15.launch import plan; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=MODULE).returncode == 0
+
+
+def test_the_launchers_secret_is_not_handed_to_the_ranks():
+    told = {secret.TEXT: "the secret of the launchers", secret.FILE: "launch.secret", "HCCL_IF_IP": "10.0.0.1"}
+    scheduler, ranks = launch.tasks(launch.parse([SCRIPT, "2"]), 8118, told)
+    for task in (scheduler, *ranks):
+        assert task.environ["HCCL_IF_IP"] == "10.0.0.1" and not {secret.TEXT, secret.FILE} & set(task.environ)

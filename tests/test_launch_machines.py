@@ -70,15 +70,17 @@ def machines():
 @pytest.mark.parametrize("first, local", [
     (0, 1), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(0, 2, marks=pytest.mark.slow)])
 def test_two_machines_add_up_in_any_order_of_starting(first, local, machines, tmp_path):
-    with machines.launch(first, tmp_path, worker("add"), 2 * local, local) as one:
+    shared = {} if local > 1 else {"QWEN15_LAUNCH_SECRET": "the same on both machines"}
+    with machines.launch(first, tmp_path, worker("add"), 2 * local, local, **shared) as one:
         if first == 1:
             one.until(lambda run: "waiting up to 60 s for the scheduler at 10.200.77.1:9118" in run.err)
         else:
             time.sleep(1)
-        with machines.launch(1 - first, tmp_path, worker("add"), 2 * local, local) as two:
+        with machines.launch(1 - first, tmp_path, worker("add"), 2 * local, local, **shared) as two:
             assert two.wait() == 0, two.err + one.err
             assert one.wait() == 0, one.err
             total = local * (2 * local + 1)
+            assert ("warning: without a secret" in one.err + two.err) is not bool(shared)
             answers = {one: one.out, two: two.out}
             assert answers[one if first == 0 else two] == f"rank 0 of {2 * local}: sum {total}\n".encode()
             assert answers[two if first == 0 else one] == b""

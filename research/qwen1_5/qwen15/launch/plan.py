@@ -1,6 +1,7 @@
 """Start a command on several cards or CPU processes: msrun_launcher.sh's arguments are checked and made a plan."""
 
-import errno
+from __future__ import annotations
+
 import fcntl
 import os
 import re
@@ -13,7 +14,9 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .. import device
 from ..errors import EXIT_OK, UserError
-from . import machines, supervise
+from ..terminal import shown
+from . import machines, ports, secret, supervise
+from .messages import Machine
 from .rank_process import Task
 
 USAGE = """usage: msrun_launcher.sh COMMAND [WORKER_NUM]
@@ -35,6 +38,8 @@ With one or two arguments it runs in the foreground, the answer of rank 0 on std
 
 environment: QWEN15_HANG_TIMEOUT_S  seconds a worker may keep the others waiting (default 300)
              QWEN15_AFFINITY        off: do not give each worker cores of its own on a CPU machine
+             QWEN15_LAUNCH_SECRET_FILE, or QWEN15_LAUNCH_SECRET
+                                    a secret (a file with it, or itself) that the launchers of several machines share
 
 exit codes: that of the worker that failed first (128 + n for signal n); 0 fine, 2 usage, 130 interrupted"""
 
@@ -43,6 +48,9 @@ DEFAULT_PORT = 8118
 DEFAULT_TIMEOUT_S = 600
 DEFAULT_HANG_TIMEOUT_S = 300
 LOCALHOST = "127.0.0.1"
+_PORT_TRIES = 3
+MOST_RANKS = 65535
+MOST_SECONDS = 10 ** 8
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 
 
@@ -98,7 +106,7 @@ def parse(arguments: Sequence[str]) -> Plan:
     command = _argument_vector(split_command(arguments[0]))
     if len(arguments) == 1:
         return Plan(command)
-    worker_num = _integer("WORKER_NUM", arguments[1], 1)
+    worker_num = _integer("WORKER_NUM", arguments[1], 1, MOST_RANKS)
     if len(arguments) == 2:
         return Plan(command, worker_num, worker_num)
     local_worker, master_addr, node_rank = worker_num, LOCALHOST, 0
@@ -108,7 +116,7 @@ def parse(arguments: Sequence[str]) -> Plan:
         local, address, port, node, log_dir, join, timeout = arguments[2:]
         local_worker = _integer("LOCAL_WORKER", local, 1, worker_num)
         if local_worker < worker_num:  # else it is one machine, and the original takes no notice of these two
-            node_rank = _integer("NODE_RANK", node, 0)
+            node_rank = _integer("NODE_RANK", node, 0, MOST_RANKS)
             master_addr = _resolve(address, node_rank)
             if (node_rank + 1) * local_worker > worker_num:
                 first, last = node_rank * local_worker, (node_rank + 1) * local_worker - 1
@@ -118,14 +126,14 @@ def parse(arguments: Sequence[str]) -> Plan:
     if not log_dir:
         raise UserError("an empty name", where="LOG_DIR", fix="Name a folder.")
     return Plan(command, worker_num, local_worker, master_addr, _integer("MASTER_PORT", port, 1, 65535), True,
-                node_rank, log_dir, _boolean("JOIN", join), _integer("CLUSTER_TIME_OUT", timeout, 1))
+                node_rank, log_dir, _boolean("JOIN", join), _integer("CLUSTER_TIME_OUT", timeout, 1, MOST_SECONDS))
 
 
-def _integer(name: str, text: str, low: int, high: Optional[int] = None) -> int:
-    if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < low or (high is not None and int(text) > high):
-        wanted = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise UserError(f"{text!r} is not a whole number {wanted}", where=name)
-    return int(text)
+def _integer(name: str, text: str, low: int, high: int) -> int:
+    digits = text.lstrip("0") or text[-1:]
+    if not re.fullmatch(r"\d+", text, re.ASCII) or len(digits) > len(str(high)) or not low <= int(digits) <= high:
+        raise UserError(f"'{shown(text, 40)}' is not a whole number from {low} to {high}", where=name)
+    return int(digits)
 
 
 def _boolean(name: str, text: str) -> bool:
@@ -221,40 +229,6 @@ def _resolve(host: str, node_rank: int) -> str:
     return address
 
 
-def reserve_port(plan: Plan) -> Tuple[int, socket.socket]:
-    """A port that the scheduler can listen on, and what keeps other launchers off it until the scheduler does.
-
-    Some seconds pass before it listens. A name of the kernel's own (an abstract Unix socket), which goes with the process,
-    keeps other launchers from taking the same port meanwhile.
-
-    Raises:
-        UserError: the port that was asked for is in use.
-    """
-    family = socket.AF_INET6 if ":" in plan.master_addr else socket.AF_INET
-    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    port = plan.master_port
-    while True:
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                # As MindSpore binds: connections that have ended are no hindrance, somebody who listens is.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((plan.master_addr, port))
-                port = probe.getsockname()[1]
-                held.bind(f"\0qwen15-launch-{port}")
-            return port, held
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE and not plan.port_given:
-                port = 0  # any
-                continue
-            held.close()
-            if error.errno == errno.EADDRINUSE:
-                raise UserError(f"port {port} of {plan.master_addr} is in use by another program", where="MASTER_PORT",
-                                fix="Give another port, or end the program (an earlier launch?) that listens there."
-                                ) from None
-            raise UserError(f"port {port} of {plan.master_addr} cannot be used ({error.strerror})", where="MASTER_PORT",
-                            fix="Give another port.") from None
-
-
 def open_log_dir(path: str) -> Tuple[str, int]:
     """Make the folder and lock it; returns its absolute path and the descriptor that holds the lock.
 
@@ -316,7 +290,7 @@ def tasks(plan: Plan, port: int, environ: Mapping[str, str]) -> Tuple[Optional[T
     """
     paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep)
              if path and os.path.abspath(path) != MODULE_DIR]
-    common = dict(environ)
+    common = {name: value for name, value in environ.items() if name not in (secret.TEXT, secret.FILE)}
     common.update(MS_WORKER_NUM=str(plan.worker_num), RANK_SIZE=str(plan.worker_num), MS_SCHED_HOST=plan.master_addr,
                   MS_SCHED_PORT=str(port), MS_TOPO_TIMEOUT=str(plan.timeout_s), PYTHONUNBUFFERED="1",
                   PYTHONPATH=os.pathsep.join([MODULE_DIR] + paths))
@@ -353,19 +327,23 @@ def hang_timeout_s(environ: Mapping[str, str]) -> int:
     Raises:
         UserError: QWEN15_HANG_TIMEOUT_S is no number.
     """
-    return _integer("QWEN15_HANG_TIMEOUT_S", environ.get("QWEN15_HANG_TIMEOUT_S", str(DEFAULT_HANG_TIMEOUT_S)), 1)
+    text = environ.get("QWEN15_HANG_TIMEOUT_S", str(DEFAULT_HANG_TIMEOUT_S))
+    return _integer("QWEN15_HANG_TIMEOUT_S", text, 1, MOST_SECONDS)
 
 
-def open_link(plan: Plan, port: int) -> Optional[machines.Link]:
+def open_link(plan: Plan, port: int, shared: Optional[bytes]) -> Optional[machines.Link]:
     """The way to the launchers of the other machines; None where there are none, or where it cannot be had, which is said."""
     link_port = port + machines.PORT_OFFSET
     if plan.one_machine:
         return None
-    here = machines.Machine(plan.node_rank, plan.ranks.start, plan.local_worker, plan.worker_num)
+    here = Machine(plan.node_rank, plan.ranks.start, plan.local_worker, plan.worker_num)
     if plan.node_rank > 0:
-        return machines.Member(here, plan.master_addr, link_port)
+        return machines.Member(here, plan.master_addr, link_port, shared=shared)
+    if shared is None:
+        supervise.say(f"warning: without a secret whoever reaches port {link_port} of {plan.master_addr} can join this run or end it; "
+                      f"{secret.FILE} names a file with one, the same on every machine")
     try:
-        return machines.Hub(here, plan.master_addr, link_port)
+        return machines.Hub(here, plan.master_addr, link_port, shared=shared)
     except (OSError, OverflowError) as error:  # OverflowError: above 65535
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "there is no such port"
         supervise.say(f"port {link_port} of {plan.master_addr} cannot be used ({reason}): {supervise.NO_LINK}")
@@ -384,18 +362,34 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return EXIT_OK
     plan = parse(arguments)
     hang_timeout_s(os.environ)
+    shared = secret.read(os.environ)
     log_dir, lock = open_log_dir(plan.log_dir)
-    port, held = plan.master_port, None
-    if plan.node_rank == 0:
-        port, held = reserve_port(plan)
-        if port != plan.master_port:
-            supervise.say(f"port {plan.master_port} is in use, {port} is taken")
-    scheduler, ranks = tasks(plan, port, os.environ)
-    job = supervise.Job(scheduler, ranks, plan.worker_num, plan.master_addr, port, log_dir, plan.timeout_s,
-                        hang_timeout_s(os.environ), open_link(plan, port))
     try:
-        return supervise.run(job) if plan.join else supervise.run_detached(job)
+        for _ in range(_PORT_TRIES - 1):
+            try:
+                return _start(plan, log_dir, shared)
+            except supervise.PortTaken as error:
+                if plan.port_given:
+                    raise
+                supervise.say(f"{error.what}; another one is tried")
+        return _start(plan, log_dir, shared)
     finally:
         os.close(lock)
-        if held:
-            held.close()
+
+
+def _start(plan: Plan, log_dir: str, shared: Optional[bytes]) -> int:
+    """Choose the port and run; returns the exit code."""
+    port, reservation = plan.master_port, None
+    if plan.node_rank == 0:
+        reservation = ports.reserve(plan.master_addr, port, plan.port_given)
+        port = reservation.port
+        if port != plan.master_port:
+            supervise.say(f"port {plan.master_port} is in use, {port} is taken")
+    try:
+        scheduler, ranks = tasks(plan, port, os.environ)
+        job = supervise.Job(scheduler, ranks, plan.worker_num, plan.master_addr, port, log_dir, plan.timeout_s,
+                            hang_timeout_s(os.environ), open_link(plan, port, shared))
+        return supervise.run(job) if plan.join else supervise.run_detached(job)
+    finally:
+        if reservation is not None:
+            reservation.close()

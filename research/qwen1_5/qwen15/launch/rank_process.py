@@ -4,7 +4,7 @@ import ctypes
 import fcntl
 import os
 import re
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -99,6 +99,11 @@ class RankProcess:
             self._relays.append(_Relay(*arguments))
             self._relays[-1].start()
 
+    @property
+    def has_answered(self) -> bool:
+        """Something from its stdout has been passed on."""
+        return any(relay.answered for relay in self._relays)
+
     def settle_relay(self, timeout_s: float) -> None:
         """Wait until what the process, which is stopped, has written so far has been passed on."""
         deadline = time.monotonic() + timeout_s
@@ -176,11 +181,13 @@ class _Relay(threading.Thread):
         self._source, self._target, self._log, self._chosen, self._closed = source, target, log, chosen, closed
         self._busy = threading.Lock()  # from reading a piece until it is written
         self._writing = True
+        self.answered = False
 
     def run(self) -> None:
-        with self._source:
+        with self._source, selectors.DefaultSelector() as selector:
+            selector.register(self._source, selectors.EVENT_READ)
             while True:
-                select.select([self._source], [], [])
+                selector.select()
                 with self._busy:
                     data = os.read(self._source.fileno(), 65536)
                     if not data:
@@ -190,6 +197,7 @@ class _Relay(threading.Thread):
     def _pass_on(self, data: bytes) -> None:
         self._log.write(data)
         data = self._chosen(data)
+        self.answered = self.answered or (self._target == 1 and bool(data))
         while self._writing and data:
             try:
                 data = data[os.write(self._target, data):]

@@ -12,7 +12,8 @@ from typing import List, Optional, Sequence, Set, Tuple
 
 from .. import terminal
 from ..errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError, run_main
-from . import machines
+from . import machines, ports
+from .messages import Report
 from .rank_process import NOTICE, RankProcess, Task
 
 _POLL_S = 0.05
@@ -28,6 +29,7 @@ _TAIL_BYTES = 64 * 1024
 
 _JOINED = re.compile(rb"The new node: (\d+)\(role: MS_WORKER\)")
 _COMPLETE = b"Cluster is successfully initialized"
+_PORT_LOST = re.compile(rb"Failed to call socket listen, url")
 _LOST = re.compile(rb"The node: (\d+) is timed out")
 _LOST_FIRST = re.compile(rb"worker (\d+) is the first one timed out")
 _WAITED_IN_VAIN = re.compile(rb"wait receiving \[\d+,\s*\d+\]\s*failed|Launch kernel failed: \S*(All|Broadcast)")
@@ -111,6 +113,10 @@ def _count(ranks: Sequence[Task]) -> str:
     return f"rank {ranks[0].rank}" if len(ranks) == 1 else f"ranks {ranks[0].rank} to {ranks[-1].rank}"
 
 
+class PortTaken(UserError):
+    """Another program has come before the scheduler on its port; rank 0 has not answered anything."""
+
+
 class _Failure:
     """Who is to blame (a process of this machine, None when it is not), what is said about it, and the exit code."""
 
@@ -119,10 +125,10 @@ class _Failure:
         self.what = what
         self.fix = fix
         self.code = code
-        self.report: Optional[machines.Report] = None  # as another machine has told it
+        self.report: Optional[Report] = None  # as another machine has told it
 
     @classmethod
-    def elsewhere(cls, report: machines.Report) -> "_Failure":
+    def elsewhere(cls, report: Report) -> "_Failure":
         """A failure that another machine has told."""
         failure = cls(None, report.what, report.fix, report.code)
         failure.report = report
@@ -177,11 +183,12 @@ class _Supervisor:
             if self._signal is not None:
                 return self._interrupted()
             if self._unread.is_set():
-                self._tell(machines.Report("the launcher", "nobody reads its output any more"))
+                self._tell(Report("the launcher", "nobody reads its output any more"))
                 return EXIT_FAILED
             self._lend_terminal()
             failure = self._look()
             if failure is not None:
+                self._see_whether_port_was_lost()
                 self._fail(failure)
             if all(process.code == 0 for process in self._ranks):
                 return self._finish()
@@ -205,7 +212,7 @@ class _Supervisor:
 
     def _interrupted(self) -> int:
         name = signal.Signals(self._signal).name
-        self._tell(machines.Report("the launcher", f"ended by {name}", code=128 + self._signal))
+        self._tell(Report("the launcher", f"ended by {name}", code=128 + self._signal))
         self._end_all()
         say(f"ended by {name}, all workers with it")
         return 128 + self._signal
@@ -246,7 +253,7 @@ class _Supervisor:
         report = self._link.failure if self._link is not None else None
         return _Failure.elsewhere(report) if report is not None else None
 
-    def _tell(self, report: machines.Report) -> None:
+    def _tell(self, report: Report) -> None:
         """Tell the other machines what has failed here."""
         if self._link is not None:
             self._link.failed(replace(report, where=f"{report.where} on machine {self._link.here.number}"))
@@ -461,7 +468,7 @@ class _Supervisor:
         if report is None:
             process, there = failure.process, ""
             name, log = (process.task.name, process.log_path) if process is not None else ("", "")
-            report = machines.Report(name, failure.what, failure.fix or "", failure.code, log, _tail(log))
+            report = Report(name, failure.what, failure.fix or "", failure.code, log, _tail(log))
             self._tell(report if name else replace(report, where="the launcher"))
             self._end_all()
             shown = self._foreground and process is not None and process.task.rank == 0  # its stderr has been on ours all the time
@@ -474,6 +481,16 @@ class _Supervisor:
             sys.stderr.write("---\n")
         fixes = ([report.fix] if report.fix else []) + ([f"Its log{there}: {report.log}."] if report.log else [])
         raise UserError(report.what, where=report.where or None, fix=" ".join(fixes) or None, exit_code=report.code)
+
+    def _see_whether_port_was_lost(self) -> None:
+        scheduler = self._scheduler
+        if scheduler is None or scheduler.poll() in (None, 0) or any(process.has_answered for process in self._ranks):
+            return
+        if _PORT_LOST.search(_read(scheduler.log_path)):
+            holder = ports.holder_of(self._job.port) or "another program"
+            self._tell(Report("the scheduler", f"its port was taken by {holder}"))
+            raise PortTaken(f"port {self._job.port} has meanwhile been taken by {holder}", where="MASTER_PORT",
+                            fix="Give another port, or end the program that listens there.", exit_code=EXIT_FAILED)
 
     # -- ending
 
@@ -516,7 +533,7 @@ def _tail(path: str) -> Tuple[str, ...]:
     """The last lines of a log without MindSpore's notices, or with them when there is nothing else."""
     lines = [line for line in _read(path)[-_TAIL_BYTES:].splitlines() if line.strip()]
     kept = [line for line in lines if not NOTICE.match(line)] or lines
-    return tuple(line.decode("utf-8", "replace") for line in kept[-_TAIL_LINES:])
+    return tuple(terminal.shown(line.decode("utf-8", "replace")) for line in kept[-_TAIL_LINES:])
 
 
 def _gave_up_waiting(process: RankProcess) -> bool:
