@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
-from typing import List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from ..checkpoint.format_safetensors import steps
 from ..checkpoint.reader import INDEX_FILES, write_index
 from ..checkpoint.tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
 from ..errors import UserError, did_you_mean
-from ..progress import Progress
+from ..progress import byte_bar
 
 DTYPES = ("bfloat16", "float16", "float32")
 _STRIP_ELEMENTS = 4 * 2 ** 20
@@ -84,9 +84,9 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
     made = AtomicFolder(folder)
     try:
         made.clear()
-        progress = Progress("writing", total)
-        for name, shard in zip(names, shards):
-            _write_shard(os.path.join(made.path, name), shard, rng, progress)
+        with byte_bar("writing", total) as bar:
+            for name, shard in zip(names, shards):
+                _write_shard(os.path.join(made.path, name), shard, rng, bar.update)
         weight_map = {info.name: name for name, shard in zip(names, shards) for info in shard}
         write_small(os.path.join(made.path, INDEX_FILES["safetensors"]), write_index(weight_map, total))
         write_small(os.path.join(made.path, "config.json"), json.dumps(hf_config(dims, dtype), indent=2).encode() + b"\n")
@@ -96,7 +96,8 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
     return total
 
 
-def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator, progress: Progress) -> None:
+def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator,
+                 advance: Callable[[int], object]) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         with Blocks() as blocks:
@@ -109,7 +110,7 @@ def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator, p
                         values += np.float32(1)
                     strip = np.ascontiguousarray(from_float32(values, info.dtype)).astype(NUMPY_DTYPES[info.dtype], copy=False)
                     writer.feed(info.name, memoryview(strip.view(np.uint8)))
-                    progress.advance(strip.nbytes)
+                    advance(strip.nbytes)
             writer.finish()
     finally:
         os.close(fd)

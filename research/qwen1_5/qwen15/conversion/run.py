@@ -4,7 +4,7 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Dict, Iterator, Mapping, Optional, Sequence
+from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence
 
 from ..checkpoint.atomic import (
     AtomicFolder,
@@ -18,7 +18,7 @@ from ..checkpoint.atomic import (
 from ..checkpoint.file_writer import Blocks, FileWriter
 from ..checkpoint.reader import Checkpoint, TensorFile
 from ..errors import UserError
-from ..progress import Progress
+from ..progress import byte_bar, skip
 from .plan import Plan, groups
 from .resume import RECORD_FILE, Record
 from .strips import Account, Move, compare, transfer
@@ -97,8 +97,8 @@ def _run_file(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
     with atomic_file(plan.target) as (fd, path):
         with Blocks() as blocks:
             writer = FileWriter(fd, path, file.steps(), blocks)
-            with Progress("converting", plan.read_bytes) as progress:
-                transfer(plan.moves, {0: writer}, account, allow_overflow, progress.advance)
+            with byte_bar("converting", plan.read_bytes) as bar:
+                transfer(plan.moves, {0: writer}, account, allow_overflow, bar.update)
                 writer.finish()
         compared = _verify(plan, {0: path}) if verify else 0
         for name, content in plan.small.items():
@@ -113,36 +113,39 @@ def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
     folder = AtomicFolder(plan.target)
     try:
         record = Record(plan, folder)
-        resumed = len(record.done)
-        with Progress("converting", plan.read_bytes) as progress:
+        resumed, resumed_bytes = len(record.done), 0
+        with byte_bar("converting", plan.read_bytes) as bar:
             for numbers, moves in groups(plan):
-                if all(plan.files[number].name in record.done for number in numbers):
-                    progress.skip(sum(move.nbytes for move in moves))
-                else:
-                    _run_group(plan, numbers, moves, folder, record, allow_overflow, progress)
+                done = len(moves)
+                if not all(plan.files[number].name in record.done for number in numbers):
+                    done, _ = record.begun([plan.files[number].name for number in numbers])
+                skipped_bytes = sum(move.nbytes for move in moves[:done])
+                resumed_bytes += skipped_bytes
+                skip(bar, skipped_bytes)
+                if done < len(moves):
+                    _run_group(plan, numbers, moves, folder, record, allow_overflow, bar.update)
         for name, content in plan.small.items():
             write_small(os.path.join(folder.path, name), content)
         paths = {number: os.path.join(folder.path, file.name) for number, file in enumerate(plan.files)}
         compared = _verify(plan, paths) if verify else 0
         folder.publish()
-        return Result(record.account, time.monotonic() - begin, resumed, progress.skipped_bytes, compared)
+        return Result(record.account, time.monotonic() - begin, resumed, resumed_bytes, compared)
     finally:
         folder.close()
 
 
 def _run_group(plan: Plan, numbers: Sequence[int], moves: Sequence[Move], folder: AtomicFolder, record: Record,
-               allow_overflow: bool, progress: Progress) -> None:
+               allow_overflow: bool, advance: Callable[[int], object]) -> None:
     """Write some files of a folder together, from where an earlier run of the plan has come to."""
     names = [plan.files[number].name for number in numbers]
     first, sizes = record.begun(names)
-    progress.skip(sum(move.nbytes for move in moves[:first]))
     with ExitStack() as stack:
         opened = {number: stack.enter_context(folder.file(plan.files[number].name, record.keeps)) for number in numbers}
         blocks = stack.enter_context(Blocks(len(numbers)))  # opened last, so that it is left before the files are closed
         writers = {number: FileWriter(fd, path, plan.files[number].steps(), blocks, sizes.get(plan.files[number].name, 0))
                    for number, (fd, path) in opened.items()}
         for last in _stops(moves, first):
-            transfer(moves[first:last], writers, record.account, allow_overflow, progress.advance)
+            transfer(moves[first:last], writers, record.account, allow_overflow, advance)
             if last < len(moves):
                 record.begin(last, {plan.files[number].name: writer.sync() for number, writer in writers.items()})
             first = last
@@ -171,8 +174,8 @@ def _verify(plan: Plan, paths: Mapping[int, str]) -> int:
             surplus = set(file.infos) - {info.name for info in plan.files[number].infos}
             if surplus or file.others:
                 raise UserError(f"holds {sorted(surplus | set(file.others))[0]}, which nobody wrote", path)
-        with Progress("comparing", plan.read_bytes) as progress:
-            return compare(plan.moves, results, progress.advance)
+        with byte_bar("comparing", plan.read_bytes) as bar:
+            return compare(plan.moves, results, bar.update)
     finally:
         for result in results.values():
             result.close()

@@ -218,7 +218,7 @@ class _Lender:
 
 
 def transfer(moves: Sequence[Move], writers: Dict[int, FileWriter], account: Account, allow_overflow: bool,
-             advance: Callable[[int], None]) -> None:
+             advance: Callable[[int], object]) -> None:
     """Write the tensors, in the order in which the files want them.
 
     Args:
@@ -271,7 +271,7 @@ def _convert(move: Move, strip: np.ndarray, account: Account, allow_overflow: bo
     return made
 
 
-def compare(moves: Sequence[Move], results: Dict[int, Checkpoint], advance: Callable[[int], None]) -> int:
+def compare(moves: Sequence[Move], results: Dict[int, Checkpoint], advance: Callable[[int], object]) -> int:
     """Read every tensor again, source and result, and compare bit for bit.
 
     Args:
