@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from ..errors import UserError
+from ..whole_file import write_whole
 
 
 def updated(document: str, name: str, part: str) -> str:
@@ -35,10 +35,7 @@ def update(path: str, name: str, part: str) -> None:
             old = file.read()
         new = updated(old, name, part)
         if new != old:
-            beside = f"{path}.tmp{os.getpid()}"
-            with open(beside, "w", encoding="utf-8") as file:
-                file.write(new)
-            os.replace(beside, path)
+            write_whole(path, new.encode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot be updated: {error.strerror}", path) from None
     except ValueError:

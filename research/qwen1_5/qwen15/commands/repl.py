@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -18,6 +17,7 @@ from ..generation.ranks import Shared
 from ..generation.session import Prompt, Session, Settings, mismatch
 from ..reporting import Reporter
 from ..text import chat
+from ..whole_file import write_whole
 from .results import printable
 
 HELP = """\
@@ -472,26 +472,12 @@ def save(path: str, value: Any, replace_it: bool = False) -> None:
     Raises:
         UserError: it cannot be written, or something is there by now.
     """
-    beside = None
     try:
-        descriptor, beside = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path))
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=True, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if not replace_it:
-            # The name is taken first, so that nothing of the same name can come in between.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        os.replace(beside, path)
-        beside = None
+        write_whole(path, (json.dumps(value, ensure_ascii=True, indent=1) + "\n").encode("ascii"), replace_it, private=True)
     except FileExistsError:
         raise UserError("exists already", where=path, fix="Choose another name.") from None
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=path) from None
-    finally:
-        if beside is not None:
-            os.unlink(beside)
 
 
 def load(path: str) -> Any:

@@ -7,12 +7,12 @@ import itertools
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ..errors import UserError
+from ..whole_file import write_whole
 from .bpe import BytePairEncoder
 from .sharing import SLICE, even_groups, processors, sliced
 from .template import CHATML, render
@@ -620,17 +620,7 @@ def _write(folder: str, name: str, text: str) -> str:
                 if file.read() == text:
                     return path
             raise UserError("exists with other contents", path, "Save into another folder, or move the file away.")
-        handle, beside = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(beside, 0o666 & ~mask)  # mkstemp's files are for the owner alone
-            os.replace(beside, path)
-        except BaseException:
-            os.unlink(beside)
-            raise
+        write_whole(path, text.encode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be written: {error}", path) from None
     return path

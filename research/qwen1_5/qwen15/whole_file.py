@@ -1,0 +1,39 @@
+"""Write a small file that is either whole or not there: beside its place first, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+
+def write_whole(path: str, content: bytes, replace: bool = True, private: bool = False) -> None:
+    """Write `content` to `path` in one step; whoever reads sees what was there before, or all of it.
+
+    Args:
+        path: the file; its folder exists.
+        content: all of the file.
+        replace: put it in the place of a file that is there.
+        private: readable for its owner alone.
+
+    Raises:
+        FileExistsError: something is there and shall not be replaced.
+        OSError: it cannot be written.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, beside = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if not private:
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(beside, 0o666 & ~mask)  # mkstemp's files are for the owner alone
+        if not replace:
+            # The name is taken first, so that nothing of the same name can come in between.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
