@@ -15,7 +15,8 @@ from qwen15.ascend import check
 from qwen15.commands import make_yaml
 from qwen15.config import load as configuration
 from qwen15.errors import UserError
-from qwen15.generation.engine import Engine, KeptCache, Limits, Request
+from qwen15.generation.engine import Engine
+from qwen15.generation.request import Limits, Request
 from qwen15.network import weights
 from qwen15.network.mindformers import MindFormersNetwork
 
@@ -174,17 +175,16 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
 
 
 def conversation(folder: str) -> list:
-    """Two turns of a conversation that keeps its KV cache: (our tokens, Hugging Face's) of each."""
+    """Two turns of a conversation: (our tokens, Hugging Face's) of each."""
     import torch
 
     model, config = _prepare(folder, 2, False, "float32")
     network, _, _ = _network(config)
     engine = Engine(network, LIMITS)
-    kept = KeptCache(engine)
     ids, turns = [5, 17, 99], []
     for question in ([], [3, 42, 7, 8, 120]):
         ids = ids + question
-        request = Request(tuple(ids), SEQ_LENGTH, max_new_tokens=6, kept=kept)
+        request = Request(tuple(ids), SEQ_LENGTH, max_new_tokens=6)
         ours = [step.token for step in engine.generate([request])]
         theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
         turns.append([ours, theirs[0, len(ids):].tolist()])

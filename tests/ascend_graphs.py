@@ -27,7 +27,8 @@ from qwen15 import device, naming
 from qwen15.ascend import check
 from qwen15.config import load as configuration
 from qwen15.conversion import strategy
-from qwen15.generation.engine import Engine, Limits, Request
+from qwen15.generation.engine import Engine
+from qwen15.generation.request import Limits, Request
 from qwen15.network import mindformers, weights
 
 build_context = importlib.import_module("mindformers.core.context.build_context")  # its package has a function of that name

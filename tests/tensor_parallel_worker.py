@@ -7,7 +7,8 @@ import sys
 
 import numpy as np
 from qwen15.config.load import load_config
-from qwen15.generation.engine import Engine, Limits, Request
+from qwen15.generation.engine import Engine
+from qwen15.generation.request import Limits, Request
 from qwen15.generation.sampling import SamplingParams
 from qwen15.network.build import build_network
 from qwen15.network.weights import resolve

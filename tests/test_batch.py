@@ -11,7 +11,7 @@ import pytest
 from command_fixtures import MODULE, command, environment, error_line, make_random, run
 from qwen15.commands import batch
 from qwen15.errors import EXIT_FAILED, UserError
-from qwen15.generation.engine import Usage
+from qwen15.generation.request import Usage
 from qwen15.generation.session import Settings
 
 DEFAULTS = Settings(False, 1.0, 0, 1.0, 1.0, None, 64, None)

@@ -1,11 +1,18 @@
 """The engine on a network of a few lines that really reads what the block tables and slots say."""
 
+from __future__ import annotations
+
+import threading
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from qwen15.errors import EXIT_FAILED, UserError
-from qwen15.generation import engine as engine_module
-from qwen15.generation.engine import CANCELLED, LENGTH, STOP, Engine, KeptCache, Limits, Request
-from qwen15.generation.sampling import SamplingParams
+from qwen15.generation import scheduler as scheduler_module
+from qwen15.generation.engine import Engine
+from qwen15.generation.request import CANCELLED, FAILED, LENGTH, STOP, Limits, Request
+from qwen15.generation.sampling import SamplingParams, log_probabilities
 from qwen15.network.base import Network
 
 VOCABULARY = 101
@@ -83,12 +90,13 @@ def test_batched_results_equal_single_ones_whatever_the_cache_holds():
 def test_blocks_of_a_finished_sequence_go_to_the_next_while_others_run():
     network = Recalling(8)
     engine = Engine(network, limits(8))
-    # 8 blocks of 4: the first two fill the cache, the third can start when the short one has ended
-    requests = [Request((1,), 20), Request((2,), 4), Request((3,), 12)]
+    # 8 blocks of 4: the first two prompts fill 7 of them, the third needs 2 and can start when the short one has ended
+    prompts = [tuple(range(15)), tuple(range(50, 61)), (3, 1, 4, 1, 5)]
+    requests = [Request(prompts[0], 24), Request(prompts[1], 12), Request(prompts[2], 8)]
     tokens, _ = collect(engine, requests)
-    assert tokens == [expected((1,), 19), expected((2,), 3), expected((3,), 11)]
-    assert ([1], [1]) in network.calls  # the third's prefill came alone
-    assert any(len(lens) == 2 and max(context) > 4 for lens, context in network.calls)  # and ran beside the first
+    assert tokens == [expected(prompts[0], 9), expected(prompts[1], 1), expected(prompts[2], 3)]
+    assert ([5], [5]) in network.calls  # the third's prefill came alone
+    assert any(len(lens) == 2 and min(context) > 5 for lens, context in network.calls)  # and ran beside the first
 
 
 def test_max_batch_bounds_what_runs_together():
@@ -98,7 +106,7 @@ def test_max_batch_bounds_what_runs_together():
 
 
 def test_long_prompts_are_prefilled_in_bounded_calls(monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK_TOKENS", 5)
     network = Recalling()
     tokens, _ = collect(Engine(network, limits()), [Request(p, len(p) + 4) for p in PROMPTS])
     assert tokens == [expected(p, 4) for p in PROMPTS]
@@ -106,7 +114,7 @@ def test_long_prompts_are_prefilled_in_bounded_calls(monkeypatch):
 
 
 def test_a_network_without_cached_prefill_gets_whole_prompts(monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK_TOKENS", 5)
     network = Recalling(cached_prefill=False)
     tokens, _ = collect(Engine(network, limits()), [Request(p, len(p) + 4) for p in PROMPTS])
     assert tokens == [expected(p, 4) for p in PROMPTS]
@@ -154,22 +162,20 @@ def test_stopping_in_the_middle_leaves_no_block_taken():
 def test_a_conversation_prefills_only_what_is_new():
     network = Recalling()
     engine = Engine(network, limits())
-    kept = KeptCache(engine)
-    first, _ = collect(engine, [Request((1, 2, 3), 8, kept=kept)])
+    first, _ = collect(engine, [Request((1, 2, 3), 10)])
     history = (1, 2, 3, *first[0])
     network.calls.clear()
-    tokens, ends = collect(engine, [Request((*history, 50, 51), 20, kept=kept)])
-    assert tokens[0] == expected((*history, 50, 51), 10)
-    # everything but the last token of the answer, which never went through the network, was there
-    assert network.calls[0] == ([3], [10])
-    assert ends[0].usage.cached_tokens == 7
-    # an edited history reuses what still agrees
+    tokens, ends = collect(engine, [Request((*history, 50, 51), 20)])
+    assert tokens[0] == expected((*history, 50, 51), 8)
+    # two full blocks of four were there; the last token of the answer has never gone through the network
+    assert network.calls[0] == ([4], [12])
+    assert ends[0].usage.cached_tokens == 8
+    # an edited history reuses the blocks that still agree
     network.calls.clear()
-    other = (1, 2, 9, 9)
-    tokens, ends = collect(engine, [Request(other, 8, kept=kept)])
-    assert tokens[0] == expected(other, 4)
-    assert ends[0].usage.cached_tokens == 2
-    kept.release()
+    other = (*history[:5], 9, 9, 9, 9)
+    tokens, ends = collect(engine, [Request(other, 12)])
+    assert tokens[0] == expected(other, 3)
+    assert ends[0].usage.cached_tokens == 4
     assert engine.pool.free_blocks == 16
 
 
@@ -188,19 +194,27 @@ def test_what_can_never_run_is_refused_before_any_work(request_, message):
     assert network.calls == []
 
 
-def test_logits_that_are_not_finite_stop_the_run_and_name_the_weight():
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(do_sample=True), SamplingParams(repetition_penalty=1.1)],
+                         ids=str)
+def test_logits_that_are_not_finite_end_that_request_and_name_the_weight(params):
     class Broken(Recalling):
         def logits(self, sequence):
-            return np.full(VOCABULARY, np.nan, np.float32) if len(sequence) > 4 else super().logits(sequence)
+            return np.full(VOCABULARY, np.nan, np.float32) if sequence[0] == 77 and len(sequence) > 12 else super().logits(sequence)
 
         def find_non_finite(self):
             return "model.layers.3.attention.wo.weight"
 
     engine = Engine(Broken(), limits())
-    with pytest.raises(UserError, match="model.layers.3.attention.wo.weight") as caught:
-        list(engine.generate([Request((1, 2), 20)]))
-    assert caught.value.exit_code == EXIT_FAILED
+    broken = Request((77, *range(9)), 20, params=params, label="prompts.txt:2")
+    tokens, ends = collect(engine, [Request((1,), 20), broken, Request((2,), 20)])
+    assert tokens[0] == expected((1,), 19) and tokens[2] == expected((2,), 19)
+    assert [ends[i].finish_reason for i in range(3)] == [LENGTH, FAILED, LENGTH]
+    assert ends[1].error.exit_code == EXIT_FAILED
+    assert "prompts.txt:2" in str(ends[1].error) and "model.layers.3.attention.wo.weight" in str(ends[1].error)
     assert engine.pool.free_blocks == 16
+    # and nobody reuses what it has put into the cache
+    _, ends = collect(engine, [Request((77, *range(9)), 11)])
+    assert ends[0].usage.cached_tokens == 0
 
 
 def two_ranks():
@@ -208,12 +222,14 @@ def two_ranks():
     told = []
 
     class First(Recalling):
+        ranks = 2
+
         def agree(self, ids):
             told.append(ids.copy())
             return ids
 
     class Second(Recalling):
-        rank = 1
+        rank, ranks = 1, 2
 
         def agree(self, ids):
             return told.pop(0)
@@ -266,8 +282,8 @@ def test_interrupt_ends_what_runs_and_what_waits_on_every_rank(after):
         seen.append(step)
         if len(seen) == after + 1:
             first.interrupt()
-    assert [step.request for step in seen if step.finish_reason == CANCELLED] == [0, 1]
-    assert all(step.request < 2 for step in seen)
+    assert [step.request for step in seen if step.finish_reason == CANCELLED] == [0, 1, 2]
+    assert all(step.request < 2 for step in seen if step.token is not None)
     assert first.pool.free_blocks == 16
     followed = list(Engine(Second(), limits(), max_batch=2).generate(requests))
     assert [(s.request, s.token, s.finish_reason) for s in followed] == [(s.request, s.token, s.finish_reason) for s in seen]
@@ -275,11 +291,340 @@ def test_interrupt_ends_what_runs_and_what_waits_on_every_rank(after):
 
 def test_an_interrupted_conversation_keeps_its_cache():
     engine = Engine(Recalling(), limits())
-    kept = KeptCache(engine)
     tokens = []
-    for step in engine.generate([Request((1, 2), 40, kept=kept)]):
+    for step in engine.generate([Request((1, 2), 40)]):
         tokens.append(step.token)
-        if len(tokens) == 4:
+        if len(tokens) == 7:
             engine.interrupt()
-    assert kept.ids == [1, 2, *tokens[:4]][:len(kept.ids)] and len(kept.ids) >= 5
-    assert list(engine.generate([Request((1,), 3)]))[-1].finish_reason == LENGTH  # the next one runs as ever
+    assert tokens == [*expected((1, 2), 7), None]
+    tokens, ends = collect(engine, [Request((1, 2, *tokens[:7]), 12)])  # the next one runs as ever
+    assert tokens[0] == expected((1, 2), 10)[7:]
+    assert ends[0].usage.cached_tokens == 8
+
+
+# ---- requests that come and go while it runs ----
+
+def drain(engine, until=None):
+    """Steps until nothing is left to do, or `until` says so."""
+    seen = []
+    while engine.has_work:
+        seen += engine.step()
+        if until is not None and until(seen):
+            break
+    return seen
+
+
+def of(steps, number):
+    return [step.token for step in steps if step.request == number and step.token is not None]
+
+
+def test_requests_join_and_leave_between_steps():
+    network = Recalling(32)
+    engine = Engine(network, limits(32))
+    first = engine.add(Request(PROMPTS[0], 20))
+    steps = engine.step() + engine.step()
+    assert of(steps, first) == expected(PROMPTS[0], 3)  # the first one out of the prompt
+    second, third = engine.add(Request(PROMPTS[1], 20)), engine.add(Request(PROMPTS[3], 20))
+    steps += engine.step()
+    engine.cancel(first)
+    steps += engine.step()
+    assert steps[-1].request != first
+    assert [s.finish_reason for s in steps if s.request == first][-1] == CANCELLED
+    assert engine.pool.free_blocks == 32 - 2  # its blocks are free within a step
+    steps += drain(engine)
+    assert of(steps, first) == expected(PROMPTS[0], 4)
+    assert of(steps, second) == expected(PROMPTS[1], 19) and of(steps, third) == expected(PROMPTS[3], 18)
+    assert engine.pool.free_blocks == 32 and not engine.has_work
+
+
+def test_a_request_cancelled_while_it_waits_never_runs():
+    network = Recalling()
+    engine = Engine(network, limits(), max_batch=1)
+    first, second = engine.add(Request((1,), 9)), engine.add(Request((2,), 9))
+    engine.step()
+    engine.cancel(second)
+    steps = drain(engine)
+    assert [(s.token, s.finish_reason) for s in steps if s.request == second] == [(None, CANCELLED)]
+    assert steps[0].request == second  # told at once, not when the first has ended
+    assert all(len(lens) == 1 for lens, _ in network.calls)
+    assert not engine.has_work and first != second
+
+
+def test_cancelling_what_has_ended_or_never_was_does_nothing():
+    engine = Engine(Recalling(), limits())
+    number = engine.add(Request((1,), 3))
+    drain(engine)
+    engine.cancel(number)
+    engine.cancel(12345)
+    assert drain(engine) == []
+    assert of(drain_one(engine), number + 1) == expected((1,), 2)
+
+
+def drain_one(engine):
+    engine.add(Request((1,), 3))
+    return drain(engine)
+
+
+def test_streams_go_on_while_a_long_prompt_is_prefilled(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "PIECE_BESIDE_STREAMS_TOKENS", 8)
+    network = Recalling(64)
+    engine = Engine(network, Limits(VOCABULARY, 200, 64, 4))
+    stream = engine.add(Request((1,), 60))
+    engine.step()
+    long = tuple(range(90))
+    number = engine.add(Request(long, 95))
+    network.calls.clear()
+    steps = []
+    while not of(steps, number):
+        made = engine.step()
+        steps += made
+        assert of(made, stream)  # every step has a token for it
+    assert len(of(steps, stream)) == 12  # 90 tokens in pieces of 8
+    assert max(sum(lens) for lens, _ in network.calls) <= 8
+    assert of(steps, number)[0] == expected(long, 1)[0]
+
+
+def test_a_short_prompt_does_not_wait_for_the_long_one_before_it(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK_TOKENS", 8)
+    engine = Engine(Recalling(64), Limits(VOCABULARY, 200, 64, 4))
+    long, short = engine.add(Request(tuple(range(90)), 95)), engine.add(Request((5, 6, 7), 9))
+    assert of(engine.step(), short) == expected((5, 6, 7), 2)
+    steps = drain(engine)
+    assert of(steps, long) == expected(tuple(range(90)), 5)
+
+
+def test_more_requests_run_than_their_longest_results_would_allow():
+    """Eight requests that may each take the whole cache: their blocks come as they are needed."""
+    network = Recalling(16)
+    engine = Engine(network, limits(16))
+    requests = [Request((n + 1,), 60, stop_ids=frozenset(range(VOCABULARY)) - set(expected((n + 1,), 3))) for n in range(8)]
+    tokens, _ = collect(engine, requests)
+    assert [t[:3] for t in tokens] == [expected((n + 1,), 3) for n in range(8)]
+    assert max(len(lens) for lens, _ in network.calls) == 8
+
+
+def test_when_blocks_run_out_the_youngest_goes_back_and_nothing_is_lost():
+    network = Recalling(8)
+    engine = Engine(network, limits(8))
+    requests = [Request((n + 1,), 30, params=SamplingParams(do_sample=True, top_k=3, temperature=9.0, seed=n)) for n in range(3)]
+    tokens, ends = collect(engine, requests)
+    assert engine.scheduler.put_back >= 2
+    assert list(ends) == [0, 1, 2]  # the oldest ends first
+    for request, made in zip(requests, tokens):
+        assert made == collect(Engine(Recalling(), limits()), [request])[0][0]
+    assert engine.pool.free_blocks == 8
+
+
+def test_waiting_is_first_come_first_served():
+    engine = Engine(Recalling(8), limits(8), max_batch=2)
+    numbers = [engine.add(Request((n,), 12)) for n in range(6)]
+    steps = drain(engine)
+    firsts = [next(i for i, s in enumerate(steps) if s.request == n) for n in numbers]
+    assert firsts == sorted(firsts)
+
+
+# ---- the prefix cache ----
+
+SYSTEM = tuple(range(40, 61))
+
+
+def test_a_common_beginning_is_computed_once_even_when_all_come_together():
+    network = Recalling(32)
+    engine = Engine(network, limits(32))
+    requests = [Request((*SYSTEM, n), 30) for n in range(4)]
+    tokens, ends = collect(engine, requests)
+    assert tokens == [expected((*SYSTEM, n), 8) for n in range(4)]
+    assert [ends[n].usage.cached_tokens for n in range(4)] == [0, 20, 20, 20]
+    assert sum(sum(lens) for lens, context in network.calls) == 22 + 3 * 2 + 4 * 7
+
+
+def test_results_are_equal_with_and_without_the_prefix_cache():
+    requests = [Request((*SYSTEM[:n], n), 28) for n in (0, 3, 8, 9, 21, 8, 9)]
+    with_it, without = (Engine(Recalling(12), limits(12), prefix_cache=on) for on in (True, False))
+    assert collect(with_it, requests)[0] == collect(without, requests)[0]
+    again, ends = collect(with_it, requests[-1:])
+    assert again[0] == expected((*SYSTEM[:9], 9), 18) and ends[0].usage.cached_tokens == 8
+    _, ends = collect(without, requests[-1:])
+    assert ends[0].usage.cached_tokens == 0
+
+
+def test_the_least_recently_used_blocks_are_given_up_first():
+    engine = Engine(Recalling(8), limits(8))
+    old, new = (*range(8), 99), (*range(20, 28), 99)
+    for prompt in (old, new, old):  # old is used last
+        collect(engine, [Request(prompt, 10)])
+    collect(engine, [Request((77,) * 17, 18)])  # needs 5 of the 8 blocks
+    _, ends = collect(engine, [Request(old, 10)])
+    assert ends[0].usage.cached_tokens == 8
+    _, ends = collect(engine, [Request(new, 10)])
+    assert ends[0].usage.cached_tokens < 8
+
+
+def test_a_network_that_takes_whole_prompts_shares_nothing():
+    engine = Engine(Recalling(cached_prefill=False), limits())
+    for _ in range(2):
+        tokens, ends = collect(engine, [Request((*SYSTEM, 1), 25)])
+        assert tokens[0] == expected((*SYSTEM, 1), 3) and ends[0].usage.cached_tokens == 0
+
+
+# ---- log probabilities of the prompt ----
+
+class Smooth(Recalling):
+    """Every token has some probability."""
+
+    def logits(self, sequence):
+        return np.sin(np.arange(VOCABULARY) * (next_token(sequence) + 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 2])
+def test_prompt_log_probabilities_are_those_of_each_place(monkeypatch, max_new_tokens):
+    monkeypatch.setattr(scheduler_module, "SCORED_ROWS", 5)
+    network = Smooth()
+    engine = Engine(network, limits())
+    prompts = [tuple(range(30, 43)), (7, 8), (5,)]
+    requests = [Request(p, 30, max_new_tokens=max_new_tokens, prompt_logprobs=2) for p in prompts]
+    steps = list(engine.generate([*requests, Request((1, 2, 3), 12)]))
+    assert max(len(lens) for lens, _ in network.calls) <= 5 + 1
+    for index, prompt in enumerate(prompts):
+        mine = [step for step in steps if step.request == index]
+        scores = mine[0].prompt_logprobs or []
+        assert len(scores) == len(prompt) - 1 and not any(step.prompt_logprobs for step in mine[1:])
+        for place, score in enumerate(scores, 1):
+            row = network.logits(prompt[:place])
+            assert score.chosen == pytest.approx(log_probabilities(row, [prompt[place]])[0])
+            assert [token for token, _ in score.top] == np.argsort(-row, kind="stable")[:2].tolist()
+        assert [s.token for s in mine if s.token is not None] == [
+            s.token for s in Engine(Smooth(), limits()).generate([Request(prompt, 30, max_new_tokens=max_new_tokens)])
+        ] if max_new_tokens else mine[-1].finish_reason == LENGTH and mine[-1].usage.generated_tokens == 0
+    assert engine.pool.free_blocks == 16
+
+
+# ---- several ranks ----
+
+class Wire:
+    """What two ranks in two threads agree on."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=20)
+        self.value = None
+        self.calls = 0
+
+    def agree(self, rank, ids):
+        if rank == 0:
+            self.value = ids.copy()
+            self.calls += 1
+        self.barrier.wait()
+        value = self.value
+        self.barrier.wait()
+        assert value.shape == ids.shape and value.dtype == ids.dtype
+        return value.copy()
+
+
+def pair(wire, **sizes):
+    networks = []
+    for rank in (0, 1):
+        network = Recalling(**sizes)
+        network.rank, network.ranks = rank, 2
+        network.agree = lambda ids, rank=rank: wire.agree(rank, ids)
+        networks.append(network)
+    return networks
+
+
+def test_starts_and_cancels_reach_every_rank_with_the_tokens():
+    wire = Wire()
+    networks = pair(wire, num_blocks=8)
+    first, second = (Engine(network, limits(8)) for network in networks)
+    failures = []
+
+    def follow():
+        try:
+            second.follow()
+        except BaseException as error:  # noqa: B036  (shown by the main thread)
+            failures.append(error)
+            wire.barrier.abort()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        one = first.add(Request((1,), 30))
+        steps = first.step()
+        before = wire.calls
+        steps += first.step()
+        assert wire.calls == before + 1  # nothing to say: no collective but the tokens'
+        two = first.add(Request((2, 3, 4, 5), 30, params=SamplingParams(repetition_penalty=1.5, logit_bias=((7, -np.inf),))))
+        steps += first.step() + first.step()
+        first.cancel(one)
+        steps += drain(first)
+        three = first.add(Request((9,), 4))  # after a time without work
+        steps += drain(first)
+        first.close()
+    finally:
+        if failures:
+            raise failures[0]
+        thread.join(20)
+    assert not failures and not thread.is_alive()
+    assert steps[[s.request for s in steps].index(two)].token == expected((2, 3, 4, 5), 1)[0]
+    assert of(steps, one) == expected((1,), len(of(steps, one))) and 4 <= len(of(steps, one)) <= 7
+    assert of(steps, three) == expected((9,), 3)
+    assert networks[0].calls == networks[1].calls
+    assert np.array_equal(networks[0].cache, networks[1].cache)
+    assert first.pool.free_blocks == second.pool.free_blocks == 8
+
+
+# ---- any schedule ----
+
+class Busy:
+    """A random schedule against the single runs."""
+
+    def __init__(self, data, num_blocks, cached_prefill, max_batch):
+        self.engine = Engine(Recalling(num_blocks, cached_prefill=cached_prefill), limits(num_blocks), max_batch)
+        self.data, self.sent, self.cancelled, self.seen = data, {}, set(), []
+
+    def add(self):
+        draw = self.data.draw
+        stem = draw(st.sampled_from([(), SYSTEM[:4], SYSTEM[:9], SYSTEM[:12]]))
+        prompt = (*stem, *draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9)))
+        limit = len(prompt) + draw(st.integers(1, 12))
+        request = Request(prompt, limit, prompt_logprobs=draw(st.sampled_from([None, None, 1])),
+                          stop_ids=frozenset(draw(st.sets(st.integers(0, VOCABULARY - 1), max_size=10))))
+        try:
+            self.sent[self.engine.add(request)] = request
+        except UserError:
+            assert limit > self.engine.limits.num_blocks * 4
+
+    def cancel(self):
+        if self.sent:
+            number = self.data.draw(st.sampled_from(sorted(self.sent)))
+            self.cancelled.add(number)
+            self.engine.cancel(number)
+
+    def step(self):
+        self.seen += self.engine.step()
+        used = {block for c in self.engine.scheduler.running for block in c.table.blocks}
+        assert len(used) + self.engine.pool.free_blocks == self.engine.pool.num_blocks
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(6, 14), st.booleans(), st.sampled_from([None, 1, 3]),
+       st.lists(st.sampled_from(["add", "add", "step", "step", "step", "cancel"]), max_size=40))
+def test_whatever_the_schedule_every_token_equals_the_single_run_and_no_block_is_lost(data, num_blocks, cached, batch, acts):
+    busy = Busy(data, num_blocks, cached, batch)
+    for act in acts:
+        getattr(busy, act)()
+    for _ in range(1000):
+        if not busy.engine.has_work:
+            break
+        busy.step()
+    assert not busy.engine.has_work and busy.engine.pool.free_blocks == num_blocks
+    for number, request in busy.sent.items():
+        mine = [s for s in busy.seen if s.request == number]
+        tokens = [s.token for s in mine if s.token is not None]
+        assert mine[-1].finish_reason is not None and not any(s.finish_reason for s in mine[:-1])
+        whole = expected(request.prompt, request.limit - len(request.prompt))
+        ended = next((i + 1 for i, token in enumerate(whole) if token in request.stop_ids), len(whole))
+        if mine[-1].finish_reason == CANCELLED:
+            assert number in busy.cancelled and tokens == whole[:len(tokens)] and len(tokens) < ended
+        else:
+            assert tokens == whole[:ended]
+            assert len(next(s.prompt_logprobs for s in mine if s.prompt_logprobs) if request.prompt_logprobs
+                       and len(request.prompt) > 1 else []) == (len(request.prompt) - 1 if request.prompt_logprobs else 0)

@@ -15,7 +15,8 @@ from qwen15.config.hf_config import dims_from_hf_config
 from qwen15.config.load import load_config
 from qwen15.errors import UserError
 from qwen15.generation import memory
-from qwen15.generation.engine import Engine, Limits, Request
+from qwen15.generation.engine import Engine
+from qwen15.generation.request import Limits, Request
 from qwen15.network.build import build_network
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")

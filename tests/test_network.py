@@ -6,7 +6,8 @@ from conftest import random_model
 from qwen15.config.flags import Flag
 from qwen15.config.load import load_config
 from qwen15.generation.blocks import BlockPool, BlockTable, table_array
-from qwen15.generation.engine import Engine, Limits, Request
+from qwen15.generation.engine import Engine
+from qwen15.generation.request import Limits, Request
 from qwen15.network.base import rope_tables
 from qwen15.network.build import build_network
 

@@ -28,7 +28,7 @@ from .config.keys import KEYS, MODEL, TOKENIZER
 from .config.load import load_config
 from .config.schema import Config
 from .errors import UserError, did_you_mean
-from .generation.engine import Usage
+from .generation.request import Usage
 from .generation.session import Answer, Prompt, Session, Settings, numbered
 from .reporting import frameworks_quiet
 from .text.chat import Message

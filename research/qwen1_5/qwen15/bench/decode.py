@@ -45,7 +45,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if theirs is not None:
                 contenders["hf"] = hf.HuggingFaceDecode(theirs, prompts, args.new_tokens).run
             samples = rounds.interleave(contenders, args.rounds, probe)
-            decode.close()
             rows.append(_row(ours, checkpoint.dtype, batch, context, args.new_tokens, samples))
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads, "rounds": args.rounds,
              "kernels": machine.kernels, "against": theirs.note if theirs else None}

@@ -11,7 +11,8 @@ from .. import (
     ops,
 )
 from ..generation import session  # noqa: F401  (interrupts before NumPy, see there)
-from ..generation.engine import Engine, KeptCache, Limits, Request, Step
+from ..generation.engine import Engine
+from ..generation.request import Limits, Request, Step
 from ..generation.sampling import SamplingParams
 from ..kernels import library
 from ..network import weights  # noqa: F401  (interrupts before NumPy, see there)
@@ -41,6 +42,7 @@ class Ours:
 
     def prefill(self, prompt: Sequence[int]) -> Run:
         """Seconds from a prompt to its first token."""
+        self.engine.pool.forget_all()  # the same prompt again would be found there
         request = Request(tuple(prompt), len(prompt) + 1)
         busy_s, start_s = self._library.busy_seconds, time.perf_counter()
         steps = list(self.engine.generate([request]))
@@ -50,7 +52,7 @@ class Ours:
 
 
 class Decode:
-    """Decoding of prompts whose keys and values stay in the cache from run to run.
+    """Decoding of prompts whose full blocks stay in the cache from run to run.
 
     Args:
         ours: the engine.
@@ -64,9 +66,7 @@ class Decode:
                  take: Callable[[Step], None] = lambda step: None):
         self._ours = ours
         self._new_tokens, self._take = new_tokens, take
-        self._kept = [KeptCache(ours.engine) for _ in prompts]
-        self._requests = [Request(tuple(prompt.tolist()), len(prompt) + new_tokens, params=params, kept=kept)
-                          for prompt, kept in zip(prompts, self._kept)]
+        self._requests = [Request(tuple(prompt.tolist()), len(prompt) + new_tokens, params=params) for prompt in prompts]
 
     def run(self) -> Run:
         """Seconds per step, whole: Python, MindSpore, the kernels, and choosing the tokens."""
@@ -83,11 +83,6 @@ class Decode:
         busy_s = self._ours._library.busy_seconds - busy_s
         assert made == counted * len(self._requests)
         return Run(spent_s / counted, (spent_s - busy_s) / counted)
-
-    def close(self) -> None:
-        """Give the cache's blocks back."""
-        for kept in self._kept:
-            kept.release()
 
 
 def random_prompts(count: int, tokens: int, vocab_size: int) -> np.ndarray:

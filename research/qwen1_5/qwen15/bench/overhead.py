@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from ..generation.engine import Step
+from ..generation.request import Step
 from ..generation.sampling import SamplingParams
 from ..generation.session import Answer, Prompt, Settings
 from . import options, report, rounds
@@ -75,7 +75,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         stream = Stream(prompts[0].tolist(), args.context + args.new_tokens)
         decode = Decode(ours, prompts, args.new_tokens, params, stream.take)
         mine = rounds.interleave({"qwen15": decode.run}, args.rounds, lambda: {})["qwen15"]
-        decode.close()
         stream.close()
         own_s = [sample.own_seconds for sample in mine]
         rows.append({"way": way, "token_ms": rounds.median_seconds(mine) * 1e3, "own_ms": rounds.median_own_seconds(mine) * 1e3,

@@ -25,13 +25,14 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     from ..config.keys import MODEL
     from ..config.load import load_config
     from ..generation import session  # noqa: F401
-    from ..generation.engine import Engine, KeptCache, Limits, Request
+    from ..generation.engine import Engine
+    from ..generation.request import Limits, Request
     from ..network import model, weights  # noqa: F401
     from ..network.build import build_network
     from .ours import random_prompts
 
     workers, prompt_length, new_tokens = job["workers"], job["prompt"], job["new_tokens"]
-    # A sequence's blocks; the cache holds two, the conversation that is kept and a prompt beside it.
+    # A sequence's blocks; the cache holds two, what a run has left in it and a prompt beside it.
     blocks = -(-(prompt_length + max(new_tokens, PROFILED_TOKENS)) // 32)
     values = {"load_checkpoint": job["checkpoint"], "context.device_target": "CPU", "use_parallel": workers > 1,
               "parallel_config.model_parallel": workers, "parallel_config.vocab_emb_dp": job["vocab_emb_dp"], "auto_trans_ckpt": True,
@@ -48,13 +49,14 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     prompt = tuple(random_prompts(1, prompt_length, dims.vocab_size)[0].tolist())
 
     def prefill() -> float:
+        engine.pool.forget_all()  # the same prompt again would be found there
         begin_s = time.perf_counter()
         list(engine.generate([Request(prompt, prompt_length + 1)]))
         return time.perf_counter() - begin_s
 
-    def decode(kept: KeptCache, tokens: int) -> Tuple[float, float]:
+    def decode(tokens: int) -> Tuple[float, float]:
         """Seconds of all tokens but the first, and the time of day at which they began."""
-        steps = engine.generate([Request(prompt, prompt_length + tokens, kept=kept)])
+        steps = engine.generate([Request(prompt, prompt_length + tokens)])
         next(steps)
         began, begin_s = time.time(), time.perf_counter()
         count = sum(1 for _ in steps)
@@ -63,9 +65,8 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
 
     prefill()
     prefills = [prefill() for _ in range(job["rounds"])]
-    kept = KeptCache(engine)
-    decode(kept, new_tokens)
-    decodes = [decode(kept, new_tokens)[0] / (new_tokens - 1) for _ in range(job["rounds"])]
+    decode(new_tokens)
+    decodes = [decode(new_tokens)[0] / (new_tokens - 1) for _ in range(job["rounds"])]
     # Every rank looks while all of them are there, so that each shared page is divided by all who share it.
     network.agree(np.zeros(1, np.int32))
     memory = _memory()
@@ -73,7 +74,7 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     result = {"rank": rank, "join_s": sum(joined_s), "load_s": load_s, "prefill_s": prefills, "decode_s": decodes, **memory,
               "note": network.note, "threads": os.environ.get("QWEN15_THREADS")}
     if workers > 1:
-        result.update(_profile(job["folder"], rank, kept, prefill, decode))
+        result.update(_profile(job["folder"], rank, prefill, decode))
     return result
 
 
@@ -106,7 +107,7 @@ def _memory() -> Dict[str, int]:
     return {"peak_rss_bytes": int(peak.split()[1]) * 1024, **found}
 
 
-def _profile(folder: str, rank: int, kept: Any, prefill: Any, decode: Any) -> Dict[str, Any]:
+def _profile(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any]:
     """Seconds in AllReduce, of a prompt and of tokens, as MindSpore's profiler has timed the operator in this process."""
     import mindspore
     from mindspore.profiler import ProfilerActivity, profile
@@ -117,7 +118,7 @@ def _profile(folder: str, rank: int, kept: Any, prefill: Any, decode: Any) -> Di
     profiler.start()
     prefill_began = time.time()
     prefill_s = prefill()
-    decode_s, decode_began = decode(kept, PROFILED_TOKENS)
+    decode_s, decode_began = decode(PROFILED_TOKENS)
     profiler.stop()
     trace, = glob.glob(os.path.join(target, "*", "ASCEND_PROFILER_OUTPUT", "trace_view.json"))
     with open(trace, encoding="utf-8") as file:

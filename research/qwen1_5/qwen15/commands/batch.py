@@ -12,8 +12,8 @@ from typing import IO, Any, Dict, Iterator, List, Mapping, Optional, Sequence, S
 
 from ..config.schema import Config
 from ..errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, did_you_mean
-from ..generation.engine import CANCELLED, Usage
 from ..generation.ranks import Shared
+from ..generation.request import CANCELLED, Usage
 from ..generation.session import SETTING_NAMES, Piece, Prompt, Session, Settings, mismatch, numbered
 from ..progress import human_time
 from ..reporting import Reporter

@@ -11,7 +11,7 @@ from ..config.flags import add_flags, boolean, flags_from
 from ..config.load import load_config
 from ..config.schema import Config
 from ..errors import UserError
-from ..generation.engine import Usage
+from ..generation.request import Usage
 from ..generation.session import Prompt, Session, Settings, mismatch, numbered
 from ..reporting import LEVELS, Reporter, quiet_frameworks, set_encoding
 from .results import JsonLines, Text, summary

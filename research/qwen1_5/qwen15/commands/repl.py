@@ -12,8 +12,9 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 from .. import terminal
 from ..config.keys import MODEL
 from ..errors import EXIT_FAILED, EXIT_OK, UserError, did_you_mean
-from ..generation.engine import CANCELLED, LENGTH, Engine, KeptCache, Usage
+from ..generation.engine import Engine
 from ..generation.ranks import Shared
+from ..generation.request import CANCELLED, LENGTH, Usage
 from ..generation.session import Prompt, Session, Settings, mismatch
 from ..reporting import Reporter
 from ..text import chat
@@ -187,7 +188,6 @@ class Repl:
         self._terminal = terminal
         self._shared = shared
         self._report = report
-        self._kept = KeptCache(self._engine)
         self._own_files: set = set()
         self._commands = {"clear": self._clear, "system": self._system, "save": self._save, "load": self._load,
                           "help": self._help, "quit": None, "exit": None}
@@ -235,7 +235,7 @@ class Repl:
         self._shared.tell(_to_json(prompt))
         answer, usage = None, None
         with interruptible(self._engine):
-            for piece in self._session.run([prompt], self._kept):
+            for piece in self._session.run([prompt]):
                 self._terminal.write(piece.text)
                 answer, usage = piece.answer, piece.usage
         assert answer is not None and usage is not None
@@ -303,14 +303,13 @@ class Repl:
 def follow(session: Session, shared: Shared) -> int:
     """What the other ranks do: the turns that rank 0 tells, until it says that the conversation is over."""
     assert session.engine is not None
-    kept = KeptCache(session.engine)
     # A Ctrl-C reaches every process of the terminal; rank 0 tells what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         message = shared.hear()
         if not message:
             return EXIT_OK
-        for _ in session.run([_from_json(message)], kept):
+        for _ in session.run([_from_json(message)]):
             pass
 
 

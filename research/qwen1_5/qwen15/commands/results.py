@@ -3,7 +3,7 @@
 import json
 from typing import IO, Any, Dict, List, Optional, Sequence
 
-from ..generation.engine import Usage
+from ..generation.request import Usage
 from ..generation.session import Answer, Piece
 
 

@@ -1,16 +1,35 @@
-"""Which blocks of the paged KV cache belong to which sequence, and where a token's slot is. No tensors on a device."""
+"""Blocks of the paged KV cache: which sequence holds which, what they contain, where a token's slot is. No device tensors."""
 
-from typing import List, Sequence
+from __future__ import annotations
+
+import hashlib
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
+
+DIGEST_BYTES = 16
+"""Bytes of a block's digest: two different prefixes meet in one with a chance of 2^-64 among 2^32 blocks."""
 
 
 class OutOfBlocks(Exception):
     """The pool has fewer free blocks than were asked for."""
 
 
+def block_digest(before: bytes, tokens: Sequence[int]) -> bytes:
+    """A name for what a full block holds: its tokens and everything in front of them.
+
+    Args:
+        before: the digest of the block in front, b"" for a sequence's first.
+        tokens: the block's token ids.
+    """
+    return hashlib.blake2b(before + np.asarray(tokens, np.int32).tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
 class BlockPool:
-    """Free blocks of the KV cache.
+    """The cache's blocks, counted by who holds them.
+
+    A full block may be `publish`ed under the digest of its content. Other sequences then `find` and `hold` it too, and when
+    nobody holds it any more it stays until its room is needed; the one that was let go longest ago goes first.
 
     Args:
         num_blocks: blocks in the cache.
@@ -21,29 +40,83 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._holders = [0] * num_blocks
+        self._digest_of: Dict[int, bytes] = {}
+        self._block_of: Dict[bytes, int] = {}
+        self._idle: Dict[int, None] = {}  # published and held by nobody, in the order in which they were let go
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that no table holds."""
-        return len(self._free)
+        """Blocks that no table holds; what some of them contain may still be of use."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def cached_blocks(self) -> int:
+        """Of the free blocks, those whose content is kept for whoever may need it."""
+        return len(self._idle)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that `tokens` tokens of one sequence fill or begin."""
         return -(-tokens // self.block_size)
 
     def take(self, count: int) -> List[int]:
-        """`count` free blocks.
+        """`count` free blocks, held once each. Kept contents are given up only when no other block is free.
 
         Raises:
             OutOfBlocks: fewer are free; none is taken.
         """
-        if count > len(self._free):
-            raise OutOfBlocks(f"{count} blocks wanted, {len(self._free)} of {self.num_blocks} free")
-        return [self._free.pop() for _ in range(count)]
+        if count > self.free_blocks:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.free_blocks} of {self.num_blocks} free")
+        taken = []
+        for _ in range(count):
+            if not self._free:
+                self.forget((next(iter(self._idle)),))
+            taken.append(self._free.pop())
+            self._holders[taken[-1]] = 1
+        return taken
+
+    def hold(self, block: int) -> None:
+        """Hold a published block too."""
+        self._holders[block] += 1
+        self._idle.pop(block, None)
 
     def give_back(self, blocks: Sequence[int]) -> None:
-        """Return blocks that `take` gave out."""
-        self._free.extend(reversed(blocks))
+        """Let go of blocks that `take` or `hold` gave. Later ones of a sequence are given up before those in front of them."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                if block in self._digest_of:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Let others find a full block by its content. When another block has the same content already, nothing changes."""
+        if digest not in self._block_of:
+            self._block_of[digest] = block
+            self._digest_of[block] = digest
+
+    def find(self, digest: bytes) -> Optional[int]:
+        """The published block with this content; None when there is none."""
+        return self._block_of.get(digest)
+
+    def is_idle(self, block: int) -> bool:
+        """Whether nobody holds this published block, so that it counts as free."""
+        return block in self._idle
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Nobody shall find these blocks by their content any more."""
+        for block in blocks:
+            digest = self._digest_of.pop(block, None)
+            if digest is not None:
+                del self._block_of[digest]
+            if block in self._idle:
+                del self._idle[block]
+                self._free.append(block)
+
+    def forget_all(self) -> None:
+        """Nobody shall find any block by its content: a cache as after the start."""
+        self.forget(list(self._digest_of))
 
 
 class BlockTable:
@@ -61,6 +134,13 @@ class BlockTable:
     def capacity(self) -> int:
         """Tokens the table has room for."""
         return len(self.blocks) * self._pool.block_size
+
+    def adopt(self, blocks: Sequence[int]) -> None:
+        """Begin with published blocks, which others may hold as well; only for a table that is empty."""
+        assert not self.blocks
+        for block in blocks:
+            self._pool.hold(block)
+        self.blocks = list(blocks)
 
     def reserve(self, tokens: int) -> None:
         """Make room for a sequence of `tokens` tokens in all.

@@ -1,385 +1,451 @@
-"""Prefill, decode, generate: token ids in, steps out, over a paged KV cache with continuous batching. Knows no text."""
+"""Token ids in, steps out, over a paged KV cache: requests come and go while it runs. Knows no text."""
+
+from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Deque, FrozenSet, Iterator, List, Optional, Sequence, Tuple
+from typing import Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
 from .. import interrupts
 from ..errors import EXIT_FAILED, UserError
 from ..network.base import Network
-from . import sampling
-from .blocks import BlockPool, BlockTable, table_array
-from .sampling import NonFiniteLogits, Sampler, SamplingParams, Selection
+from . import ranks, sampling
+from .blocks import BlockPool, table_array
+from .ranks import Add, Cancel, CancelAll, Command, Shared
+from .request import CANCELLED, FAILED, LENGTH, STOP, Limits, LogProbs, Request, Step, Usage
+from .sampling import NonFiniteLogits, NothingAllowed, Sampler, Selection
+from .scheduler import Continuation, Scheduler
 
-PREFILL_CHUNK_TOKENS = 2048
-"""Most tokens in one prefill call: bounds the activations whatever the prompts' lengths."""
-
-STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
-
-
-class KeptCache:
-    """A conversation's part of the KV cache, kept between requests; the next one prefills only what is new.
-
-    Attributes:
-        ids: the tokens whose keys and values are in the cache.
-    """
-
-    def __init__(self, engine: "Engine"):
-        self.table = BlockTable(engine.pool)
-        self.ids: List[int] = []
-
-    def release(self) -> None:
-        """Give the blocks back and forget the conversation."""
-        self.table.release()
-        self.ids = []
+_FAILED, _COMPLETE = -1, -2
+"""What ranks are told in a token's place: the logits are not finite; the constraint allows nothing more."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What fits: known before a network is loaded.
+class _Choice(NamedTuple):
+    """A request whose next tokens are chosen from the logits' rows `row`, `row + 1`, ..., one more than there are guesses."""
 
-    Attributes:
-        vocab_size: V, the model's vocabulary.
-        seq_length: longest sequence the network can place (rows of its RoPE table).
-        num_blocks, block_size: the KV cache's blocks and the tokens in one.
-    """
-
-    vocab_size: int
-    seq_length: int
-    num_blocks: int
-    block_size: int
-
-    def check(self, request: "Request") -> None:
-        """Raises a UserError with the numbers when the request can never run."""
-        length, label = len(request.prompt), request.label
-        if not length:
-            raise UserError(f"{label} is empty", fix="Give at least one token of text.")
-        highest = max(request.prompt)
-        if highest >= self.vocab_size or min(request.prompt) < 0:
-            raise UserError(f"{label} has token id {highest}, the model's vocabulary ends at {self.vocab_size - 1}",
-                            fix="Use the tokenizer files of this checkpoint.")
-        if length > self.seq_length:
-            raise UserError(f"{label} has {length} tokens, seq_length is {self.seq_length}",
-                            fix="Shorten it or raise model.model_config.seq_length.")
-        if length >= request.max_length:
-            raise UserError(f"{label} has {length} tokens and the limit on prompt and answer together is {request.max_length}: "
-                            f"nothing can be generated", fix=f"Raise --predict_length above {length}.")
-        if request.limit > self.seq_length:
-            raise UserError(f"{label} may grow to {request.limit} tokens, seq_length is {self.seq_length}",
-                            fix="Lower --predict_length (max_decode_length) or raise model.model_config.seq_length.")
-        needed = -(-request.limit // self.block_size)
-        if needed > self.num_blocks:
-            raise UserError(f"{label} with its answer may take {request.limit} tokens = {needed} blocks of {self.block_size}, "
-                            f"the KV cache has {self.num_blocks} blocks ({self.num_blocks * self.block_size} tokens)",
-                            fix=f"Raise model.model_config.num_blocks to {needed} or lower --predict_length.")
+    continuation: Continuation
+    row: int
+    guesses: Tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Request:
-    """One prompt to continue.
+class Run:
+    """The steps of the requests of one `Engine.generate`; `Step.request` counts them from 0. Leaving it ends them."""
 
-    Attributes:
-        prompt: token ids, at least one.
-        max_length: longest result in tokens, prompt included.
-        max_new_tokens: most tokens to generate, None for no limit of its own; whichever limit comes first ends it.
-        stop_ids: tokens that end the text; the one that did is reported like any other.
-        params: how tokens are chosen.
-        logprobs: report the log probabilities of this many most probable tokens at each step; 0 for none.
-        kept: reuse and extend this conversation's cache.
-        label: what messages call it.
-    """
+    def __init__(self, engine: Engine, steps: Iterator[Step], numbers: List[int]):
+        self._engine, self._steps, self._numbers = engine, steps, numbers
 
-    prompt: Tuple[int, ...]
-    max_length: int
-    max_new_tokens: Optional[int] = None
-    stop_ids: FrozenSet[int] = frozenset()
-    params: SamplingParams = SamplingParams()
-    logprobs: int = 0
-    kept: Optional[KeptCache] = None
-    label: str = "the prompt"
+    def __iter__(self) -> Iterator[Step]:
+        return self
 
-    @property
-    def limit(self) -> int:
-        """Tokens of the longest result these limits allow, prompt included."""
-        if self.max_new_tokens is None:
-            return self.max_length
-        return min(self.max_length, len(self.prompt) + self.max_new_tokens)
+    def __next__(self) -> Step:
+        return next(self._steps)
 
+    def cancel(self, index: int) -> None:
+        """End one of the requests before its next token; its last step says 'cancelled'."""
+        self._engine.cancel(self._numbers[index])
 
-@dataclass(frozen=True)
-class LogProbs:
-    """Natural-log probabilities at one step, before penalty, temperature, top_k and top_p: of the token chosen, and of
-    the most probable ones as (id, log probability)."""
-
-    chosen: float
-    top: Tuple[Tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a finished request took. Times are those of the calls it was part of, shared with the rest of its batch."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    prefill_s: float
-    decode_s: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of one request.
-
-    Attributes:
-        request: index of the request.
-        token: its new token, None for a request that was cancelled.
-        finish_reason: 'stop', 'length' or 'cancelled' with the last step, None before.
-        usage: with the last step.
-        logprobs: when asked for (on rank 0).
-    """
-
-    request: int
-    token: Optional[int]
-    finish_reason: Optional[str] = None
-    usage: Optional[Usage] = None
-    logprobs: Optional[LogProbs] = None
-
-
-@dataclass
-class _Sequence:
-    """A request while it runs: ids are prompt and generated tokens, the first `cached` of them are in the KV cache."""
-
-    index: int
-    request: Request
-    sampler: Sampler
-    table: BlockTable
-    ids: List[int]
-    cached: int = 0
-    reused: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    done: bool = field(default=False)
-
-    @property
-    def generated(self) -> int:
-        return len(self.ids) - len(self.request.prompt)
+    def close(self) -> None:
+        """End all of them without another step."""
+        self._steps.close()  # type: ignore[attr-defined]
 
 
 class Engine:
     """Runs requests on a network.
 
+    `add` requests at any time, call `step` while there `has_work`, and it says what came of it. Over several ranks, rank 0 does
+    that and the others `follow`; or every rank calls `generate` with the same requests.
+
     Args:
-        network: see `network.Network`.
+        network: see `network.base`.
         limits: what fits.
         max_batch: most sequences that run at once; None leaves it to the cache.
         selection: the searches over the vocabulary.
+        prefix_cache: share full blocks of the KV cache between requests that begin alike.
     """
 
     def __init__(self, network: Network, limits: Limits, max_batch: Optional[int] = None,
-                 selection: Selection = sampling.PLAIN):
+                 selection: Selection = sampling.PLAIN, prefix_cache: bool = True):
         self.network = network
         self.limits = limits
-        self.pool = BlockPool(limits.num_blocks, limits.block_size)
-        self.max_batch = max_batch
         self.selection = selection
-        self._cancelled: set = set()
+        self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        self.scheduler = Scheduler(self.pool, max_batch, not network.supports_cached_prefill, prefix_cache)
+        self.shared = Shared(network)
+        self._next_number = 0
+        self._known: Dict[int, Continuation] = {}
+        self._cancelled: Set[int] = set()
+        self._untold: List[Command] = []
         self._interrupt_wanted = False
-        self._interrupted = False
+        self._boxes: Dict[int, Deque[Step]] = {}
+        self._loose: List[Step] = []
+        self._broken_weight: Optional[Tuple[Optional[str]]] = None
 
-    def interrupt(self) -> None:
-        """End the running `generate`: requests that run say 'cancelled' with their last step, waiting ones never start.
+    # ---- what a caller does ----
 
-        For rank 0, from a signal handler too; the other ranks learn of it with the next tokens.
-        """
-        self._interrupt_wanted = True
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return not self.scheduler.is_empty or bool(self._untold) or bool(self._loose)
 
-    def cancel(self, request: int) -> None:
-        """End this request of the running `generate` before its next token; its last step says 'cancelled'."""
-        self._cancelled.add(request)
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[Step]:
-        """Run the requests, as many at once as the KV cache holds, and yield every token as it comes.
-
-        A request starts when the blocks for its longest result are free, in the order given; those of one that has ended
-        go to the next. With float32 weights and cache a request's tokens do not depend on what it is batched with.
+    def add(self, request: Request) -> int:
+        """Queue a request (on rank 0) and return its number, which its steps bear.
 
         Raises:
-            UserError: a request that can never run (before any work), or logits that are not finite.
+            UserError: it can never run; with the numbers.
         """
+        self.limits.check(request)
+        number = self._next_number
+        if self.network.ranks == 1:
+            return self._enter(request)
+        self._next_number += 1
+        self._untold.append(Add(number, request))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a request before its next token; its last step says 'cancelled'. Nothing happens when it has ended.
+
+        For rank 0; the others learn of it with the next tokens, and what they say of it themselves has no effect.
+        """
+        if self.network.rank == 0:
+            self._untold.append(Cancel(number))
+
+    def interrupt(self) -> None:
+        """End everything that runs or waits. For rank 0, from a signal handler too."""
+        self._interrupt_wanted = True
+
+    def step(self) -> List[Step]:
+        """One piece of prefill, then one more token for every request that is past its prompt; what came of it."""
+        self._advance()
+        steps, self._loose = self._loose, []
+        return steps
+
+    def generate(self, requests: Sequence[Request]) -> Run:
+        """Run these requests and yield every token as it comes. With several ranks every one of them calls it alike.
+
+        With float32 weights and cache a request's tokens do not depend on what it is batched with.
+
+        Raises:
+            UserError: with the first step: a request that can never run, before any work.
+        """
+        numbers: List[int] = []
+        return Run(self, self._generate(requests, numbers), numbers)
+
+    def follow(self) -> None:
+        """What the ranks that are not the first do: the same steps, until rank 0 calls `close`."""
+        while True:
+            message = self.shared.hear()
+            if not message:
+                return
+            self._obey(ranks.from_json(message))
+            while not self.scheduler.is_empty:
+                self._advance()
+            self._loose.clear()
+
+    def close(self) -> None:
+        """On rank 0, when nothing runs: the ranks that `follow` may leave."""
+        self.shared.tell(b"")
+
+    # ---- the requests ----
+
+    def _generate(self, requests: Sequence[Request], numbers: List[int]) -> Iterator[Step]:
         for request in requests:
             self.limits.check(request)
-        self._cancelled = set()
-        self._interrupt_wanted = self._interrupted = False
-        waiting: Deque[Tuple[int, Request]] = deque(enumerate(requests))
-        running: List[_Sequence] = []
+        box: Deque[Step] = deque()
+        self._interrupt_wanted = False
+        # Every rank enters the same ones, so none of them has to be told.
+        numbers.extend(self._enter(request) for request in requests)
+        for number in numbers:
+            self._boxes[number] = box
+        places = {number: index for index, number in enumerate(numbers)}
+        unfinished = set(numbers)
         try:
-            while (waiting and not self._interrupted) or running:
-                started = self._start(waiting, running)
-                running.extend(started)
-                if started:
-                    yield from self._prefill(started)
-                for sequence in running:
-                    if (self._interrupted or sequence.index in self._cancelled) and not sequence.done:
-                        sequence.done = True
-                        yield Step(sequence.index, None, CANCELLED, self._usage(sequence))
-                running = self._drop_done(running)
-                if running:
-                    yield from self._decode(running)
-                    running = self._drop_done(running)
+            while unfinished:
+                if not box:
+                    self._advance()
+                while box:
+                    step = box.popleft()
+                    if step.finish_reason is not None:
+                        unfinished.discard(step.request)
+                    yield step._replace(request=places[step.request])
         finally:
-            for sequence in running:
-                self._let_go(sequence)
+            for number in numbers:
+                self._boxes.pop(number, None)
+                self._leave(number)
 
-    def _start(self, waiting: Deque[Tuple[int, Request]], running: List[_Sequence]) -> List[_Sequence]:
-        """Take requests from the queue while there is room for them."""
-        started: List[_Sequence] = []
-        while waiting and not self._interrupted and (self.max_batch is None or len(running) + len(started) < self.max_batch):
-            index, request = waiting[0]
-            kept = request.kept
-            table = BlockTable(self.pool) if kept is None else kept.table
-            if self.pool.blocks_for(request.limit) - len(table.blocks) > self.pool.free_blocks:
-                if not running and not started:
-                    raise UserError(f"{request.label} needs {self.pool.blocks_for(request.limit)} blocks of the KV cache and "
-                                    f"kept conversations leave {self.pool.free_blocks + len(table.blocks)}",
-                                    fix="End a conversation or raise model.model_config.num_blocks.")
-                break
-            waiting.popleft()
-            table.reserve(request.limit)
-            sequence = _Sequence(index, request, Sampler(request.params, request.prompt, self.selection), table,
-                                 list(request.prompt))
-            if kept is not None:
-                sequence.cached = sequence.reused = self._shared_prefix(kept.ids, request.prompt)
-            started.append(sequence)
-        return started
+    def _enter(self, request: Request) -> int:
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._queue(number, request)
+        return number
 
-    def _shared_prefix(self, cached: Sequence[int], prompt: Sequence[int]) -> int:
-        """Tokens of the prompt that are in the cache already; the last one always runs, for its logits."""
-        if not self.network.supports_cached_prefill:
-            return 0
-        shared = 0
-        while shared < min(len(cached), len(prompt) - 1) and cached[shared] == prompt[shared]:
-            shared += 1
-        return shared
+    def _queue(self, number: int, request: Request) -> None:
+        mask = request.constraint() if request.constraint is not None and self.network.rank == 0 else None
+        sampler = Sampler(request.params, request.prompt, self.selection, request.stop_ids, mask)
+        self._known[number] = Continuation(number, request, sampler, self.pool)
+        self.scheduler.add(self._known[number])
 
-    def _prefill(self, sequences: List[_Sequence]) -> Iterator[Step]:
-        """Bring the prompts into the cache, in calls of bounded size, and yield each one's first token."""
-        pending = deque(sequences)
-        while pending and not self._interrupted:
-            batch, room = [], PREFILL_CHUNK_TOKENS
-            while pending and room > 0:
-                sequence = pending[0]
-                missing = len(sequence.ids) - sequence.cached
-                take = min(missing, room) if self.network.supports_cached_prefill else missing
-                batch.append((sequence, sequence.cached + take))
-                room -= take
-                if take < missing:
-                    break
-                pending.popleft()
-            start_s = time.perf_counter()
-            with interrupts.held():
-                logits = self.network.prefill(
-                    np.concatenate([np.asarray(s.ids[s.cached:stop], np.int32) for s, stop in batch]),
-                    np.asarray([stop - s.cached for s, stop in batch], np.int32),
-                    np.asarray([stop for _, stop in batch], np.int32),
-                    table_array([s.table for s, _ in batch], [stop for _, stop in batch], self.pool.block_size),
-                    np.concatenate([s.table.slots(s.cached, stop) for s, stop in batch]))
-            for sequence, stop in batch:
-                sequence.cached = stop
-            whole = [row for row, (s, stop) in enumerate(batch) if stop == len(s.ids)]
-            steps = self._choose([batch[row][0] for row in whole], logits, whole)
-            spent_s = time.perf_counter() - start_s
-            for sequence, _ in batch:
-                sequence.prefill_s += spent_s
-            yield from self._finish(steps)
+    def _leave(self, number: int) -> None:
+        continuation = self._known.pop(number, None)
+        if continuation is not None:
+            self.scheduler.remove(continuation)
+            self._cancelled.discard(number)
 
-    def _decode(self, sequences: List[_Sequence]) -> Iterator[Step]:
-        """One more token for every running sequence."""
-        start_s = time.perf_counter()
-        lengths = [len(s.ids) for s in sequences]
+    # ---- rank 0's word ----
+
+    def _news(self) -> List[Command]:
+        """What rank 0 has been asked since it was last looked at."""
+        if self._interrupt_wanted:
+            self._interrupt_wanted = False
+            self._untold.append(CancelAll())
+        news, self._untold = self._untold, []
+        return news
+
+    def _obey(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Add):
+                self._next_number = max(self._next_number, command.number + 1)
+                self._queue(command.number, command.request)
+            elif isinstance(command, Cancel):
+                if command.number in self._known:
+                    self._cancelled.add(command.number)
+            else:
+                self._cancelled.update(self._known)
+
+    def _agree(self, tokens: np.ndarray) -> np.ndarray:
+        """Rank 0's tokens (N,) int32 on every rank, and its news obeyed: they cost a call more only when there are any."""
+        if self.network.ranks == 1:
+            self._obey(self._news())
+            return tokens
+        news = self._news() if self.network.rank == 0 else []
+        message = ranks.to_json(news) if news else b""
         with interrupts.held():
-            logits = self.network.decode(
-                np.asarray([s.ids[-1] for s in sequences], np.int32), np.asarray(lengths, np.int32),
-                table_array([s.table for s in sequences], lengths, self.pool.block_size),
-                np.asarray([s.table.slot(length - 1) for s, length in zip(sequences, lengths)], np.int32))
-        for sequence in sequences:
-            sequence.cached = len(sequence.ids)
-        steps = self._choose(sequences, logits, range(len(sequences)))
-        spent_s = time.perf_counter() - start_s
-        for sequence in sequences:
-            sequence.decode_s += spent_s
-        yield from self._finish(steps)
+            told = self.network.agree(np.append(tokens, len(message)).astype(np.int32))
+            nbytes = int(told[-1])
+            if nbytes:
+                message = self.network.agree(ranks.padded(message or bytes(nbytes))).tobytes()[:nbytes]
+        if nbytes:
+            self._obey(news or ranks.from_json(message))
+        return told[:-1]
 
-    def _choose(self, sequences: List[_Sequence], logits: np.ndarray, rows: Sequence[int]
-                ) -> List[Tuple[_Sequence, int, Optional[LogProbs]]]:
-        """The next token of each sequence from its row of logits: chosen on rank 0, the same on every rank."""
-        ids = np.zeros(len(sequences) + 1, np.int32)
-        ids[-1] = self._interrupt_wanted
-        logprobs: List[Optional[LogProbs]] = [None] * len(sequences)
-        if self.network.rank == 0 and sequences:
-            plain = [i for i, s in enumerate(sequences) if s.sampler.is_plain_greedy]
-            try:
-                if len(plain) == len(logits):
-                    ids[:-1] = self.selection.argmax(logits)
-                elif plain:
-                    ids[plain] = self.selection.argmax(np.ascontiguousarray(logits[[rows[i] for i in plain]]))
-                for i, sequence in enumerate(sequences):
-                    if not sequence.sampler.is_plain_greedy:
-                        ids[i] = sequence.sampler.choose(logits[rows[i]])
-                    if sequence.request.logprobs:
-                        logprobs[i] = self._logprobs(logits[rows[i]], int(ids[i]), sequence.request.logprobs)
-            except NonFiniteLogits:
-                ids[:-1] = -1  # every rank has to learn of it, or the others would wait for a token for ever
-        with interrupts.held() if self.network.ranks > 1 else nullcontext():
-            *ids, interrupted = self.network.agree(ids).tolist()
-        self._interrupted = bool(interrupted)
-        if ids and ids[0] < 0:
-            raise self._non_finite(sequences)
-        return list(zip(sequences, ids, logprobs))
+    # ---- a step ----
+
+    def _advance(self) -> None:
+        if self.network.ranks == 1:
+            self._obey(self._news())
+        elif self.scheduler.is_empty:
+            news = self._news()  # the others wait for a message, not for tokens
+            if news:
+                self.shared.tell(ranks.to_json(news))
+                self._obey(news)
+        self._end_cancelled()
+        self.scheduler.admit()
+        piece = self.scheduler.piece()
+        if piece:
+            self._prefill(piece)
+        scored = self.scheduler.scored_piece()
+        if scored:
+            self._score(scored)
+        streams = self.scheduler.streams()
+        if streams:
+            self._decode(streams)
+        self._end_cancelled()
+
+    def _prefill(self, piece: List[Tuple[Continuation, int]]) -> None:
+        """Bring tokens into the cache; a prompt that is there as a whole gets its first token."""
+        start_s = time.perf_counter()
+        with interrupts.held():
+            logits = self.network.prefill(
+                np.concatenate([np.asarray(c.ids[c.cached:stop], np.int32) for c, stop in piece]),
+                np.asarray([stop - c.cached for c, stop in piece], np.int32),
+                np.asarray([stop for _, stop in piece], np.int32),
+                table_array([c.table for c, _ in piece], [stop for _, stop in piece], self.pool.block_size),
+                np.concatenate([c.table.slots(c.cached, stop) for c, stop in piece]))
+        choices = []
+        for row, (continuation, stop) in enumerate(piece):
+            self.scheduler.note_cached(continuation, stop)
+            if stop == len(continuation.ids):
+                continuation.prefilling = False
+                choices.append(_Choice(continuation, row))
+        self._choose(choices, logits, start_s, [c for c, _ in piece], "prefill_s")
+
+    def _score(self, piece: List[Tuple[Continuation, int]]) -> None:
+        """As `_prefill`, in one row of a decode call for each token: rows of one sequence share its block table."""
+        start_s = time.perf_counter()
+        logits = self._rows([(c, c.ids[c.cached:stop], c.cached) for c, stop in piece])
+        choices, row = [], 0
+        for continuation, stop in piece:
+            first, count = continuation.cached, stop - continuation.cached
+            if self.network.rank == 0:
+                for place in range(first + 1, min(stop + 1, len(continuation.ids))):
+                    continuation.prompt_logprobs.append(
+                        self._logprobs(logits[row + place - first - 1], continuation.ids[place],
+                                       continuation.request.prompt_logprobs or 0))
+            row += count
+            self.scheduler.note_cached(continuation, stop)
+            if stop == len(continuation.ids):
+                continuation.prefilling = False
+                choices.append(_Choice(continuation, row - 1))
+        self._choose(choices, logits, start_s, [c for c, _ in piece], "prefill_s")
+
+    def _decode(self, streams: List[Continuation]) -> None:
+        """One more token for every request that is past its prompt."""
+        start_s = time.perf_counter()
+        logits = self._rows([(c, c.ids[-1:], len(c.ids) - 1) for c in streams])
+        for continuation in streams:
+            self.scheduler.note_cached(continuation, len(continuation.ids))
+        self._choose([_Choice(c, row) for row, c in enumerate(streams)], logits, start_s, streams, "decode_s")
+
+    def _rows(self, parts: Sequence[Tuple[Continuation, List[int], int]]) -> np.ndarray:
+        """Logits (rows, V) of a decode call with a row for each of the tokens, those of a part from its position on."""
+        ids: List[int] = []
+        lengths: List[int] = []
+        tables = []
+        slots: List[int] = []
+        for continuation, tokens, first in parts:
+            ids += tokens
+            for position in range(first, first + len(tokens)):
+                lengths.append(position + 1)
+                slots.append(continuation.table.slot(position))
+                tables.append(continuation.table)
+        with interrupts.held():
+            return self.network.decode(np.asarray(ids, np.int32), np.asarray(lengths, np.int32),
+                                       table_array(tables, lengths, self.pool.block_size), np.asarray(slots, np.int32))
+
+    def _choose(self, choices: List[_Choice], logits: np.ndarray, start_s: float, took_part: Sequence[Continuation],
+                clock: str) -> None:
+        """Choose tokens (on rank 0, the same on every rank), add the time to everyone's who took part, and report."""
+        tokens = np.zeros(sum(len(choice.guesses) + 1 for choice in choices), np.int32)
+        logprobs: Dict[int, LogProbs] = {}
+        if self.network.rank == 0 and choices:
+            self._fill(tokens, choices, logits, logprobs)
+        chosen = self._agree(tokens).tolist()
+        spent_s = time.perf_counter() - start_s
+        for continuation in took_part:
+            setattr(continuation, clock, getattr(continuation, clock) + spent_s)
+        at = 0
+        for choice in choices:
+            self._take(choice, chosen[at:at + len(choice.guesses) + 1], logprobs, at)
+            at += len(choice.guesses) + 1
+
+    def _fill(self, tokens: np.ndarray, choices: List[_Choice], logits: np.ndarray, logprobs: Dict[int, LogProbs]) -> None:
+        """Choose every token into `tokens`, row by row as long as the guesses are right."""
+        rows = [choice.row + i for choice in choices for i in range(len(choice.guesses) + 1)]
+        plain = [at for choice, at in _starts(choices) if choice.continuation.sampler.is_plain_greedy
+                 for at in range(at, at + len(choice.guesses) + 1)]
+        if len(plain) == len(logits):
+            tokens[:] = self._argmax(logits)
+        elif plain:
+            tokens[plain] = self._argmax(np.ascontiguousarray(logits[[rows[at] for at in plain]]))
+        for choice, start in _starts(choices):
+            sampler, wanted = choice.continuation.sampler, choice.continuation.request.logprobs
+            for i in range(len(choice.guesses) + 1):
+                at = start + i
+                if not sampler.is_plain_greedy:
+                    tokens[at] = _chosen(sampler, logits[rows[at]])
+                if wanted and tokens[at] >= 0:
+                    logprobs[at] = self._logprobs(logits[rows[at]], int(tokens[at]), wanted)
+                if i < len(choice.guesses) and tokens[at] != choice.guesses[i]:
+                    break
+
+    def _argmax(self, logits: np.ndarray) -> np.ndarray:
+        """The most probable token of each row, -1 where the logits are not finite."""
+        try:
+            return self.selection.argmax(logits)
+        except NonFiniteLogits:
+            found = np.full(len(logits), _FAILED, np.int32)
+            for row in range(len(logits)):
+                try:
+                    found[row] = self.selection.argmax(logits[row:row + 1])[0]
+                except NonFiniteLogits:
+                    pass
+            return found
 
     def _logprobs(self, row: np.ndarray, token: int, count: int) -> LogProbs:
-        top_ids, top = sampling.most_probable(row, count, self.selection)
         chosen = float(sampling.log_probabilities(row, [token])[0])
+        if not count:
+            return LogProbs(chosen, ())
+        top_ids, top = sampling.most_probable(row, count, self.selection)
         return LogProbs(chosen, tuple((int(i), float(value)) for i, value in zip(top_ids, top)))
 
-    def _non_finite(self, sequences: List[_Sequence]) -> UserError:
-        after = max(s.generated for s in sequences)
-        weight = self.network.find_non_finite()
-        if weight:
-            return UserError(f"the logits are not finite (NaN or infinity) because weight {weight} is not",
-                             fix="Convert or download the checkpoint again.", exit_code=EXIT_FAILED)
-        return UserError(f"the logits are not finite (NaN or infinity) after {after} generated tokens, all weights are finite",
-                         fix="Activations overflow: use compute_dtype and param_init_type bfloat16 or float32.",
-                         exit_code=EXIT_FAILED)
+    # ---- what came of it ----
 
-    def _finish(self, steps: List[Tuple[_Sequence, int, Optional[LogProbs]]]) -> Iterator[Step]:
-        """Append the chosen tokens and tell which sequences end with them."""
-        for sequence, token, logprob in steps:
-            sequence.ids.append(token)
-            sequence.sampler.note(token)
+    def _take(self, choice: _Choice, tokens: List[int], logprobs: Dict[int, LogProbs], at: int) -> None:
+        """Add the tokens that were chosen, up to the first that is not as guessed."""
+        continuation = choice.continuation
+        if continuation.number in self._cancelled:
+            return
+        for i, token in enumerate(tokens):
+            if token == _FAILED:
+                self._end(continuation, FAILED, error=self._non_finite(continuation))
+                return
+            if token == _COMPLETE or continuation.limit == len(continuation.request.prompt):
+                self._end(continuation, STOP if token == _COMPLETE else LENGTH)
+                return
+            continuation.ids.append(token)
             reason = None
-            if token in sequence.request.stop_ids:
+            if token in continuation.request.stop_ids:
                 reason = STOP
-            elif len(sequence.ids) >= sequence.request.limit:
+            elif len(continuation.ids) >= continuation.limit:
                 reason = LENGTH
-            sequence.done = reason is not None
-            yield Step(sequence.index, token, reason, self._usage(sequence) if reason else None, logprob)
+            if reason is not None:
+                self._end(continuation, reason, token, logprobs.get(at + i))
+                return
+            self._report(continuation, token, None, None, logprobs.get(at + i))
+            if i < len(choice.guesses) and token != choice.guesses[i]:
+                return
 
-    def _usage(self, sequence: _Sequence) -> Usage:
-        return Usage(len(sequence.request.prompt), sequence.reused, sequence.generated, sequence.prefill_s, sequence.decode_s)
-
-    def _drop_done(self, running: List[_Sequence]) -> List[_Sequence]:
-        for sequence in running:
-            if sequence.done:
-                self._let_go(sequence)
-        return [sequence for sequence in running if not sequence.done]
-
-    def _let_go(self, sequence: _Sequence) -> None:
-        """Return a sequence's blocks, or leave them to the conversation they belong to."""
-        if sequence.request.kept is None:
-            sequence.table.release()
+    def _report(self, continuation: Continuation, token: Optional[int], reason: Optional[str], usage: Optional[Usage],
+                logprobs: Optional[LogProbs], error: Optional[UserError] = None) -> None:
+        scored = None
+        if continuation.prompt_logprobs:
+            scored, continuation.prompt_logprobs = continuation.prompt_logprobs, []
+        step = Step(continuation.number, token, reason, usage, logprobs, scored, error)
+        box = self._boxes.get(continuation.number)
+        if box is None:
+            self._loose.append(step)
         else:
-            sequence.request.kept.ids = sequence.ids[:sequence.cached]
+            box.append(step)
+
+    def _end(self, continuation: Continuation, reason: str, token: Optional[int] = None, logprobs: Optional[LogProbs] = None,
+             error: Optional[UserError] = None) -> None:
+        usage = Usage(len(continuation.request.prompt), continuation.reused or 0, continuation.generated,
+                      continuation.prefill_s, continuation.decode_s)
+        if reason == FAILED:
+            self.scheduler.distrust(continuation)
+        self._report(continuation, token, reason, usage, logprobs, error)
+        self._leave(continuation.number)
+
+    def _end_cancelled(self) -> None:
+        for number in sorted(self._cancelled):
+            if number in self._known:
+                self._end(self._known[number], CANCELLED)
+        self._cancelled.clear()
+
+    def _non_finite(self, continuation: Continuation) -> UserError:
+        if self._broken_weight is None:  # it reads every weight: once is enough
+            self._broken_weight = (self.network.find_non_finite(),)
+        weight, label = self._broken_weight[0], continuation.request.label
+        if weight:
+            return UserError(f"{label}: the logits are not finite (NaN or infinity) because weight {weight} is not",
+                             fix="Convert or download the checkpoint again.", exit_code=EXIT_FAILED)
+        return UserError(f"{label}: the logits are not finite (NaN or infinity) after {continuation.generated} generated tokens, "
+                         "all weights are finite", exit_code=EXIT_FAILED,
+                         fix="Activations overflow: use compute_dtype and param_init_type bfloat16 or float32.")
+
+
+def _starts(choices: Sequence[_Choice]) -> Iterator[Tuple[_Choice, int]]:
+    """Each choice with the place of its first token."""
+    at = 0
+    for choice in choices:
+        yield choice, at
+        at += len(choice.guesses) + 1
+
+
+def _chosen(sampler: Sampler, logits: np.ndarray) -> int:
+    try:
+        return sampler.choose(logits)
+    except NonFiniteLogits:
+        return _FAILED
+    except NothingAllowed:
+        return _COMPLETE

@@ -10,7 +10,7 @@ from .. import device, naming
 from ..config.schema import Config, ModelConfig, ParallelConfig
 from ..errors import UserError
 from ..machine import Available
-from .engine import PREFILL_CHUNK_TOKENS
+from .scheduler import PREFILL_CHUNK_TOKENS
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GIB = 2 ** 30

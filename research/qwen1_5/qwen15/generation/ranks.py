@@ -1,21 +1,79 @@
-"""What only rank 0 knows (a typed question, a file from stdin) brought to every rank, over the network's `agree`."""
+"""What only rank 0 knows (a request, a typed question, a file from stdin) brought to every rank, over the network's `agree`."""
 
+from __future__ import annotations
+
+import json
 import os
 import threading
 from contextlib import contextmanager
-from typing import Iterator, Mapping, Optional
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
 from .. import interrupts
 from ..network.base import Network
+from .request import Request
+from .sampling import SamplingParams
 
 _IDLE = -1
 
 
+@dataclass(frozen=True)
+class Add:
+    """A request has come in."""
+
+    number: int
+    request: Request
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """A request shall end."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class CancelAll:
+    """Everything shall end."""
+
+
+Command = Union[Add, Cancel, CancelAll]
+"""What rank 0 tells the engines of the others."""
+
+
+def to_json(commands: Sequence[Command]) -> bytes:
+    """The commands for the wire. A constraint stays on rank 0, where tokens are chosen."""
+    made: List[Dict[str, Any]] = []
+    for command in commands:
+        if isinstance(command, Add):
+            request = asdict(replace(command.request, constraint=None))
+            made.append({"add": command.number, "request": {**request, "stop_ids": sorted(command.request.stop_ids)}})
+        elif isinstance(command, Cancel):
+            made.append({"cancel": command.number})
+        else:
+            made.append({"cancel": None})
+    return json.dumps(made).encode()
+
+
+def from_json(message: bytes) -> List[Command]:
+    """What `to_json` was given."""
+    return [_command(value) for value in json.loads(message)]
+
+
+def _command(value: Dict[str, Any]) -> Command:
+    if "add" not in value:
+        return CancelAll() if value["cancel"] is None else Cancel(value["cancel"])
+    fields = value["request"]
+    params = {**fields["params"], "logit_bias": tuple((token, bias) for token, bias in fields["params"]["logit_bias"])}
+    return Add(value["add"], Request(**{**fields, "prompt": tuple(fields["prompt"]), "stop_ids": frozenset(fields["stop_ids"]),
+                                        "params": SamplingParams(**params)}))
+
+
 def heartbeat_s(environ: Mapping[str, str] = os.environ) -> float:
-    """How often rank 0, while it waits for its user, says that there is nothing new: the others wait for rank 0 meanwhile, and a
-    collective that waits for MS_NODE_TIMEOUT seconds (MindSpore: 30 unless it is set) fails."""
+    """How often rank 0, while it waits for its user, says that there is nothing new: the others wait for rank 0 meanwhile,
+    and a collective that waits for MS_NODE_TIMEOUT seconds (MindSpore: 30 unless it is set) fails."""
     limit = environ.get("MS_NODE_TIMEOUT", "")
     return min(20.0, (int(limit) if limit.isdigit() else 30) / 3)
 
@@ -43,14 +101,14 @@ class Shared:
         with self._sending, interrupts.held():
             self._network.agree(np.array([len(message)], np.int32))
             if message:
-                self._network.agree(_padded(message))
+                self._network.agree(padded(message))
 
     def hear(self) -> bytes:
         """On the other ranks: wait for the next message."""
         while True:
             length = int(self._network.agree(np.zeros(1, np.int32))[0])
             if length > 0:
-                return self._network.agree(_padded(bytes(length))).tobytes()[:length]
+                return self._network.agree(padded(bytes(length))).tobytes()[:length]
             if length == 0:
                 return b""
 
@@ -86,7 +144,8 @@ class Shared:
             thread.join()
 
 
-def _padded(message: bytes) -> np.ndarray:
+def padded(message: bytes) -> np.ndarray:
+    """A message as int32s, their number a power of two."""
     size = 64
     while size < len(message):
         size *= 2

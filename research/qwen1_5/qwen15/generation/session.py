@@ -17,7 +17,8 @@ from ..network import weights
 from ..text import chat
 from ..text.stream import TextStream
 from . import memory_check, sampling
-from .engine import STOP, Engine, KeptCache, Limits, Request, Step, Usage
+from .engine import Engine
+from .request import STOP, Limits, Request, Step, Usage
 from .sampling import SamplingParams, Selection
 
 _KEY_OF = {"seed": "seed", "max_length": MODEL + "max_decode_length",
@@ -212,7 +213,7 @@ class Session:
         """Tokens that end an answer of a conversation."""
         return chat.stop_ids(self.tokenizer, self.config.model.eos_token_id)
 
-    def requests(self, prompts: Sequence[Prompt], kept: Optional[KeptCache] = None) -> List[Request]:
+    def requests(self, prompts: Sequence[Prompt]) -> List[Request]:
         """What the engine runs for `prompts`, each checked against the limits.
 
         Raises:
@@ -223,26 +224,33 @@ class Session:
             s = prompt.settings
             params = SamplingParams(s.do_sample, s.temperature, s.top_k, s.top_p, s.repetition_penalty,
                                     sampling.pick_seed(s.seed), prompt.stream)
-            made.append(Request(prompt.ids, s.max_length, s.max_new_tokens, prompt.stop_ids, params, s.logprobs, kept, prompt.label))
+            made.append(Request(prompt.ids, s.max_length, s.max_new_tokens, prompt.stop_ids, params, s.logprobs,
+                                label=prompt.label))
             self.limits.check(made[-1])
         return made
 
-    def run(self, prompts: Sequence[Prompt], kept: Optional[KeptCache] = None) -> Iterator[Piece]:
+    def run(self, prompts: Sequence[Prompt]) -> Iterator[Piece]:
         """Generate, and yield every piece of every answer as it becomes certain; the session must be open.
 
-        Args:
-            prompts: what to continue.
-            kept: with one prompt, the conversation whose KV cache it continues.
+        Raises:
+            UserError: a request has failed (its logits were not finite); after all others have ended.
         """
         assert self.engine is not None
         answers = [Answer(self.tokenizer, prompt) for prompt in prompts]
-        for step in self.engine.generate(self.requests(prompts, kept)):
+        failures: List[UserError] = []
+        run = self.engine.generate(self.requests(prompts))
+        for step in run:
+            if step.error is not None:
+                failures.append(step.error)
+                continue
             answer = answers[step.request]
             text = answer.take(step)
             if answer.stopped and step.finish_reason is None:
-                self.engine.cancel(step.request)
+                run.cancel(step.request)
             if text or step.usage is not None:
                 yield Piece(step.request, text, answer, step.usage)
+        if failures:
+            raise failures[0]
 
 
 class Answer:
