@@ -1,4 +1,6 @@
-"""One rank of a tensor-parallel run, for test_tensor_parallel.py: `tensor_parallel_worker.py JOB.json RESULT_FOLDER`."""
+"""One rank of a tensor-parallel run, for test_tensor_parallel.py: `tensor_parallel_worker.py JOB.json RESULTS`."""
+
+from __future__ import annotations
 
 import json
 import os

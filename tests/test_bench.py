@@ -111,7 +111,7 @@ def test_kernels_by_themselves(tmp_path):
 
 def test_overhead_of_every_way_to_choose_a_token(tiny, tmp_path):
     made = measured("overhead", "--checkpoint", tiny, "--new_tokens", 4, "--rounds", 2, "--no_plot", cwd=tmp_path)
-    assert [row["way"] for row in made["rows"]][:2] == ["greedy", "top_k 50"]
+    assert [row["way"] for row in made["rows"]][:2] == ["greedy", "greedy, all parameters passed at each step"]
     for row in made["rows"]:
         assert 0 < row["own_ms"] < row["token_ms"]
         assert row["own_ms"] == pytest.approx(statistics.median(row["samples"]["own_seconds"]) * 1e3, rel=1e-4)

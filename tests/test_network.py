@@ -1,9 +1,10 @@
 """Our network against transformers' Qwen2ForCausalLM: logits and greedy tokens, for both operator sets."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from conftest import random_model
-from qwen15.config.flags import Flag
 from qwen15.config.load import load_config
 from qwen15.generation.blocks import BlockPool, BlockTable, table_array
 from qwen15.generation.engine import Engine
@@ -17,8 +18,8 @@ SHAPES = {
     "grouped": dict(),
     "multi-head": dict(num_key_value_heads=6),
     "one KV head, tied": dict(num_key_value_heads=1, tie_word_embeddings=True),
-    "odd sizes": dict(vocab_size=131, hidden_size=36, intermediate_size=50, num_attention_heads=3, num_key_value_heads=3,
-                      rope_theta=1e4, rms_norm_eps=1e-5),
+    "odd sizes": dict(vocab_size=131, hidden_size=36, intermediate_size=50, num_attention_heads=3,
+                      num_key_value_heads=3, rope_theta=1e4, rms_norm_eps=1e-5),
     "head size 64, tied": dict(hidden_size=256, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2,
                                tie_word_embeddings=True),
 }
@@ -41,7 +42,8 @@ def operators(request, monkeypatch):
 def open_network(folder, tmp_path, dtype="float32", compute_dtype=None, block_size=4, num_blocks=64):
     yaml = tmp_path / "predict.yaml"
     yaml.write_text(f"load_checkpoint: '{folder}'\nmodel:\n  model_config:\n    param_init_type: {dtype}\n"
-                    f"    compute_dtype: {compute_dtype or dtype}\n    block_size: {block_size}\n    num_blocks: {num_blocks}\n"
+                    f"    compute_dtype: {compute_dtype or dtype}\n    block_size: {block_size}\n"
+                    f"    num_blocks: {num_blocks}\n"
                     f"    seq_length: {block_size * num_blocks}\ncontext:\n  device_target: CPU\n")
     config = load_config(str(yaml), environ={})
     return config, build_network(config, str(folder), lambda line: None)
@@ -59,8 +61,8 @@ def greedy(config, network, prompts, count):
 def hf_greedy(model, prompt, tokens):
     """transformers' greedy tokens after `prompt`, as far as they agree with `tokens` and one further.
 
-    One forward pass over prompt and tokens gives the choice at every position; by induction, all choices equal `tokens` exactly if
-    generating them one by one would.
+    One forward pass over prompt and tokens gives the choice at every position; by induction, all choices equal
+    `tokens` exactly if generating them one by one would.
     """
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1:]
@@ -92,7 +94,8 @@ def test_prefill_and_decode_logits_within_1e_4_over_scattered_blocks(shape, oper
     for table, prompt in zip(tables, prompts):
         table.reserve(len(prompt) + 5)
     lengths = np.array([len(p) for p in prompts], np.int32)
-    logits = network.prefill(np.concatenate(prompts).astype(np.int32), lengths, lengths, table_array(tables, lengths, 3),
+    logits = network.prefill(np.concatenate(prompts).astype(np.int32), lengths, lengths,
+                             table_array(tables, lengths, 3),
                              np.concatenate([t.slots(0, n) for t, n in zip(tables, lengths)]))
     texts = [list(p) for p in prompts]
     for _ in range(5):
@@ -158,10 +161,11 @@ def test_small_real_model_equals_transformers_with_reference_operators(small_mod
 
 
 PROMPTS = [
-    "The capital of France is", "Gravity is", "def fibonacci(n):\n", "Once upon a time", "1, 2, 3, 5, 8,", "Water boils at",
+    "The capital of France is", "Gravity is", "def fibonacci(n):\n", "Once upon a time", "1, 2, 3, 5, 8,",
+    "Water boils at",
     "Dear Sir or Madam,", "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n", "The quick brown fox",
-    "In 1969, humans", "import numpy as np\n", "SELECT name FROM", "To be, or not to be", "A prime number is", "The largest planet",
-    "Roses are red,", "Photosynthesis", "x = [i**2 for i in", "My favourite food is", "人工智能",
+    "In 1969, humans", "import numpy as np\n", "SELECT name FROM", "To be, or not to be", "A prime number is",
+    "The largest planet", "Roses are red,", "Photosynthesis", "x = [i**2 for i in", "My favourite food is", "人工智能",
 ]
 
 
@@ -174,7 +178,8 @@ def _compare_small_model(folder, transformers, tmp_path, count):
     for text, prompt, tokens in zip(PROMPTS, prompts, ours):
         assert tokens == hf_greedy(model, prompt, tokens), text
     assert greedy(config, network, prompts[:1], count) == ours[:1]
-    # In float64 transformers has no rounding of its own; in float32 it is 9e-5 from that, which would be most of the bound.
+    # In float64 transformers has no rounding of its own; in float32 it is 9e-5 from that, which would be most of the
+    # bound.
     model = model.double()
     for text, prompt, tokens, logits in zip(PROMPTS, prompts, ours, forced_logits(network, prompts, ours)):
         with torch.no_grad():
@@ -183,13 +188,14 @@ def _compare_small_model(folder, transformers, tmp_path, count):
 
 
 def forced_logits(network, prompts, tokens):
-    """For each prompt the logits (count, V) of its prefill and of the decode steps that are given its `tokens`, all but the last."""
+    """For each prompt the logits (count, V) of its prefill and of decode steps given all its tokens but the last."""
     pool = BlockPool(96, 32)
     tables = [BlockTable(pool) for _ in prompts]
     for table, prompt in zip(tables, prompts):
         table.reserve(len(prompt) + len(tokens[0]))
     lengths = np.array([len(p) for p in prompts], np.int32)
-    rows = [network.prefill(np.concatenate(prompts).astype(np.int32), lengths, lengths, table_array(tables, lengths, 32),
+    rows = [network.prefill(np.concatenate(prompts).astype(np.int32), lengths, lengths,
+                            table_array(tables, lengths, 32),
                             np.concatenate([t.slots(0, n) for t, n in zip(tables, lengths)])).copy()]
     for step in np.array(tokens, np.int32).T[:-1]:
         lengths = lengths + 1
@@ -214,7 +220,8 @@ class Conversations:
             table.reserve(len(prompt) + 9)
         lengths = [len(text) for text in self.texts]
         network.prefill(np.concatenate(self.texts).astype(np.int32), *[np.array(lengths, np.int32)] * 2,
-                        table_array(self.tables, lengths, 4), np.concatenate([t.slots(0, n) for t, n in zip(self.tables, lengths)]))
+                        table_array(self.tables, lengths, 4),
+                        np.concatenate([t.slots(0, n) for t, n in zip(self.tables, lengths)]))
 
     def decode(self, token):
         """Logits after one more token."""
@@ -240,61 +247,40 @@ def whole_calls(operators, monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_decoding_without_passing_the_parameters_gives_the_same_logits(whole_calls, count, dtype, tmp_path, monkeypatch):
+def test_decoding_without_passing_the_parameters_gives_the_same_logits(
+        whole_calls, count, dtype, tmp_path, monkeypatch):
     random_model(tmp_path / "hf")
     _, network = open_network(tmp_path / "hf", tmp_path, dtype)
     prompts = random_prompts(199, count)
     short = Conversations(network, prompts)
     got = [short.decode(token) for token in (3, 50, 7, 90, 12)]
     assert len(whole_calls) == 1
-    monkeypatch.setattr(network._short, "is_current", lambda: False)
+    monkeypatch.setattr(network, "short", None)
     whole = Conversations(network, prompts)
     np.testing.assert_array_equal(got, [whole.decode(token) for token in (3, 50, 7, 90, 12)])
     assert len(whole_calls) == 7
 
 
-@pytest.mark.parametrize("name", ["layers.1.feed_forward.w2.weight", "layers.0.attention.wq.bias", "tok_embeddings.embedding_weight",
-                                  "lm_head.weight", "rope.cos", "layers.1.attention.value_cache"])
-def test_a_parameter_that_gets_other_values_while_decoding_is_used_at_once(whole_calls, name, tmp_path):
+def parameter_of(network, name):
+    return next(p for p in network._cell.get_parameters() if p.name.endswith(name))
+
+
+def test_a_weight_changed_in_place_is_used_at_once_and_one_given_other_memory_from_the_next_prompt_on(
+        whole_calls, tmp_path):
     import mindspore as ms
 
+    name = "layers.1.feed_forward.w2.weight"
     random_model(tmp_path / "hf")
-    _, network = open_network(tmp_path / "hf", tmp_path)
-    _, other = open_network(tmp_path / "hf", tmp_path)
-    one, twin = (Conversations(n, [[5, 6, 7]]) for n in (network, other))
-    np.testing.assert_array_equal(one.decode(8), twin.decode(8))
-    parameter, same = ([p for p in n._cell.get_parameters() if p.name.endswith(name)][0] for n in (network, other))
-    values = parameter.asnumpy() * np.float32(1.5)
-    parameter.set_data(ms.Tensor(values))  # other memory
-    del whole_calls[:]
-    changed = one.decode(9)
-    assert whole_calls == [network]
-    same.asnumpy()[...] = values  # the same memory
-    np.testing.assert_array_equal(changed, twin.decode(9))
-    assert whole_calls == [network]
-    np.testing.assert_array_equal(one.decode(10), twin.decode(10))
-    assert whole_calls == [network]
-    fresh = Conversations(open_network(tmp_path / "hf", tmp_path)[1], [[5, 6, 7]])
-    fresh.decode(8)
-    assert np.abs(fresh.decode(9) - changed).max() > 1e-4
-
-
-def test_a_parameter_that_moves_unnoticed_is_seen_within_eight_tokens(whole_calls, tmp_path):
-    import mindspore as ms
-
-    random_model(tmp_path / "hf")
-    networks = [open_network(tmp_path / "hf", tmp_path)[1] for _ in range(2)]
-    moved, old = (Conversations(network, [[5, 6, 7]]) for network in networks)
-    np.testing.assert_array_equal(moved.decode(8), old.decode(8))
-    parameter = [p for p in networks[0]._cell.get_parameters() if p.name.endswith("layers.1.feed_forward.w2.weight")][0]
-    type(parameter).assign_value(parameter, ms.Tensor(parameter.asnumpy() * np.float32(1.5)))
-    del whole_calls[:]
-    for token in range(9, 17):
-        got = moved.decode(token)
-        if whole_calls:
-            break
-        np.testing.assert_array_equal(got, old.decode(token))  # memory that is still there
-    assert whole_calls == [networks[0]]
+    moved, changed, old = (open_network(tmp_path / "hf", tmp_path)[1] for _ in range(3))
+    one, two, three = (Conversations(network, [[5, 6, 7]]) for network in (moved, changed, old))
+    values = parameter_of(moved, name).asnumpy() * np.float32(1.5)
+    parameter_of(moved, name).set_data(ms.Tensor(values))
+    parameter_of(changed, name).asnumpy()[...] = values
+    before = three.decode(8)
+    np.testing.assert_array_equal(one.decode(8), before)  # the memory that the kernels know is still there
+    assert np.abs(two.decode(8) - before).max() > 1e-4
+    one, two = (Conversations(network, [[5, 6, 7]]) for network in (moved, changed))
+    np.testing.assert_array_equal(one.decode(8), two.decode(8))
 
 
 def test_two_networks_in_turn_keep_to_their_own_parameters(whole_calls, tmp_path):
@@ -322,12 +308,12 @@ def test_a_network_that_goes_is_forgotten_by_the_kernels(whole_calls, tmp_path):
     _, network = open_network(tmp_path / "hf", tmp_path)
     conversation = Conversations(network, [[5, 6, 7]])
     conversation.decode(8)
-    binding, short = network._cell.binding, network._short
+    binding, short = network._cell.binding, network.short
     number = binding.tensor().asnumpy()[0]
     assert len(library.load().bound_addresses(number)) == len(network._cell.held)
     binding.close()
     with pytest.raises(RuntimeError):
-        short.run(np.array([9], np.int32), np.array([5], np.int32), np.array([[0, 1]], np.int32), np.array([4], np.int32))
+        short.run(*(np.array(value, np.int32) for value in ([9], [5], [[0, 1]], [4])))
     assert f"binding {number} is not open" in library.load().last_error
     del whole_calls[:], conversation, network, short
 

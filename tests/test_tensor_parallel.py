@@ -1,5 +1,7 @@
 """Tensor parallelism over real processes and MindSpore's collectives: the same tokens and logits as one process."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -11,7 +13,8 @@ from conftest import ROOT, random_model
 
 pytest.importorskip("torch")
 WORKER = ROOT / "tests" / "tensor_parallel_worker.py"
-SHAPE = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
+SHAPE = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+             num_key_value_heads=4)
 
 
 def write_job(folder, checkpoint, ranks, split_vocab, dtype, whole=True):
@@ -40,7 +43,8 @@ def run(folder, ranks, kernels):
     else:
         import shlex
 
-        command = ["bash", str(ROOT / "scripts" / "msrun_launcher.sh"), shlex.join(["python", str(WORKER), *arguments]), str(ranks)]
+        worker = shlex.join(["python", str(WORKER), *arguments])
+        command = ["bash", str(ROOT / "scripts" / "msrun_launcher.sh"), worker, str(ranks)]
         environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,7 +86,8 @@ def test_every_rank_has_the_same_tokens_in_16_bits(dtype, checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_slices_made_beforehand_give_the_same_as_the_whole_checkpoint(checkpoint, alone, tmp_path, module_dir):
-    subprocess.run([sys.executable, module_dir / "convert_weight.py", "--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path",
-                    tmp_path / "slices", "--model_parallel", "4", "--vocab_emb_dp", "False"], check=True, capture_output=True)
+    subprocess.run([sys.executable, module_dir / "convert_weight.py", "--torch_ckpt_dir", checkpoint,
+                    "--mindspore_ckpt_path", tmp_path / "slices", "--model_parallel", "4", "--vocab_emb_dp", "False"],
+                   check=True, capture_output=True)
     results = run(write_job(tmp_path / "job", tmp_path / "slices", 4, True, "float32", whole=False), 4, "")
     assert all(result["tokens"] == alone["tokens"] for result in results)

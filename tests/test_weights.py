@@ -1,5 +1,7 @@
 """Loading is strict: what is found, what is missing, what does not fit, and what is told."""
 
+from __future__ import annotations
+
 import json
 import os
 
@@ -18,7 +20,8 @@ pytest.importorskip("torch")
 def load(folder, **sizes):
     yaml = folder.parent / "p.yaml"
     lines = "".join(f"    {k}: {v}\n" for k, v in sizes.items())
-    yaml.write_text(f"load_checkpoint: '{folder}'\nmodel:\n  model_config:\n    seq_length: 64\n{lines}context:\n  device_target: CPU\n")
+    yaml.write_text(f"load_checkpoint: '{folder}'\nmodel:\n  model_config:\n    seq_length: 64\n{lines}"
+                    "context:\n  device_target: CPU\n")
     return load_config(str(yaml), environ={}).model
 
 
@@ -42,7 +45,7 @@ def folder(tmp_path):
 
 def test_every_weight_arrives_bit_for_bit(folder):
     model = load(folder)
-    source = weights.Source(str(folder), model, "float32")
+    source = weights.Loader(str(folder), model, "float32")
     stored = safetensors_of(folder)
     for weight in naming.weights(model.dims):
         assert source(weight.ms).asnumpy().tobytes() == stored[weight.hf].tobytes()
@@ -54,7 +57,7 @@ def test_ranks_read_slices_that_join_to_the_whole(tmp_path, split_vocab):
     folder = tmp_path / "hf"
     random_model(folder, vocab_size=200)
     model = load(folder)
-    sources = [weights.Source(str(folder), model, "float32", rank, 2, vocab_emb_dp=not split_vocab) for rank in range(2)]
+    sources = [weights.Loader(str(folder), model, "float32", rank, 2, not split_vocab) for rank in range(2)]
     stored = safetensors_of(folder)
     for weight in naming.weights(model.dims):
         axis = weight.axis(2, not split_vocab)
@@ -68,7 +71,7 @@ def test_missing_weight_stops_and_is_named(folder):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save(folder, tensors)
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight is missing \(38 of 39 weights found\)"):
-        weights.Source(str(folder), load(folder), "float32")
+        weights.Loader(str(folder), load(folder), "float32")
 
 
 def test_missing_head_suggests_tying(folder):
@@ -76,20 +79,20 @@ def test_missing_head_suggests_tying(folder):
     del tensors["lm_head.weight"]
     save(folder, tensors)
     with pytest.raises(UserError, match="lm_head.weight is missing.*the YAML must say tie_word_embeddings true"):
-        weights.Source(str(folder), load(folder), "float32")
+        weights.Loader(str(folder), load(folder), "float32")
 
 
 def test_unexpected_tensor_stops_and_is_named(folder):
     save(folder, {**safetensors_of(folder), "model.layers.0.self_attn.q_proj.lora_a": np.ones(3, np.float32)})
     with pytest.raises(UserError, match="q_proj.lora_a is no weight of this model.*Merge adapters"):
-        weights.Source(str(folder), load(folder), "float32")
+        weights.Loader(str(folder), load(folder), "float32")
 
 
 def test_caches_optimizer_states_and_counters_are_skipped_and_counted(folder):
     extra = {"model.layers.0.attention.infer_attention.paged_attention_mgr.key_cache": np.zeros((2, 2), np.float32),
              "adam_m.model.norm_out.weight": np.zeros(48, np.float32), "global_step": np.zeros((), np.float32)}
     save(folder, {**safetensors_of(folder), **extra})
-    source = weights.Source(str(folder), load(folder), "float32")
+    source = weights.Loader(str(folder), load(folder), "float32")
     assert source.account().endswith(
         "skipped 3: 1 KV cache (model.layers.0.attention.infer_attention.paged_attention_mgr.key_cache), "
         "1 optimizer state (adam_m.model.norm_out.weight), 1 training counter (global_step)")
@@ -99,8 +102,8 @@ def test_wrong_shape_names_both_shapes(folder):
     tensors = safetensors_of(folder)
     tensors["model.layers.2.self_attn.k_proj.weight"] = np.zeros((48, 48), np.float32)
     save(folder, tensors)
-    with pytest.raises(UserError, match=r"layers.2.self_attn.k_proj.weight has shape \[48, 48\], the YAML makes it \[16, 48\]"):
-        weights.Source(str(folder), load(folder), "float32")
+    with pytest.raises(UserError, match=r"k_proj.weight has shape \[48, 48\], the YAML makes it \[16, 48\]"):
+        weights.Loader(str(folder), load(folder), "float32")
 
 
 def test_checkpoint_of_another_size_is_recognised(tmp_path):
@@ -118,8 +121,9 @@ def test_checkpoint_of_another_size_is_recognised(tmp_path):
         file.truncate(8 + len(text) + offset)
     yaml = os.path.join(os.path.dirname(weights.__file__), "..", "..", "predict_qwen1_5_14b.yaml")
     model = load_config(yaml, environ={}).model
-    with pytest.raises(UserError, match=r"has shape \[151936, 2560\], the YAML makes it \[152064, 5120\].*looks like Qwen1.5-4B, not 14B"):
-        weights.Source(str(path), model, "float32")
+    line = r"has shape \[151936, 2560\], the YAML makes it \[152064, 5120\].*looks like Qwen1.5-4B, not 14B"
+    with pytest.raises(UserError, match=line):
+        weights.Loader(str(path), model, "float32")
 
 
 def test_tied_model_accepts_its_own_head_and_no_other(tmp_path):
@@ -127,17 +131,18 @@ def test_tied_model_accepts_its_own_head_and_no_other(tmp_path):
     random_model(folder, tie_word_embeddings=True)
     tensors = safetensors_of(folder)
     save(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()})
-    assert ", tied 1" in weights.Source(str(folder), load(folder), "float32").account()
+    assert ", tied 1" in weights.Loader(str(folder), load(folder), "float32").account()
     save(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
-    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight.*Set tie_word_embeddings false in the YAML"):
-        weights.Source(str(folder), load(folder), "float32")
+    line = "lm_head.weight differs from model.embed_tokens.weight.*Set tie_word_embeddings false in the YAML"
+    with pytest.raises(UserError, match=line):
+        weights.Loader(str(folder), load(folder), "float32")
 
 
 def test_casts_are_counted_and_told(folder):
     tensors = safetensors_of(folder)
     tensors["model.layers.0.mlp.down_proj.weight"][0, :3] = [1e-30, 1e30, 0]
     save(folder, tensors)
-    source = weights.Source(str(folder), load(folder, param_init_type="float16"), "float16")
+    source = weights.Loader(str(folder), load(folder, param_init_type="float16"), "float16")
     for weight in naming.weights(load(folder).dims):
         source(weight.ms)
     assert source.account().endswith("; float32 -> float16: 23 tensors, 1 values became 0, 1 overflowed")
@@ -145,11 +150,11 @@ def test_casts_are_counted_and_told(folder):
 
 def test_weight_that_is_not_finite_is_found(folder):
     tensors = safetensors_of(folder)
-    source = weights.Source(str(folder), load(folder), "float32")
+    source = weights.Loader(str(folder), load(folder), "float32")
     assert source.find_non_finite() is None
     tensors["model.layers.1.self_attn.v_proj.bias"][3] = np.nan
     save(folder, tensors)
-    source = weights.Source(str(folder), load(folder), "float32")
+    source = weights.Loader(str(folder), load(folder), "float32")
     assert source.find_non_finite() == "model.layers.1.attention.wv.bias"
 
 
@@ -183,7 +188,8 @@ class TestResolve:
         for call, message in (
                 (dict(), "sliced for 2 ranks and the run has one"),
                 (dict(ranks=4, whole=False), "sliced for 2 ranks, model_parallel is 4"),
-                (dict(ranks=2, whole=True), "auto_trans_ckpt True wants a whole checkpoint.*Pass --auto_trans_ckpt False"),
+                (dict(ranks=2, whole=True),
+                 "auto_trans_ckpt True wants a whole checkpoint.*Pass --auto_trans_ckpt False"),
         ):
             with pytest.raises(UserError, match=message):
                 weights.resolve(folder, **call)
@@ -214,7 +220,7 @@ def test_slices_of_another_split_are_named(tmp_path):
             axis = w.axis(cut_for, cut_with)
             first[w.ms] = tensors[w.hf] if axis is None else np.split(tensors[w.hf], cut_for, axis)[0].copy()
         save_file(first, str(rank / "model.safetensors"))
-        return weights.Source(str(rank), model, "float32", 0, run_for, vocab_emb_dp=run_with, whole=False)
+        return weights.Loader(str(rank), model, "float32", 0, run_for, vocab_emb_dp=run_with, whole=False)
 
     assert source(2, True, 2, True).read("model.layers.0.attention.wo.weight")[0].shape == (48, 24)
     with pytest.raises(UserError, match="sliced with vocab_emb_dp False, not True"):

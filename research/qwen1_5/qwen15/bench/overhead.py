@@ -1,4 +1,6 @@
-"""What a token costs beside the kernels: Python, MindSpore's call of the graph, choosing the token, streaming its text."""
+"""What a token costs beside the kernels: Python, MindSpore's call of the graph, choosing the token, streaming it."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -13,14 +15,18 @@ from .probes import Machine
 from .report import Column, number, text
 
 WHAT = "overhead"
+WHOLE_CALLS = "greedy, all parameters passed at each step"
+"""The step as MindSpore would call it: `network/short_decode.py` is worth its difference from plain greedy."""
 WAYS: Dict[str, SamplingParams] = {
     "greedy": SamplingParams(),
+    WHOLE_CALLS: SamplingParams(),
     "top_k 50": SamplingParams(do_sample=True, top_k=50),
     "top_k 20, top_p 0.8": SamplingParams(do_sample=True, temperature=0.7, top_k=20, top_p=0.8),
-    "the same, repetition_penalty 1.1": SamplingParams(do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1),
+    "the same, repetition_penalty 1.1": SamplingParams(do_sample=True, temperature=0.7, top_k=20, top_p=0.8,
+                                                       repetition_penalty=1.1),
     "top_p 0.8": SamplingParams(do_sample=True, temperature=0.7, top_p=0.8),
 }
-"""How tokens are chosen. With random weights no token is likely, and top_p alone keeps most of the vocabulary: its worst case."""
+"""How tokens are chosen. With random weights no token is likely, and top_p alone keeps most of the vocabulary."""
 
 
 class MadeUpTokens:
@@ -59,8 +65,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: arguments that cannot be.
     """
     parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--context", type=options.positive, default=32, metavar="N", help="tokens of the prompt (default 32)")
-    parser.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N", help="tokens in a run (default 128)")
+    parser.add_argument("--context", type=options.positive, default=32, metavar="N",
+                        help="tokens of the prompt (default 32)")
+    parser.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
+                        help="tokens in a run (default 128)")
     options.add_checkpoint(parser)
     options.add_run(parser, WHAT, against=False)
     argv = list(argv or ())
@@ -71,16 +79,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     ours = Ours(checkpoint, machine.threads, args.context + args.new_tokens, 1)
     prompts = random_prompts(1, args.context, ours.dims.vocab_size)
     rows: List[Dict[str, Any]] = []
+    network = ours.engine.network
+    short = network.short
     for way, params in WAYS.items():
+        network.short = None if way == WHOLE_CALLS else short
         stream = Stream(prompts[0].tolist(), args.context + args.new_tokens)
         decode = Decode(ours, prompts, args.new_tokens, params, stream.take)
         mine = rounds.interleave({"qwen15": decode.run}, args.rounds, lambda: {})["qwen15"]
         stream.close()
         own_s = [sample.own_seconds for sample in mine]
-        rows.append({"way": way, "token_ms": rounds.median_seconds(mine) * 1e3, "own_ms": rounds.median_own_seconds(mine) * 1e3,
+        rows.append({"way": way, "token_ms": rounds.median_seconds(mine) * 1e3,
+                     "own_ms": rounds.median_own_seconds(mine) * 1e3,
                      "samples": {"seconds": [sample.seconds for sample in mine], "own_seconds": own_s}})
-    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "vocabulary": ours.dims.vocab_size, "threads": machine.threads,
-             "rounds": args.rounds, "kernels": machine.kernels}
+    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "vocabulary": ours.dims.vocab_size,
+             "threads": machine.threads, "rounds": args.rounds, "kernels": machine.kernels}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
     return 0
 
@@ -90,5 +102,6 @@ COLUMNS = (Column("tokens are chosen by", text("way")), Column("a token, ms", nu
 
 
 def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
-    return report.Bars(f"A token beside the kernels, {checkpoint.label}", "milliseconds", [row["way"].replace(", ", ",\n") for row in rows],
+    labels = [row["way"].replace(", ", ",\n") for row in rows]
+    return report.Bars(f"A token beside the kernels, {checkpoint.label}", "milliseconds", labels,
                        {"Python, MindSpore, sampling, streaming": [row["own_ms"] for row in rows]})

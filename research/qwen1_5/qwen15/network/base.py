@@ -1,5 +1,7 @@
 """The seam between machines: one interface, our network on a CPU and MindFormers' LlamaForCausalLM on Ascend."""
 
+from __future__ import annotations
+
 from typing import Optional, Tuple
 
 import numpy as np
@@ -11,7 +13,8 @@ class Network:
     Attributes:
         vocab_size: V, columns of the logits.
         rank, ranks: this process among the tensor-parallel ones.
-        supports_cached_prefill: `prefill` may continue sequences that are partly in the KV cache (context_lens > query_lens).
+        supports_cached_prefill: `prefill` may continue sequences that are partly in the KV cache (context_lens >
+            query_lens).
         note: one line on what runs where.
     """
 
@@ -49,10 +52,11 @@ class Network:
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> Tuple[np.ndarray, np.ndarray]:
-    """cos and sin (length, head_dim) float32 of the angles position * theta^(-2i/head_dim), i repeated over both halves.
+    """cos and sin (length, head_dim) float32 of the angles position * theta^(-2i/head_dim), i repeated over both
+    halves.
 
-    Rounded to float32 where Hugging Face's Qwen2 rounds (exponent, power, reciprocal, angle): at position 30 000 one unit in the
-    last place of a frequency is 2e-3 of a turn's radian.
+    Rounded to float32 where Hugging Face's Qwen2 rounds (exponent, power, reciprocal, angle): at position 30 000 one
+    unit in the last place of a frequency is 2e-3 of a turn's radian.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     power = np.power(theta, exponent.astype(np.float64)).astype(np.float32)

@@ -1,5 +1,7 @@
 """Which network a configuration asks for."""
 
+from __future__ import annotations
+
 from typing import Callable
 
 from ..config.schema import Config

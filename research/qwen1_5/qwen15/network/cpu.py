@@ -1,5 +1,7 @@
 """Our network in MindSpore's graph mode on the CPU, behind the seam."""
 
+from __future__ import annotations
+
 from typing import Callable
 
 import numpy as np
@@ -17,7 +19,7 @@ class CpuNetwork(Network):
 
         from .. import cluster, ops
         from . import weights
-        from .model import LlamaForCausalLM
+        from .model import Args, LlamaForCausalLM
 
         self._ms = ms
         ms.set_device("CPU")
@@ -30,23 +32,24 @@ class CpuNetwork(Network):
         self.vocab_size = model.dims.vocab_size
         split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
         held_dtype = operators.weight_dtype(model.param_init_type)
-        self._source = weights.Source(checkpoint, model, held_dtype, self.rank, self.ranks, config.parallel.vocab_emb_dp,
-                                      whole=config.auto_trans_ckpt or self.ranks == 1)
+        self._weights = weights.Loader(checkpoint, model, held_dtype, self.rank, self.ranks,
+                                       config.parallel.vocab_emb_dp, whole=config.auto_trans_ckpt or self.ranks == 1)
         cos, sin = rope_tables(model.seq_length, model.dims.head_dim, model.theta)
-        self._cell = LlamaForCausalLM(
-            self._source, operators, model.dims, model.rms_norm_eps, (ms.Tensor(cos), ms.Tensor(sin)),
-            (model.num_blocks, model.block_size), model.compute_dtype, self.ranks, self.rank, split_vocab)
-        tell(self._source.account())
+        args = Args(self._weights, operators, model.dims, model.rms_norm_eps, model.num_blocks, model.block_size,
+                    model.compute_dtype, self.ranks, self.rank, split_vocab)
+        self._cell = LlamaForCausalLM(args, (ms.Tensor(cos), ms.Tensor(sin)))
+        tell(self._weights.account())
         dynamic = {1: ms.Tensor(shape=[None], dtype=ms.int32), 2: ms.Tensor(shape=[None, None], dtype=ms.int32)}
         self._cell.set_inputs(*(dynamic[rank] for rank in (1, 1, 1, 1, 1, 2)))
         self._cell.set_train(False)
-        # The name under which MindSpore runs a compiled graph at once: under any other, every call first looks through all cells
-        # for changes, which took longer than everything else around the kernels.
+        # The name under which MindSpore runs a compiled graph at once: under any other, every call first looks
+        # through all cells for changes, which took longer than everything else around the kernels.
         self._cell.phase = "prefill"
         # Compile now, so that the first prompt's time is its own.
         self._cell.compile(*(ms.Tensor(np.zeros((1,) * rank, np.int32)) for rank in (1, 1, 1, 1, 1, 2)))
         blocks = -(-model.seq_length // model.block_size)
-        self._short = ShortDecode(operators, self._cell, blocks) if self._cell.fused and ShortDecode.is_possible() else None
+        short = self._cell.fused and ShortDecode.is_possible()
+        self.short = ShortDecode(operators, self._cell, blocks) if short else None
         self.note = f"CPU, {note}, weights {held_dtype}, KV cache {model.compute_dtype}"
         if self.ranks > 1:
             self._broadcast = ms.ops.Broadcast(0)
@@ -57,16 +60,16 @@ class CpuNetwork(Network):
         return self._run(input_ids, positions, slot_mapping, query_lens, context_lens, block_tables)
 
     def decode(self, input_ids, context_lens, block_tables, slot_mapping):
-        if self._short is not None and self._short.is_current():
-            return self._short.run(input_ids, context_lens, block_tables, slot_mapping)
+        if self.short is not None and self.short.ready:
+            return self.short.run(input_ids, context_lens, block_tables, slot_mapping)
         ones = np.ones_like(context_lens)
         return self._run(input_ids, context_lens - 1, slot_mapping, ones, context_lens, block_tables)
 
     def _run(self, *arrays: np.ndarray) -> np.ndarray:
         tensors = [self._ms.Tensor.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for array in arrays]
         logits = self._cell(*tensors).asnumpy()
-        if self._short is not None:
-            self._short.note_whole_call()
+        if self.short is not None:
+            self.short.note_whole_call()
         return logits
 
     def agree(self, ids):
@@ -75,4 +78,4 @@ class CpuNetwork(Network):
         return self._broadcast((self._ms.Tensor(ids),))[0].asnumpy()
 
     def find_non_finite(self):
-        return self._source.find_non_finite()
+        return self._weights.find_non_finite()

@@ -56,7 +56,7 @@ class MindFormersNetwork(Network):
             self.cell = build(settings)
             if self.ranks > 1:
                 cut(self.cell, config.model)
-            self._source = weights.Source(checkpoint, config.model, config.model.param_init_type, self.rank, self.ranks,
+            self._source = weights.Loader(checkpoint, config.model, config.model.param_init_type, self.rank, self.ranks,
                                           config.parallel.vocab_emb_dp, whole=config.auto_trans_ckpt or self.ranks == 1)
             fill(self.cell, self._source, config, self.ranks, tell)
             self.cell.set_dynamic_inputs()
@@ -207,7 +207,7 @@ def cut(cell, model: ModelConfig) -> None:
     Model(cell).infer_predict_layout(*cell.prepare_inputs_for_predict_layout(ids), skip_backend_compile=True)
 
 
-def fill(cell, source: weights.Source, config: Config, ranks: int, tell: Callable[[str], None]) -> None:
+def fill(cell, source: weights.Loader, config: Config, ranks: int, tell: Callable[[str], None]) -> None:
     """Put this rank's slice of every weight into its Parameter, and zeros into the KV caches; strictly.
 
     Raises:

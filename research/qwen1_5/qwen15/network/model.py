@@ -1,7 +1,16 @@
-"""Our Qwen2 network for the CPU, on one page; parameters bear MindFormers' names, arithmetic belongs to the operators."""
+"""Our Qwen2 network for the CPU, on one page; parameters bear MindFormers' names, arithmetic belongs to the operators.
 
+Shapes: B sequences, T tokens, H query heads, K key/value heads, D head size, E hidden size, F MLP columns, V
+vocabulary; with several ranks H, K, F (and V where the vocabulary is split) are one rank's. Activations are float32.
+A matrix goes to
+its operator as a tuple: the weight alone, or a quantised weight with its scales, zero points and order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Callable, Tuple
+from typing import Protocol, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -10,212 +19,195 @@ from mindspore.common import np_dtype
 
 from ..naming import Dims
 
-Source = Callable[[str], Tensor]
-"""Gives the value of a parameter by its MindSpore name (this rank's slice). A network can only be built from one, so no
-parameter ever has a value that did not come from the checkpoint."""
+
+class Values(Protocol):
+    """Gives parameters their values. A network can only be built from one, so no parameter ever has a value that did
+    not come from the checkpoint."""
+
+    def parts(self, name: str) -> Tuple[str, ...]:
+        """The parameters that weight `name` consists of: itself, and what belongs to it when it is quantised."""
+
+    def __call__(self, name: str) -> Tensor:
+        """The value of parameter `name`, this rank's slice."""
 
 
-def zeros(shape: Tuple[int, ...], dtype: str) -> Tensor:
-    """Zeros whose memory the operating system hands out page by page as it is first written: a cache costs what is used."""
-    if dtype == "bfloat16":
-        return Tensor.from_numpy(np.zeros(shape, np.uint16).view(np_dtype.bfloat16))
-    return Tensor.from_numpy(np.zeros(shape, dtype))
+@dataclass(frozen=True)
+class Args:
+    """What the network's parts are built from.
+
+    Attributes:
+        values: gives each parameter's value by name.
+        operators: the operator set (see `qwen15.ops`).
+        dims: the whole model's sizes.
+        eps: RMSNorm's epsilon.
+        num_blocks, block_size: the paged KV cache's.
+        compute_dtype: dtype of the KV cache's values.
+        ranks, rank: tensor parallelism; every rank holds 1/ranks of the heads, KV heads and MLP columns.
+        split_vocab: embedding and head are split along the vocabulary (`vocab_emb_dp: False`).
+    """
+
+    values: Values
+    operators: ModuleType
+    dims: Dims
+    eps: float
+    num_blocks: int
+    block_size: int
+    compute_dtype: str
+    ranks: int = 1
+    rank: int = 0
+    split_vocab: bool = False
 
 
 class Weight(nn.Cell):
-    """A named place for parameters: `<path>.<name>` for each of `names`."""
+    """A named weight: `parts` is what its operator takes."""
 
-    def __init__(self, source: Source, path: str, names: Tuple[str, ...] = ("weight",)):
+    def __init__(self, args: Args, name: str):
         super().__init__(auto_prefix=False)
-        for name in names:
-            # By position, and straight from the call: Parameter takes over the Tensor's memory only when nothing else
-            # refers to it, and a keyword argument (or a variable) makes it copy.
-            setattr(self, name, Parameter(source(f"{path}.{name}"), f"{path}.{name}", False))
+        # By position, and straight from the call: Parameter takes over the Tensor's memory only when nothing else
+        # refers to it, and a keyword argument (or a variable) makes it copy.
+        self.parts = ParameterTuple([Parameter(args.values(part), part, False) for part in args.values.parts(name)])
 
 
-class Attention(nn.Cell):
-    """Self-attention with grouped queries over a paged KV cache."""
+class RowParallel(nn.Cell):
+    """x + y w^T; the products of the ranks' slices are summed in float32."""
 
-    def __init__(self, source: Source, path: str, operators: ModuleType, dims: Dims, ranks: int, eps: float,
-                 cache_shape: Tuple[int, int], compute_dtype: str):
+    def __init__(self, args: Args):
         super().__init__(auto_prefix=False)
-        heads, kv_heads = dims.num_heads // ranks, dims.num_kv_heads // ranks
-        self.wq = Weight(source, f"{path}.wq", ("weight", "bias"))
-        self.wk = Weight(source, f"{path}.wk", ("weight", "bias"))
-        self.wv = Weight(source, f"{path}.wv", ("weight", "bias"))
-        self.wo = Weight(source, f"{path}.wo")
-        cache = (*cache_shape, kv_heads, dims.head_dim)  # (num_blocks, block_size, K, D)
-        dtype = operators.cache_dtype(compute_dtype)
-        self.key_cache = Parameter(zeros(cache, dtype), f"{path}.key_cache", False)
-        self.value_cache = Parameter(zeros(cache, dtype), f"{path}.value_cache", False)
-        self.qkv = operators.Qkv(eps, heads, kv_heads, dims.head_dim, compute_dtype)
-        self.attend = operators.Attention(heads, kv_heads, dims.head_dim)
-        self.project = _Residual(operators, ranks)
-
-    def construct(self, x, norm, cos, sin, positions, slots, query_lens, context_lens, block_tables):
-        q = self.qkv(x, norm, self.wq.weight, self.wq.bias, self.wk.weight, self.wk.bias, self.wv.weight, self.wv.bias,
-                     cos, sin, positions, slots, self.key_cache, self.value_cache)  # (T, H*D)
-        attended = self.attend(q, self.key_cache, self.value_cache, query_lens, context_lens, block_tables)
-        return self.project(attended, self.wo.weight, x)
-
-
-class FeedForward(nn.Cell):
-    """Gated MLP: w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, source: Source, path: str, operators: ModuleType, ranks: int, eps: float):
-        super().__init__(auto_prefix=False)
-        self.w1 = Weight(source, f"{path}.w1")
-        self.w3 = Weight(source, f"{path}.w3")
-        self.w2 = Weight(source, f"{path}.w2")
-        self.gate_up = operators.GateUp(eps)
-        self.project = _Residual(operators, ranks)
-
-    def construct(self, x, norm):
-        return self.project(self.gate_up(x, norm, self.w1.weight, self.w3.weight), self.w2.weight, x)
-
-
-class _Residual(nn.Cell):
-    """x + y w^T; under tensor parallelism the product of the row-parallel slices is summed over the ranks in float32."""
-
-    def __init__(self, operators: ModuleType, ranks: int):
-        super().__init__(auto_prefix=False)
-        self.ranks = ranks
-        if ranks == 1:
-            self.project_add = operators.ProjectAdd()
+        self.alone = args.ranks == 1
+        if self.alone:
+            self.project_add = args.operators.ProjectAdd()
         else:
-            self.project = operators.Project()
+            self.project = args.operators.Project()
             self.sum_over_ranks = ops.AllReduce()
 
     def construct(self, y, w, x):
-        if self.ranks == 1:
+        if self.alone:
             return self.project_add(y, w, x)
         return x + self.sum_over_ranks(self.project(y, w))
 
 
 class DecoderLayer(nn.Cell):
-    """Attention and MLP, each behind its RMSNorm and added to the residual stream."""
+    """Attention over the paged KV cache and the gated MLP, each behind its RMSNorm and added to the residual stream."""
 
-    def __init__(self, source: Source, path: str, operators: ModuleType, dims: Dims, ranks: int, eps: float,
-                 cache_shape: Tuple[int, int], compute_dtype: str):
+    def __init__(self, args: Args, path: str):
         super().__init__(auto_prefix=False)
-        self.attention_norm = Weight(source, f"{path}.attention_norm")
-        self.attention = Attention(source, f"{path}.attention", operators, dims, ranks, eps, cache_shape, compute_dtype)
-        self.ffn_norm = Weight(source, f"{path}.ffn_norm")
-        self.feed_forward = FeedForward(source, f"{path}.feed_forward", operators, ranks, eps)
+        heads, kv_heads = args.dims.num_heads // args.ranks, args.dims.num_kv_heads // args.ranks
+        head_dim = args.dims.head_dim
+        self.attention_norm = Weight(args, f"{path}.attention_norm.weight")
+        self.wq, self.bq = (Weight(args, f"{path}.attention.wq.{name}") for name in ("weight", "bias"))
+        self.wk, self.bk = (Weight(args, f"{path}.attention.wk.{name}") for name in ("weight", "bias"))
+        self.wv, self.bv = (Weight(args, f"{path}.attention.wv.{name}") for name in ("weight", "bias"))
+        self.wo = Weight(args, f"{path}.attention.wo.weight")
+        self.ffn_norm = Weight(args, f"{path}.ffn_norm.weight")
+        self.w1 = Weight(args, f"{path}.feed_forward.w1.weight")
+        self.w3 = Weight(args, f"{path}.feed_forward.w3.weight")
+        self.w2 = Weight(args, f"{path}.feed_forward.w2.weight")
+        cache = (args.num_blocks, args.block_size, kv_heads, head_dim)
+        dtype = args.operators.cache_dtype(args.compute_dtype)
+        self.key_cache = Parameter(zeros(cache, dtype), f"{path}.attention.key_cache", False)
+        self.value_cache = Parameter(zeros(cache, dtype), f"{path}.attention.value_cache", False)
+        self.qkv = args.operators.Qkv(args.eps, heads, kv_heads, head_dim, args.compute_dtype)
+        self.attend = args.operators.Attention(heads, kv_heads, head_dim)
+        self.gate_up = args.operators.GateUp(args.eps)
+        self.add = RowParallel(args)
 
     def construct(self, x, cos, sin, positions, slots, query_lens, context_lens, block_tables):
-        x = self.attention(x, self.attention_norm.weight, cos, sin, positions, slots, query_lens, context_lens, block_tables)
-        return self.feed_forward(x, self.ffn_norm.weight)
+        q = self.qkv(x, self.attention_norm.parts[0], self.wq.parts, self.bq.parts[0], self.wk.parts, self.bk.parts[0],
+                     self.wv.parts, self.bv.parts[0], cos, sin, positions, slots,
+                     self.key_cache, self.value_cache)  # (T, H*D); keys and values go to the caches
+        y = self.attend(q, self.key_cache, self.value_cache, query_lens, context_lens, block_tables)  # (T, H*D)
+        x = self.add(y, self.wo.parts, x)  # (T, E)
+        y = self.gate_up(x, self.ffn_norm.parts[0], self.w1.parts, self.w3.parts)  # (T, F)
+        return self.add(y, self.w2.parts, x)  # (T, E)
 
     def in_order(self) -> Tuple[Parameter, ...]:
         """The layer's parameters and caches as an operator for the whole stack takes them."""
-        a, f = self.attention, self.feed_forward
-        return (self.attention_norm.weight, a.wq.weight, a.wq.bias, a.wk.weight, a.wk.bias, a.wv.weight, a.wv.bias, a.wo.weight,
-                self.ffn_norm.weight, f.w1.weight, f.w3.weight, f.w2.weight, a.key_cache, a.value_cache)
+        weights = (self.attention_norm, self.wq, self.bq, self.wk, self.bk, self.wv, self.bv, self.wo,
+                   self.ffn_norm, self.w1, self.w3, self.w2)
+        return (*(part for weight in weights for part in weight.parts), self.key_cache, self.value_cache)
 
 
 class Embedding(nn.Cell):
-    """ids -> rows; with the vocabulary split over ranks each rank gives its own rows, zeros for the others, and they are summed."""
+    """ids -> rows; where the vocabulary is split each rank gives its own rows, zeros for others, and they are summed."""
 
-    def __init__(self, source: Source, path: str, operators: ModuleType, split: bool, rank: int, rows: int):
+    def __init__(self, args: Args):
         super().__init__(auto_prefix=False)
-        self.embedding_weight = Parameter(source(f"{path}.embedding_weight"), f"{path}.embedding_weight", False)
-        self.look_up = operators.Embed()
-        self.split = split
-        if split:
-            self.first, self.rows = rank * rows, rows
+        self.look_up = args.operators.Embed()
+        self.split = args.split_vocab
+        if self.split:
+            self.rows = args.dims.vocab_size // args.ranks
+            self.first = args.rank * self.rows
             self.sum_over_ranks = ops.AllReduce()
 
-    def construct(self, ids):
+    def construct(self, ids, table):
         if not self.split:
-            return self.look_up(ids, self.embedding_weight)
+            return self.look_up(ids, table)  # (T, E)
         local = ids - self.first
         mine = ops.logical_and(local >= 0, local < self.rows)
-        x = self.look_up(ops.clamp(local, 0, self.rows - 1), self.embedding_weight)
+        x = self.look_up(ops.clamp(local, 0, self.rows - 1), table)
         return self.sum_over_ranks(x * mine.astype(ms.float32).expand_dims(1))
-
-
-class LlamaModel(nn.Cell):
-    """Embedding and decoder layers."""
-
-    def __init__(self, source: Source, operators: ModuleType, dims: Dims, ranks: int, rank: int, split_vocab: bool, eps: float,
-                 cache_shape: Tuple[int, int], compute_dtype: str):
-        super().__init__(auto_prefix=False)
-        self.tok_embeddings = Embedding(source, "model.tok_embeddings", operators, split_vocab, rank,
-                                        dims.vocab_size // ranks)
-        self.layers = nn.CellList([
-            DecoderLayer(source, f"model.layers.{i}", operators, dims, ranks, eps, cache_shape, compute_dtype)
-            for i in range(dims.num_layers)], auto_prefix=False)
-        self.norm_out = Weight(source, "model.norm_out")
-
-    def construct(self, ids, cos, sin, positions, slots, query_lens, context_lens, block_tables):
-        x = self.tok_embeddings(ids)  # (T, E) float32
-        for layer in self.layers:
-            x = layer(x, cos, sin, positions, slots, query_lens, context_lens, block_tables)
-        return x
 
 
 class LlamaForCausalLM(nn.Cell):
     """ids of a flat batch (T,) -> logits (B, V) float32 of each sequence's last token.
 
     Args:
-        source: gives each parameter's value by name; see `Source`.
-        operators: the operator set (see `qwen15.ops`).
-        dims: the whole model's sizes.
-        ranks, rank: tensor parallelism; every rank holds H/ranks heads, K/ranks KV heads and F/ranks MLP columns.
-        split_vocab: embedding and head are split along the vocabulary (`vocab_emb_dp: False`).
-        eps: RMSNorm's epsilon.
+        args: see `Args`.
         rope: cos and sin tables (P, D) float32, P the longest sequence.
-        cache_shape: (num_blocks, block_size) of the paged KV cache.
-        compute_dtype: dtype of the KV cache's values.
     """
 
-    def __init__(self, source: Source, operators: ModuleType, dims: Dims, eps: float, rope: Tuple[Tensor, Tensor],
-                 cache_shape: Tuple[int, int], compute_dtype: str, ranks: int = 1, rank: int = 0, split_vocab: bool = False):
+    def __init__(self, args: Args, rope: Tuple[Tensor, Tensor]):
         super().__init__(auto_prefix=False)
-        self.model = LlamaModel(source, operators, dims, ranks, rank, split_vocab, eps, cache_shape, compute_dtype)
-        self.tied = dims.tie_word_embeddings
-        if not self.tied:
-            self.lm_head = Weight(source, "lm_head")
-        self.cos = Parameter(rope[0], name="rope.cos", requires_grad=False)
-        self.sin = Parameter(rope[1], name="rope.sin", requires_grad=False)
-        self.head = operators.Head(eps)
-        self.split_vocab = split_vocab
-        self.ranks = ranks
-        if split_vocab:
+        self.table = Weight(args, "model.tok_embeddings.embedding_weight")
+        self.embed = Embedding(args)
+        layers = [DecoderLayer(args, f"model.layers.{i}") for i in range(args.dims.num_layers)]
+        self.layers = nn.CellList(layers, auto_prefix=False)
+        self.norm_out = Weight(args, "model.norm_out.weight")
+        self.lm_head = self.table if args.dims.tie_word_embeddings else Weight(args, "lm_head.weight")
+        self.cos, self.sin = (Parameter(table, f"rope.{name}", False) for name, table in zip(("cos", "sin"), rope))
+        self.head = args.operators.Head(args.eps)
+        self.split_vocab, self.ranks, self.vocab_size = args.split_vocab, args.ranks, args.dims.vocab_size
+        if args.split_vocab:
             self.gather_ranks = ops.AllGather()
         # One operator for the whole stack where the set has one and no rank has to be heard in between.
-        self.fused = ranks == 1 and hasattr(operators, "Decoder")
+        self.fused = args.ranks == 1 and hasattr(args.operators, "Decoder")
         if self.fused:
-            self.binding = operators.Binding()
-            self.decoder = operators.Decoder(eps, self.binding)
-            w = self.model.tok_embeddings.embedding_weight
-            head = w if self.tied else self.lm_head.weight
-            self.held = ParameterTuple([self.cos, self.sin, w, self.model.norm_out.weight, head] +
-                                       [p for layer in self.model.layers for p in layer.in_order()])
+            self.binding = args.operators.Binding()
+            self.decoder = args.operators.Decoder(args.eps, self.binding)
+            self.held = ParameterTuple(
+                [self.cos, self.sin, *self.table.parts, *self.norm_out.parts, *self.lm_head.parts,
+                 *(part for layer in self.layers for part in layer.in_order())])
 
     def construct(self, ids, positions, slots, query_lens, context_lens, block_tables):
-        w = self.model.tok_embeddings.embedding_weight if self.tied else self.lm_head.weight
         if self.fused:
             return self.decoder(ids, positions, slots, query_lens, context_lens, block_tables, self.held)
-        x = self.model(ids, self.cos, self.sin, positions, slots, query_lens, context_lens, block_tables)
-        logits = self.head(x, query_lens, self.model.norm_out.weight, w)
+        x = self.embed(ids, self.table.parts)  # (T, E)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin, positions, slots, query_lens, context_lens, block_tables)
+        logits = self.head(x, query_lens, self.norm_out.parts[0], self.lm_head.parts)  # (B, V)
         if self.split_vocab:
-            slices = self.gather_ranks(logits).reshape(self.ranks, -1, w.shape[0])  # (ranks, B, V/ranks)
-            logits = slices.transpose(1, 0, 2).reshape(-1, self.ranks * w.shape[0])
+            logits = self.gather_ranks(logits).reshape(self.ranks, -1, self.vocab_size // self.ranks)
+            logits = logits.transpose(1, 0, 2).reshape(-1, self.vocab_size)  # (ranks, B, V/ranks) -> (B, V)
         return logits
 
 
 class Decode(nn.Cell):
-    """rows (B, 3 + M) int32 -> logits (B, V): `network` with one new token for each sequence, by the operator set's `Decode`.
+    """rows (B, 3 + M) int32 -> logits (B, V): `network` with one new token for each sequence, by the set's `Decode`.
 
     It runs on the parameters and caches that the network's last call has passed; see there for rows.
     """
 
     def __init__(self, operators: ModuleType, network: LlamaForCausalLM):
         super().__init__(auto_prefix=False)
-        self.head = network.model.tok_embeddings.embedding_weight if network.tied else network.lm_head.weight
+        self.lm_head = network.lm_head
         self.decode = operators.Decode(network.binding)
 
     def construct(self, rows):
-        return self.decode(rows, self.head)
+        return self.decode(rows, self.lm_head.parts)
+
+
+def zeros(shape: Tuple[int, ...], dtype: str) -> Tensor:
+    """Zeros whose memory the system hands out page by page as it is first written: a cache costs what is used."""
+    if dtype == "bfloat16":
+        return Tensor.from_numpy(np.zeros(shape, np.uint16).view(np_dtype.bfloat16))
+    return Tensor.from_numpy(np.zeros(shape, dtype))

@@ -1,5 +1,7 @@
 """Checkpoint -> parameters, strictly: every key accounted for, every shape checked, only this rank's slices read."""
 
+from __future__ import annotations
+
 import os
 from typing import Dict, Optional, Tuple
 
@@ -20,10 +22,12 @@ def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = Tr
     Args:
         path: `load_checkpoint`: a file, a folder of files, or a folder with rank_0 .. rank_N-1.
         rank, ranks: this process among the tensor-parallel ones.
-        whole: `auto_trans_ckpt`: the checkpoint is whole and every rank cuts its own slices; otherwise it is sliced already.
+        whole: `auto_trans_ckpt`: the checkpoint is whole and every rank cuts its own slices; otherwise it is sliced
+            already.
 
     Raises:
-        UserError: there is nothing there, or something else than this run needs; says what was found and what is expected.
+        UserError: there is nothing there, or something else than this run needs; says what was found and what is
+            expected.
     """
     if not path:
         raise UserError("no checkpoint is given", where="load_checkpoint",
@@ -37,20 +41,23 @@ def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = Tr
             what = (f"a folder with rank_0 .. rank_{last}, this is one file" if os.path.isfile(path) else
                     f"rank_0 .. rank_{last} in this folder, it has none")
             raise UserError(f"auto_trans_ckpt False wants {what}", where=f"load_checkpoint {path}",
-                            fix="Pass --auto_trans_ckpt True to slice it while loading, or slice it once with transform_ckpt.py.")
+                            fix="Pass --auto_trans_ckpt True to slice it while loading, or slice it once with "
+                                "transform_ckpt.py.")
         return path
     found = len(slices)
     if found == 1 and (whole or ranks == 1):
         return slices[0]
     if ranks == 1:
-        raise UserError(f"this checkpoint is sliced for {found} ranks and the run has one", where=f"load_checkpoint {path}",
+        raise UserError(f"this checkpoint is sliced for {found} ranks and the run has one",
+                        where=f"load_checkpoint {path}",
                         fix=f"Run {found} workers (model_parallel: {found}), or merge it with transform_ckpt.py.")
     if whole and found == ranks:
         raise UserError(f"auto_trans_ckpt True wants a whole checkpoint, this one is sliced for {found} ranks already",
                         where=f"load_checkpoint {path}", fix="Pass --auto_trans_ckpt False.")
     if found != ranks:
         raise UserError(f"this checkpoint is sliced for {found} ranks, model_parallel is {ranks}",
-                        where=f"load_checkpoint {path}", fix=f"Run {found} workers, or slice again with transform_ckpt.py.")
+                        where=f"load_checkpoint {path}",
+                        fix=f"Run {found} workers, or slice again with transform_ckpt.py.")
     return slices[rank]
 
 
@@ -62,7 +69,7 @@ def _nearest(path: str) -> Optional[str]:
     return f"{parent} holds: {names}."
 
 
-class Source:
+class Loader:
     """Gives parameters their values by MindSpore name, and keeps the account.
 
     Args:
@@ -86,11 +93,16 @@ class Source:
         self._axes = {weight.ms: weight.axis(ranks, vocab_emb_dp) for weight in naming.weights(model.dims)}
         self._casts: Dict[Tuple[str, str], casting.Count] = {}
         self._loaded = 0
-        self._account = take_account(self._reader, Expected(model.dims, "the YAML", "either", 1 if whole else ranks, vocab_emb_dp))
+        self._account = take_account(
+            self._reader, Expected(model.dims, "the YAML", "either", 1 if whole else ranks, vocab_emb_dp))
         self._stored = self._account.stored
 
+    def parts(self, name: str) -> Tuple[str, ...]:
+        """The parameters that weight `name` consists of."""
+        return (name,)
+
     def __call__(self, name: str):
-        """The value of parameter `name` as a MindSpore Tensor: this rank's slice, mapped from the file where it can be."""
+        """The value of parameter `name` as a Tensor: this rank's slice, mapped from the file where it can be."""
         array, dtype = self.read(name)
         if array.ndim == 1:
             # Norm weights and biases take part in float32 arithmetic everywhere; holding them so is exact.

@@ -3,6 +3,8 @@
 An operator set is a module with one `nn.Cell` class per operator. Activations between operators are float32; T is the
 number of tokens in the flat batch (all sequences' new tokens one after another, without padding), B the number of sequences.
 
+A matrix (table, wq, wk, wv, w, w1, w3) is a tuple of Parameters: `(weight,)`.
+
 | class | construct | result |
 |---|---|---|
 | `Embed()` | ids (T,) int32, table (V, E) | (T, E) |

@@ -43,7 +43,7 @@ class Embed(nn.Cell):
         self.run = _operator("embed")
 
     def construct(self, ids, table):
-        return self.run(ids, table)
+        return self.run(ids, *table)
 
 
 class Qkv(nn.Cell):
@@ -55,7 +55,7 @@ class Qkv(nn.Cell):
         self.eps = _eps(eps)
 
     def construct(self, x, norm, wq, bq, wk, bk, wv, bv, cos, sin, positions, slots, key_cache, value_cache):
-        return self.run(x, norm, wq, bq, wk, bk, wv, bv, cos, sin, positions, slots, key_cache, value_cache, self.eps)
+        return self.run(x, norm, *wq, bq, *wk, bk, *wv, bv, cos, sin, positions, slots, key_cache, value_cache, self.eps)
 
 
 class Attention(nn.Cell):
@@ -77,7 +77,7 @@ class Project(nn.Cell):
         self.run = _operator("project")
 
     def construct(self, x, w):
-        return self.run(x, w)
+        return self.run(x, *w)
 
 
 class ProjectAdd(nn.Cell):
@@ -88,7 +88,7 @@ class ProjectAdd(nn.Cell):
         self.run = _operator("project_add")
 
     def construct(self, x, w, residual):
-        return self.run(x, w, residual)
+        return self.run(x, *w, residual)
 
 
 class GateUp(nn.Cell):
@@ -100,7 +100,7 @@ class GateUp(nn.Cell):
         self.eps = _eps(eps)
 
     def construct(self, x, norm, w1, w3):
-        return self.run(x, norm, w1, w3, self.eps)
+        return self.run(x, norm, *w1, *w3, self.eps)
 
 
 class Head(nn.Cell):
@@ -112,7 +112,7 @@ class Head(nn.Cell):
         self.eps = _eps(eps)
 
     def construct(self, x, query_lens, norm, w):
-        return self.run(x, query_lens, norm, w, self.eps)
+        return self.run(x, query_lens, norm, *w, self.eps)
 
 
 class Decoder(nn.Cell):
@@ -153,7 +153,7 @@ class Decode(nn.Cell):
         self.binding = binding.tensor()
 
     def construct(self, rows, head):
-        return self.run(self.binding, rows, head)
+        return self.run(self.binding, rows, *head)
 
 
 class Binding:

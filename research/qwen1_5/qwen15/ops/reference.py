@@ -23,11 +23,11 @@ class Embed(nn.Cell):
     """Rows of the embedding: (T,) -> (T, E)."""
 
     def construct(self, ids, table):
-        return ops.gather(table, ids, 0)
+        return ops.gather(table[0], ids, 0)
 
 
 class _Linear(nn.Cell):
-    """x (T, I) times w (O, I) transposed -> (T, O), summed in float64 and rounded once.
+    """x (T, I) times w ((O, I),) transposed -> (T, O), summed in float64 and rounded once.
 
     A first token's MLP has single activations thousands of times the others (Sun et al., 2024, arXiv:2402.17762): MatMul's own
     float32 sums over them moved the logits of a small real model by 1.5e-4. Right comes before fast here: this takes twice as long.
@@ -38,7 +38,7 @@ class _Linear(nn.Cell):
         self.matmul = ops.MatMul(transpose_b=True)
 
     def construct(self, x, w):
-        return ops.cast(self.matmul(ops.cast(x, ms.float64), ops.cast(w, ms.float64)), ms.float32)
+        return ops.cast(self.matmul(ops.cast(x, ms.float64), ops.cast(w[0], ms.float64)), ms.float32)
 
 
 class _RMSNorm(nn.Cell):
