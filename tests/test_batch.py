@@ -9,7 +9,7 @@ import time
 
 import pytest
 from command_fixtures import MODULE, command, environment, error_line, make_random, run
-from qwen15.commands import batch
+from qwen15.commands import batch_progress, prompt_file, result_file
 from qwen15.errors import EXIT_FAILED, UserError
 from qwen15.generation.request import Usage
 from qwen15.generation.session import Settings
@@ -24,7 +24,7 @@ def random_yaml(tmp_path_factory, small_model):
 
 def read(path, contents, **options):
     path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-    return list(batch.read_file(str(path), DEFAULTS, **options))
+    return list(prompt_file.read_file(str(path), DEFAULTS, **options))
 
 
 class TestReading:
@@ -62,8 +62,10 @@ class TestReading:
         ('{"prompt": "a", "stop": [1]}', "stop wants a text"),
         ('{"prompt": "a", "stop": ""}', "empty text"),
         ('{"prompt": "a", "logprobs": -1}', "logprobs wants"),
-        ('{"prompt": "a", "prompt": "b"}', "given twice"),
+        ('{"prompt": "a", "prompt": "b"}', "gives 'prompt' twice"),
         ('{"prompt": "a", "seed": NaN}', "NaN is not JSON"),
+        ('{"prompt": "a", "seed": -Infinity}', "-Infinity is not JSON"), ('{"prompt": "a", "id": 1e999}', "holds 1e999"),
+        ('{"prompt": "a", "id": ' + "7" * 5000 + "}", "a number of 5000 digits"), ('{"prompt": ' + "[" * 99999, "nested"),
         ('{"prompt": 3}', "prompt wants a text"),
         ('{"max_new_tokens": 3}', "neither a prompt nor messages"),
         ('{"prompt": "a", "messages": []}', "both"),
@@ -83,14 +85,14 @@ class TestReading:
         with pytest.raises(UserError, match=fragment):
             read(tmp_path / "p", contents)
         with pytest.raises(UserError, match="cannot be read"):
-            list(batch.read_file(str(tmp_path / "none"), DEFAULTS))
+            list(prompt_file.read_file(str(tmp_path / "none"), DEFAULTS))
 
 
 class TestResultFile:
     KEYS = ["aa", "bb", "cc"]
 
     def write(self, path, *indices):
-        file = batch.ResultFile(str(path), self.KEYS)
+        file = result_file.ResultFile(str(path), self.KEYS)
         for index in indices:
             file.write(index, {"index": index, "text": "x\u2028\n"})
         file.close()
@@ -98,7 +100,7 @@ class TestResultFile:
     def test_continues_after_what_is_there(self, tmp_path):
         path = tmp_path / "out"
         self.write(path, 2, 0)
-        again = batch.ResultFile(str(path), self.KEYS)
+        again = result_file.ResultFile(str(path), self.KEYS)
         assert again.done == {0, 2}
         again.close()
         self.write(path, 1)
@@ -110,14 +112,18 @@ class TestResultFile:
         self.write(path, 0, 1)
         whole = path.read_bytes()
         first = whole.index(b"\n") + 1
-        for cut in range(first + len(b'{"index": '), len(whole)):
+        for cut in range(first + 1, len(whole)):
             path.write_bytes(whole[:cut])
-            file = batch.ResultFile(str(path), self.KEYS)
+            file = result_file.ResultFile(str(path), self.KEYS)
             assert file.done == {0} and path.read_bytes() == whole[:first]
             file.close()
 
     @pytest.mark.parametrize("contents, fragment", [
         ("my notes\n", "1: is not a result"), ("my notes", "1: is not a result"), ('{"a": 1}\n', "1: is not a result"),
+        ('{"index": 0, "mine": true', "1: is not a result"), ('{"index": 0', "1: is not a result"),
+        ('{"index": 0, "request": "zz", "text": "', "1: is not a result"), ('{"index": 1e999, "request": "aa"}\n', "1: is not a result"),
+        ('{"index": ' + "1" * 5000 + "}\n", "1: is not a result"), ("[" * 100000 + "\n", "1: is not a result"),
+        ('{"index": 0, "request": "aa"}\n{"index": 1, "notes": "', "2: is not a result"),
         ('{"index": 7, "request": "aa"}\n', "there are 3 prompts"), ('{"index": 1, "request": "aa"}\n', "another prompt 1"),
         ('{"index": 0, "request": "aa"}\n{"index": 0, "request": "aa"}\n', "2: is a second result"),
     ])
@@ -125,17 +131,17 @@ class TestResultFile:
         path = tmp_path / "out"
         path.write_text(contents)
         with pytest.raises(UserError, match=fragment):
-            batch.ResultFile(str(path), self.KEYS)
+            result_file.ResultFile(str(path), self.KEYS)
         assert path.read_text() == contents
 
     def test_two_runs_do_not_write_one_file(self, tmp_path):
-        file = batch.ResultFile(str(tmp_path / "out"), self.KEYS)
+        file = result_file.ResultFile(str(tmp_path / "out"), self.KEYS)
         with pytest.raises(UserError, match="another run"):
-            batch.ResultFile(str(tmp_path / "out"), self.KEYS)
+            result_file.ResultFile(str(tmp_path / "out"), self.KEYS)
         file.close()
 
     def test_a_full_disk_is_told(self):
-        file = batch.ResultFile("/dev/full", self.KEYS)
+        file = result_file.ResultFile("/dev/full", self.KEYS)
         with pytest.raises(UserError, match="No space left.*0 of 3 results are there") as caught:
             file.write(0, {"index": 0})
         assert caught.value.exit_code == EXIT_FAILED
@@ -143,7 +149,7 @@ class TestResultFile:
 
     def test_a_folder_that_is_not_there(self, tmp_path):
         with pytest.raises(UserError, match="cannot be written"):
-            batch.ResultFile(str(tmp_path / "none" / "out"), self.KEYS)
+            result_file.ResultFile(str(tmp_path / "none" / "out"), self.KEYS)
 
 
 class TestProgress:
@@ -158,11 +164,11 @@ class TestProgress:
     def feed(self, tty):
         now = [0.0]
         screen = self.Screen(tty)
-        progress = batch.Progress(4, screen, clock=lambda: now[0])
+        progress = batch_progress.BatchProgress(4, screen, clock=lambda: now[0])
         answer = argparse.Namespace(token_ids=[1] * 10)
         for second in range(1, 101):
             now[0] = float(second)
-            progress.take(batch.Piece(second % 4, "x", answer, Usage(5, 0, 10, 1, 1) if second in (10, 60) else None))
+            progress.take(batch_progress.Piece(second % 4, "x", answer, Usage(5, 0, 10, 1, 1) if second in (10, 60) else None))
         return screen.getvalue(), progress.finish()
 
     def test_on_a_terminal_one_line_is_rewritten(self):

@@ -1,17 +1,23 @@
 """Chat as a user has it: in a terminal, from a pipe, on several ranks."""
 
 import json
+import os
 import queue
 import re
 import stat
+import subprocess
 import threading
 import time
 
 import numpy as np
 import pytest
 from command_fixtures import CONFIG, FLOAT32, Terminal, command, environment, error_line, make_random, run
-from qwen15.commands import repl
+from qwen15.commands import chat_settings, repl, screen
+from qwen15.commands.conversation import Conversation
+from qwen15.commands.saved_chat import SavedChats
+from qwen15.errors import UserError
 from qwen15.generation.ranks import Shared
+from qwen15.generation.session import Settings
 from qwen15.network.base import Network
 
 PROMPT = r"\n> $|^> $"
@@ -58,6 +64,16 @@ def test_a_session_in_a_terminal(chat, tmp_path):
     assert "exists already" in ask(terminal, f"/save {tmp_path / 'state'}")
     assert "cannot be read" in ask(terminal, "/load /nowhere/talk.json")
     assert "/quit" in ask(terminal, "/help")
+    assert re.search(r"max_new_tokens +12", ask(terminal, "/set"))
+    assert "max_new_tokens is 3" in ask(terminal, "/set max_new_tokens 3")
+    assert "Madrid" in ask(terminal, "/edit What is the capital of Spain? One word.")
+    assert "the answer is the same again" in ask(terminal, "/regen")
+    terminal.type("/ed\t\n")
+    terminal.expect(r"of Spain\? One word\.")
+    terminal.type("\x15What is the capital of Italy?\n")
+    assert "Rome" in terminal.expect(r"(?s)Italy\?\n(.*?)\n> $")[1]
+    assert "2 messages saved" in ask(terminal, f"/save {saved}")
+    assert [m["content"] for m in json.loads(saved.read_text())["messages"] if m["role"] == "user"] == ["What is the capital of Italy?"]
     terminal.type("/quit\n")
     assert terminal.end() == 0
     history = tmp_path / "state" / "qwen15" / "chat_history"
@@ -184,23 +200,94 @@ def test_flags_that_make_no_sense(random_yaml, flags, fragment):
 
 
 @pytest.mark.parametrize("contents, fragment", [
-    ("{", "Expecting"), ("3", "no list"), ('{"messages": [{"role": "boss", "content": ""}]}', "message 1"),
+    ("{", "is not JSON"), ('{"messages": [' + "1" * 5000 + "]}", "5000 digits"), ('{"messages": 1e999}', "1e999"), ("3", "no list"), ('{"messages": [{"role": "boss", "content": ""}]}', "message 1"),
     ('[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]', "message 2 is a system"), ("[" * 100000, "nested"),
 ])
 def test_a_file_that_is_no_conversation_is_refused(tmp_path, contents, fragment):
     path = tmp_path / "talk.json"
     path.write_text(contents)
     with pytest.raises(ValueError, match=fragment):
-        repl.Conversation(None, None).take(repl.load(str(path)))
+        Conversation(None, None).take(SavedChats().load(str(path)))
 
 
-def test_saving_never_replaces_what_it_did_not_make(tmp_path):
-    path = tmp_path / "talk.json"
-    repl.save(str(path), {"messages": []})
-    with pytest.raises(repl.UserError, match="exists already"):
-        repl.save(str(path), {"messages": [1]})
-    repl.save(str(path), {"messages": [2]}, replace_it=True)
-    assert json.loads(path.read_text()) == {"messages": [2]} and len(list(tmp_path.iterdir())) == 1
+class TestSaving:
+    def test_it_never_replaces_what_it_did_not_make(self, tmp_path):
+        path = str(tmp_path / "talk.json")
+        files = SavedChats()
+        files.save(path, {"messages": []})
+        files.save(path, {"messages": [2]})
+        assert json.loads((tmp_path / "talk.json").read_text()) == {"messages": [2]} and len(list(tmp_path.iterdir())) == 1
+        with pytest.raises(UserError, match="exists already"):
+            SavedChats().save(path, {"messages": [3]})
+
+    def test_what_was_loaded_may_be_saved_again_unless_somebody_changed_it(self, tmp_path):
+        path = tmp_path / "talk.json"
+        SavedChats().save(str(path), {"messages": []})
+        files = SavedChats()
+        files.load(str(path))
+        files.loaded(str(path))
+        files.save(str(path), {"messages": [1]})
+        path.write_text("my own notes")
+        with pytest.raises(UserError, match="changed by another program"):
+            files.save(str(path), {"messages": [2]})
+        assert path.read_text() == "my own notes"
+
+    def test_chinese_can_be_read_in_the_file(self, tmp_path):
+        SavedChats().save(str(tmp_path / "谈话.json"), {"messages": [{"role": "user", "content": "你好\u2028\x85"}]})
+        text = (tmp_path / "谈话.json").read_text(encoding="utf-8")
+        assert "你好" in text and "\u2028" not in text and json.loads(text)["messages"][0]["content"] == "你好\u2028\x85"
+        SavedChats().save(str(tmp_path / "half.json"), {"messages": [{"role": "user", "content": "\ud83d"}]})
+        assert json.loads((tmp_path / "half.json").read_text())["messages"][0]["content"] == "\ud83d"
+
+    def test_the_rest_of_a_save_that_was_killed_goes_with_the_next_one(self, tmp_path):
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        left, foreign, busy = (tmp_path / name for name in (
+            f".talk.json.x.{ended.pid}.part", ".talk.json.swp", f".talk.json.y.{os.getpid()}.part"))
+        for path in (left, foreign, busy):
+            path.write_text("half")
+        SavedChats().save(str(tmp_path / "talk.json"), {})
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([foreign.name, busy.name, "talk.json"])
+
+    @pytest.mark.parametrize("name", ["/dev/zero", "."])
+    def test_what_is_no_file_is_not_read(self, name):
+        with pytest.raises(UserError, match="is no file"):
+            SavedChats().load(name)
+
+
+class TestSettings:
+    DEFAULTS = Settings(False, 0.7, 0, 1.0, 1.0, None, 64, None)
+
+    @pytest.mark.parametrize("text, name, value", [
+        ("do_sample true", "do_sample", True), ("do_sample=off", "do_sample", False), ("temperature 0.5", "temperature", 0.5),
+        ("temperature 2", "temperature", 2.0), ("top_k  5", "top_k", 5), ("top_p=0.9", "top_p", 0.9), ("seed 3", "seed", 3),
+        ("seed none", "seed", None), ("max_new_tokens 7", "max_new_tokens", 7), ("max_new_tokens none", "max_new_tokens", None),
+        ("repetition_penalty 1.1", "repetition_penalty", 1.1), ("stop END", "stop", ("END",)), ('stop "\\n"', "stop", ("\n",)),
+        ("stop none", "stop", ())])
+    def test_every_value_can_be_set(self, text, name, value):
+        assert getattr(chat_settings.changed(self.DEFAULTS, text), name) == value
+
+    @pytest.mark.parametrize("text, fragment", [
+        ("temprature 1", "Did you mean temperature?"), ("temperature", "needs a value, it is 0.7"), ("temperature 0,7", "wants a number"),
+        ("temperature 0", "must be above 0"), ("top_k 2.5", "wants a whole number"), ("top_p 1e999", "wants a number"),
+        ("max_length 5", "is not a value of sampling"), ("do_sample perhaps", "wants True or False"), ("temperature none", "needs a value")])
+    def test_what_cannot_be_set_is_named(self, text, fragment):
+        with pytest.raises(UserError, match=re.escape(fragment)):
+            chat_settings.changed(self.DEFAULTS, text)
+
+    def test_all_values_and_their_state_are_shown(self):
+        shown = chat_settings.describe(self.DEFAULTS)
+        assert all(name in shown for name in chat_settings.NAMES)
+        assert re.search(r"temperature +0\.7 .*no effect without do_sample", shown) and re.search(r"seed +none", shown)
+
+
+def test_the_tab_key_completes_commands_values_and_files(tmp_path):
+    (tmp_path / "talk.json").touch()
+    (tmp_path / "talks").mkdir()
+    assert repl.complete("/s") == ["/set ", "/system ", "/save "]
+    assert repl.complete("/set t") == ["temperature ", "top_k ", "top_p "]
+    assert repl.complete(f"/load {tmp_path}/ta") == [f"{tmp_path}/talk.json", f"{tmp_path}/talks/"]
+    assert repl.complete("hello /s") == [] == repl.complete("hello")
 
 
 class Rank(Network):
@@ -237,7 +324,7 @@ def test_messages_of_any_length_reach_the_other_ranks_past_signs_of_life():
 
 def test_history_stays_in_the_state_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert repl.history_path() == str(tmp_path / "qwen15" / "chat_history")
+    assert screen.history_path() == str(tmp_path / "qwen15" / "chat_history")
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert repl.history_path() == str(tmp_path / ".local" / "state" / "qwen15" / "chat_history")
+    assert screen.history_path() == str(tmp_path / ".local" / "state" / "qwen15" / "chat_history")

@@ -30,6 +30,10 @@ class Reporter:
         self._most = LEVELS.index(level)
         self._said: Set[str] = set()
 
+    def error(self, line: str) -> None:
+        """Why a run ends early."""
+        self._say("error", line)
+
     def info(self, line: str) -> None:
         """What was done, and numbers."""
         self._say("info", line)

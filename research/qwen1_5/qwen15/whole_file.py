@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 
@@ -20,7 +21,8 @@ def write_whole(path: str, content: bytes, replace: bool = True, private: bool =
         OSError: it cannot be written.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    handle, beside = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    _remove_leftovers(folder, name)
+    handle, beside = tempfile.mkstemp(prefix=f".{name}.", suffix=f".{os.getpid()}.part", dir=folder)
     try:
         with open(handle, "wb") as file:
             file.write(content)
@@ -37,3 +39,24 @@ def write_whole(path: str, content: bytes, replace: bool = True, private: bool =
     except BaseException:
         os.unlink(beside)
         raise
+
+
+def _remove_leftovers(folder: str, name: str) -> None:
+    """Take away what was written beside a file of this name by a process that was killed before it could rename it."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.*.part")):
+        number = path.split(".")[-2]
+        if number.isdigit() and not os.path.islink(path) and not _runs(int(number)):
+            try:
+                os.unlink(path)
+            except OSError:
+                pass  # another process was quicker, or it is somebody else's
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

@@ -1,22 +1,26 @@
 """What is printed of answers: text as it streams, JSON objects, the timing line."""
 
-import json
-from typing import IO, Any, Dict, List, Optional, Sequence
+from __future__ import annotations
 
-from ..generation.request import Usage
+from typing import IO, Any, Callable, Dict, List, Sequence
+
+from .. import strict_json, terminal
+from ..generation.request import CANCELLED, Usage
 from ..generation.session import Answer, Piece
+from .prompts import Entry
 
 
 class Text:
     """Prompts and continuations, streamed. One prompt's text is never mixed with another's: the others wait their turn.
 
     Args:
-        out: where to; None prints nothing (the ranks that are not the first).
+        out: where to; on a terminal nothing in a text is obeyed.
         heads: printed before each answer, the prompt when it is to be shown.
     """
 
-    def __init__(self, out: Optional[IO[str]], heads: Sequence[str]):
+    def __init__(self, out: IO[str], heads: Sequence[str]):
         self._out = out
+        self._on_terminal = out.isatty()
         self._waiting = list(heads)
         self._finished = [False] * len(heads)
         self._turn = 0
@@ -37,47 +41,55 @@ class Text:
 
     def close(self) -> None:
         """No more comes, perhaps in the middle of an answer: whatever is said next begins on a line of its own."""
-        if self._within_line and self._out is not None:
+        if self._within_line:
             self._out.write("\n")
             self._out.flush()
             self._within_line = False
 
     def _write(self) -> None:
         if self._turn < len(self._waiting) and self._waiting[self._turn]:
-            if self._out is not None:
-                self._out.write(printable(self._waiting[self._turn]))
-                self._out.flush()
+            text = printable(self._waiting[self._turn])
+            self._out.write(terminal.answer(text) if self._on_terminal else text)
+            self._out.flush()
             self._within_line = not self._waiting[self._turn].endswith("\n")
             self._waiting[self._turn] = ""
 
 
 class JsonLines:
-    """One JSON object per prompt, in the order of the prompts; `text` and `token_ids` are the continuation's."""
+    """One JSON object per finished prompt; `text` and `token_ids` are the continuation's.
 
-    def __init__(self, out: Optional[IO[str]], prompts: Sequence[Any]):
-        self._out, self._prompts = out, prompts
-        self._ready: Dict[int, str] = {}
+    Args:
+        entries: the prompts, as the engine numbers them.
+        write: takes the number of a prompt and its result.
+        in_order: in the order of the prompts; otherwise in the order in which they finish.
+    """
+
+    def __init__(self, entries: Sequence[Entry], write: Callable[[int, Dict[str, Any]], None], in_order: bool):
+        self._entries, self._write, self._in_order = entries, write, in_order
+        self._ready: Dict[int, Dict[str, Any]] = {}
         self._turn = 0
+
+    def take(self, piece: Piece) -> None:
+        """More of an answer; nothing is written before it has ended."""
+        if piece.usage is None or piece.answer.finish_reason == CANCELLED:
+            return
+        self._ready[piece.index] = record(self._entries[piece.index], piece.answer, piece.usage)
+        for index in [piece.index] if not self._in_order else range(self._turn, len(self._entries)):
+            if index not in self._ready:
+                break
+            self._write(self._entries[index].index, self._ready.pop(index))
+            self._turn = index + 1
 
     def close(self) -> None:
         """No more comes."""
 
-    def take(self, piece: Piece) -> None:
-        """More of an answer; nothing is printed before it has ended."""
-        if piece.usage is None:
-            return
-        self._ready[piece.index] = json_line(record(self._prompts[piece.index], piece.answer, piece.usage))
-        while self._turn in self._ready:
-            line = self._ready.pop(self._turn)
-            if self._out is not None:
-                self._out.write(line + "\n")
-                self._out.flush()
-            self._turn += 1
 
-
-def record(prompt: Any, answer: Answer, usage: Usage) -> Dict[str, Any]:
-    """A finished answer as JSON has it; `prompt` is the text, or the messages of a conversation."""
-    made: Dict[str, Any] = {"prompt" if isinstance(prompt, str) else "messages": prompt}
+def record(entry: Entry, answer: Answer, usage: Usage) -> Dict[str, Any]:
+    """A finished answer as JSON has it: `prompt` is the text, or `messages` those of a conversation; times in seconds."""
+    made: Dict[str, Any] = {"index": entry.index}
+    if entry.name is not None:
+        made["id"] = entry.name
+    made["prompt" if isinstance(entry.source, str) else "messages"] = entry.source
     made.update({"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": usage.prompt_tokens,
                  "generated_tokens": len(answer.token_ids), "finish_reason": answer.finish_reason,
                  "prefill_s": round(usage.prefill_s, 6), "decode_s": round(usage.decode_s, 6)})
@@ -86,20 +98,10 @@ def record(prompt: Any, answer: Answer, usage: Usage) -> Dict[str, Any]:
     return made
 
 
-def json_line(value: Any) -> str:
-    """`value` as JSON on one line, characters as they are where they have a UTF-8 form.
-
-    Separators that some readers take for line ends (U+0085, U+2028, U+2029) are escaped; so is everything when there is a lone
-    surrogate, which has no UTF-8 form.
-    """
-    line = json.dumps(value, ensure_ascii=False)
-    for separator in "\x85\u2028\u2029":
-        line = line.replace(separator, f"\\u{ord(separator):04x}")
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(value)
-    return line
+def write_line(out: IO[str], index: int, value: Dict[str, Any]) -> None:
+    """A result on stdout, at once."""
+    out.write(strict_json.dumps(value) + "\n")
+    out.flush()
 
 
 def printable(text: str) -> str:

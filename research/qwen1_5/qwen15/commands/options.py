@@ -1,0 +1,89 @@
+"""What a command line asks for beside the configuration: the prompts, how they are asked, and where the answers go."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run of run_qwen1_5.py.
+
+    Attributes:
+        texts, file: prompts of the command line, or a file of them (`-` for stdin).
+        chat, system: ask as a conversation, with this system message.
+        control_tokens: whether `<|im_end|>` and the like in a text become control tokens.
+        max_batch: most sequences at once, None for the default.
+        output_format, output_file: `text` or `jsonl`; a file that grows line by line, None for stdout.
+        echo: whether the prompt is printed before its continuation; None for the default.
+        dry_run: check and stop.
+    """
+
+    texts: Tuple[str, ...]
+    file: Optional[str]
+    chat: bool
+    system: Optional[str]
+    control_tokens: bool
+    max_batch: Optional[int]
+    output_format: str
+    output_file: Optional[str]
+    echo: Optional[bool]
+    dry_run: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Options":
+        """What was parsed.
+
+        Raises:
+            UserError: flags that contradict each other or would have no effect.
+        """
+        many = bool(args.predict_file or args.output_file)
+        made = cls(tuple(args.predict_data), args.predict_file, args.chat, args.system, args.control_tokens, args.max_batch,
+                   args.output_format or ("jsonl" if many else "text"), args.output_file, args.echo, args.dry_run)
+        made._check(args.output_format, args.logprobs)
+        return made
+
+    @property
+    def interactive(self) -> bool:
+        """A conversation at the terminal."""
+        return self.chat and not self.texts and not self.file
+
+    @property
+    def many(self) -> bool:
+        """A run that may be long: it shows progress, and its JSON lines come in the order in which they finish."""
+        return bool(self.file or self.output_file)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether prompts are printed."""
+        return not self.chat if self.echo is None else self.echo
+
+    def _check(self, output_format: Optional[str], logprobs: int) -> None:
+        if self.texts and self.file:
+            raise UserError("both --predict_data and --predict_file are given", where="command line", fix="Keep one of them.")
+        if not (self.interactive or self.texts or self.file or self.dry_run):
+            raise UserError("no text is given", where="--predict_data",
+                            fix='Pass --predict_data "your text", --predict_file FILE, or --chat.')
+        if self.system is not None and not self.chat:
+            raise UserError("a system message needs a conversation", where="--system", fix="Add --chat.")
+        if self.max_batch is not None and self.max_batch < 1:
+            raise UserError(f"must be at least 1, not {self.max_batch}", where="--max_batch")
+        if self.interactive:
+            self._check_interactive(output_format, logprobs)
+        elif self.output_format == "text":
+            if self.output_file:
+                raise UserError("an output file holds JSON lines", where="--output_format", fix="Leave --output_format text away.")
+            if logprobs:
+                raise UserError("log probabilities need JSON", where="--logprobs", fix="Add --output_format jsonl.")
+        elif self.echo is not None:
+            raise UserError("has no effect on JSON: the prompt is a field of its own", where="--echo", fix="Leave it away.")
+
+    def _check_interactive(self, output_format: Optional[str], logprobs: int) -> None:
+        for flag, given in (("--output_format", output_format == "jsonl"), ("--output_file", self.output_file), ("--logprobs", logprobs),
+                            ("--echo", self.echo is not None), ("--max_batch", self.max_batch)):
+            if given:
+                raise UserError("has no effect in an interactive conversation", where=flag, fix="Pass the message with --predict_data.")
