@@ -8,8 +8,8 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 from ..config.schema import Config
 from ..errors import EXIT_INTERRUPTED, EXIT_OK
-from ..generation.request import Usage
 from ..generation.ranks import Shared
+from ..generation.request import Usage
 from ..generation.session import Prompt, Session, Settings
 from ..reporting import Reporter
 from .batch_progress import BatchProgress
