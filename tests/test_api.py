@@ -16,7 +16,8 @@ from qwen15 import UserError, api, generate, load, ops
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, small_model):
     folder = tmp_path_factory.mktemp("api")
-    with load(folder / "random" if make_random(folder, small_model) else "", seq_length=256, device_target="CPU") as loaded:
+    with load(folder / "random" if make_random(folder, small_model) else "", seq_length=256,
+              device_target="CPU") as loaded:
         yield loaded
 
 
@@ -27,7 +28,8 @@ def test_the_documented_example_runs(small_model, tmp_path):
 
 
 def test_the_name_stays_a_function_whatever_was_imported_before():
-    code = ("import qwen15.conversion.hugging_face, qwen15\nfrom qwen15 import convert\nassert callable(convert), convert\n"
+    code = (
+        "import qwen15.conversion.hugging_face, qwen15\nfrom qwen15 import convert\nassert callable(convert), convert\n"
             "assert set(qwen15.__all__) >= {'load', 'generate', 'convert'}\nqwen15.nothing")
     done = subprocess.run([sys.executable, "-c", code], cwd=MODULE, capture_output=True, text=True)
     assert "has no attribute 'nothing'" in done.stderr and "AssertionError" not in done.stderr
@@ -38,12 +40,14 @@ def test_several_prompts_equal_one_at_a_time_and_the_stream(model):
     together = generate(model, texts, max_new_tokens=6)
     for text, one in zip(texts, together):
         alone = generate(model, text, max_new_tokens=6)
-        assert alone.token_ids == one.token_ids and alone.text == one.text == "".join(model.stream(text, max_new_tokens=6))
+        assert alone.token_ids == one.token_ids and alone.text == one.text == "".join(model.stream(text,
+                                                                                                   max_new_tokens=6))
         assert one.prompt_tokens == len(model.tokenizer.encode(text)) and one.finish_reason in ("stop", "length")
 
 
 def test_log_probabilities_and_seed(model):
-    one, two = (generate(model, "hello", max_new_tokens=4, do_sample=True, temperature=2.0, seed=3, logprobs=2) for _ in range(2))
+    one, two = (generate(model, "hello", max_new_tokens=4, do_sample=True, temperature=2.0, seed=3, logprobs=2)
+                for _ in range(2))
     assert one.token_ids == two.token_ids and len(one.logprobs) == 4
     assert np.exp(one.logprobs[0]["logprob"]) <= 1
 

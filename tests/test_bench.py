@@ -1,4 +1,4 @@
-"""The bench on a tiny checkpoint: every measurement runs, its figures follow from its samples, and mistakes get one line."""
+"""The bench on a tiny checkpoint: all measurements run, figures follow from samples, mistakes get one line."""
 
 import json
 import os
@@ -20,7 +20,8 @@ try:
 except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-TINY = Dims(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512,
+TINY = Dims(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+            vocab_size=512,
             tie_word_embeddings=True)
 
 
@@ -33,7 +34,8 @@ def tiny(tmp_path_factory):
 
 def bench(*arguments, cwd, code=0):
     """Run to the end; gives the finished process."""
-    done = subprocess.run([sys.executable, "-m", "qwen15.bench", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "qwen15.bench", *map(str, arguments)], cwd=cwd, capture_output=True,
+                          text=True,
                           timeout=300, env={**os.environ, "PYTHONPATH": str(MODULE), "XDG_CACHE_HOME": str(cwd)})
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -75,13 +77,15 @@ def check_ratio(row, theirs="hf"):
 
 
 def test_decode_at_several_batches_and_contexts(tiny, tmp_path):
-    made = measured("decode", "--checkpoint", tiny, "--batch", 1, 3, "--context", 5, 40, "--new_tokens", 4, "--rounds", 2, *against(),
+    made = measured("decode", "--checkpoint", tiny, "--batch", 1, 3, "--context", 5, 40, "--new_tokens", 4, "--rounds",
+                    2, *against(),
                     cwd=tmp_path)
     assert [(row["batch"], row["context"]) for row in made["rows"]] == [(1, 5), (3, 5), (1, 40), (3, 40)]
     assert made["dtype"] == "bfloat16" and made["model"] == "tiny" and made["rounds"] == 2
     for row in made["rows"]:
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_ms"] * 1e3, rel=1e-4)
-        assert row["bytes_per_step"] == pytest.approx(work.decode_bytes(TINY, "bfloat16", row["batch"], row["context"] + 2), rel=1e-4)
+        assert row["bytes_per_step"] == pytest.approx(work.decode_bytes(TINY, "bfloat16", row["batch"],
+                                                                        row["context"] + 2), rel=1e-4)
         assert len(row["samples"]["qwen15"]["seconds"]) == 2
         assert 0 < row["own_ms"] < row["step_ms"]
         check_limits(row, "bytes_per_step", "flop_per_step")
@@ -91,7 +95,8 @@ def test_decode_at_several_batches_and_contexts(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", ("float16", "float32"))
 def test_prefill_with_other_dtypes(tiny, tmp_path, dtype):
-    made = measured("prefill", "--checkpoint", tiny, "--tokens", 70, "--dtype", dtype, "--rounds", 2, "--no_plot", cwd=tmp_path)
+    made = measured("prefill", "--checkpoint", tiny, "--tokens", 70, "--dtype", dtype, "--rounds", 2, "--no_plot",
+                    cwd=tmp_path)
     row, = made["rows"]
     assert made["dtype"] == dtype and row["tokens"] == 70
     assert row["tokens_per_s"] == pytest.approx(70 / row["ms"] * 1e3, rel=1e-4)
@@ -99,7 +104,8 @@ def test_prefill_with_other_dtypes(tiny, tmp_path, dtype):
 
 
 def test_kernels_by_themselves(tmp_path):
-    made = measured("kernels", "--layers", 1, "--tokens", 1, 66, "--context", 33, "--rounds", 1, "--no_plot", cwd=tmp_path)
+    made = measured("kernels", "--layers", 1, "--tokens", 1, 66, "--context", 33, "--rounds", 1, "--no_plot",
+                    cwd=tmp_path)
     names = [(row["operator"], row["tokens"], row["context"]) for row in made["rows"]]
     assert ("head", 1, None) in names and ("whole network", 66, 66) in names and ("attention, a layer", 1, 33) in names
     assert ("argmax of 151936", 1, None) in names
@@ -118,7 +124,8 @@ def test_overhead_of_every_way_to_choose_a_token(tiny, tmp_path):
 
 
 def test_loading_in_processes_of_its_own(tiny, tmp_path):
-    made = measured("load", "--checkpoint", tiny, "--prompt", 4, "--new_tokens", 2, "--rounds", 1, "--no_plot", cwd=tmp_path)
+    made = measured("load", "--checkpoint", tiny, "--prompt", 4, "--new_tokens", 2, "--rounds", 1, "--no_plot",
+                    cwd=tmp_path)
     row, = made["rows"]
     nbytes = sum(path.stat().st_size for path in tiny.glob("*.safetensors"))
     assert row["checkpoint_bytes"] == nbytes and row["memory_goal_bytes"] == pytest.approx(1.25 * nbytes + 6e8)
@@ -148,7 +155,8 @@ def test_plot_is_a_png_and_replaces_only_the_benchs_own(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     target = tmp_path / "plot.png"
     assert report.plot_target(str(target), "") == str(target)
-    report.write_plot(str(target), report.Bars("Decode", "tokens per second", ["a", "b"], {"ours": [1, 2], "theirs": [1, None]},
+    report.write_plot(str(target),
+                      report.Bars("Decode", "tokens per second", ["a", "b"], {"ours": [1, 2], "theirs": [1, None]},
                                                {"limit": [3, 3]}))
     assert target.read_bytes().startswith(b"\x89PNG")
     assert report.plot_target(str(target), "") == str(target)
@@ -202,8 +210,10 @@ def test_work_of_the_published_half_billion():
 
 
 def test_table_leaves_out_empty_columns():
-    columns = (report.Column("a", report.text("a")), report.Column("b", report.number("b", ".1f")), report.Column("c", report.text("c")))
-    assert report.table(columns, [{"a": "x", "b": 1.26}, {"a": "y", "b": None}]) == "| a | b |\n| --- | --- |\n| x | 1.3 |\n| y |  |"
+    columns = (report.Column("a", report.text("a")), report.Column("b", report.number("b", ".1f")),
+               report.Column("c", report.text("c")))
+    assert report.table(columns, [{"a": "x", "b": 1.26},
+                                  {"a": "y", "b": None}]) == "| a | b |\n| --- | --- |\n| x | 1.3 |\n| y |  |"
 
 
 def test_operators_equal_plain_products():

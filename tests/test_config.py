@@ -288,7 +288,8 @@ def test_aliases_that_multiply_are_refused(write):
 
 
 @pytest.mark.parametrize("value", ["!!float x", "!!int x", "!!timestamp x", "!!binary é", "!!python/name:os.system",
-                                   "=", "!!set {a, b}", "1_0:99999", "2024-13-45", "0x", "9" * 5000, "[" * 3000, "\x00"])
+                                   "=", "!!set {a, b}", "1_0:99999", "2024-13-45", "0x", "9" * 5000, "[" * 3000,
+                                   "\x00"])
 def test_odd_yaml_is_refused_in_one_line_like_anything_else(write, value):
     path = write(with_line("    num_layers: 2", f"    batch_size: {value}"))
     assert path in complaint(path)

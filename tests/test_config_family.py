@@ -8,18 +8,22 @@ import pytest
 import yaml
 from official_configs import QWEN1_5, QWEN1_5_CHAT
 from qwen15 import device, family
-from qwen15.commands import make_yaml
 from qwen15.config import keys
 from qwen15.config.hf_config import dims_from_hf_config
 from qwen15.config.load import load_config
 from qwen15.generation import memory
 from qwen15.naming import indivisible
+from qwen15.text import template
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
 
 PARAMETERS_BILLION = {"0_5b": 0.464, "1_8b": 1.837, "4b": 3.950, "7b": 7.721, "14b": 14.167, "32b": 32.51, "72b": 72.29,
                       "110b": 111.2}
 """Parameters in 10^9; the models' pages show them rounded."""
+
+CONVERSATIONS = ([{"role": "user", "content": "Hello"}],
+                 [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1"},
+                  {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}])
 
 
 SHIPPED = sorted(glob.glob(os.path.join(MODULE, "predict_qwen1_5_*.yaml")))
@@ -44,7 +48,11 @@ def test_shipped_values_are_the_official_ones(size, suffix):
     assert (tokenizer["unk_token"], tokenizer["pad_token"]) == ("<|endoftext|>", "<|endoftext|>")
     if suffix:
         assert model.eos_token_id == (151645, 151643)
-        assert (tokenizer["eos_token"], tokenizer["chat_template"]) == ("<|im_end|>", make_yaml.CHATML)
+        assert tokenizer["eos_token"] == "<|im_end|>"
+        for messages in CONVERSATIONS:
+            rendered = [template.render(source, messages, add_generation_prompt=True)
+                        for source in (tokenizer["chat_template"], template.CHATML)]
+            assert rendered[0] == rendered[1] != ""
         assert {name: getattr(generation, name) for name in QWEN1_5_CHAT[size]} == QWEN1_5_CHAT[size]
     else:
         assert model.eos_token_id == (151643,)

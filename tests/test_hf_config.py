@@ -6,7 +6,8 @@ import pytest
 from qwen15.config.hf_config import dims_from_hf_config
 from qwen15.errors import UserError
 
-QWEN_05B = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1024, "intermediate_size": 2816,
+QWEN_05B = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1024,
+            "intermediate_size": 2816,
             "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 151936,
             "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
             "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 32768,
@@ -73,7 +74,8 @@ def test_what_is_not_supported_is_refused_by_name(change, said):
     assert said in str(error.value) and "config.json" in str(error.value)
 
 
-@pytest.mark.parametrize("text, said", [("{", "config.json:1"), ("[1]", "list"), ("[" * 100000, "nested"), ("", "JSON")])
+@pytest.mark.parametrize("text, said",
+                         [("{", "config.json:1"), ("[1]", "list"), ("[" * 100000, "nested"), ("", "JSON")])
 def test_a_damaged_file_is_named(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=said):

@@ -153,8 +153,10 @@ def test_the_yaml_and_the_converted_weights_predict_what_transformers_does(tmp_p
     made = load_config(path, [Flag("load_checkpoint", "--load_checkpoint", converted),
                               Flag("context.device_target", "--device_target", "CPU")], environ={})
     network = build_network(made, converted, lambda line: None)
-    engine = Engine(network, Limits(made.model.dims.vocab_size, made.model.seq_length, made.model.num_blocks, made.model.block_size))
+    engine = Engine(network, Limits(made.model.dims.vocab_size, made.model.seq_length, made.model.num_blocks,
+                                    made.model.block_size))
     prompt = [5, 17, 99, 3]
     ours = [step.token for step in engine.generate([Request(tuple(prompt), len(prompt) + 16)])]
-    theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16, pad_token_id=0)[0, len(prompt):].tolist()
+    theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16,
+                            pad_token_id=0)[0, len(prompt):].tolist()
     assert ours == theirs and len(ours) == 16

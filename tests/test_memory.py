@@ -161,7 +161,8 @@ def test_what_the_message_tells_to_set_fits(machine, fused, size, free):
 
 def test_a_machine_that_is_too_small_is_told_so(machine, fused):
     with pytest.raises(UserError) as caught:
-        memory_check.check(shipped("72b", "CPU", flags=[Flag("use_parallel", "--use_parallel", False)]), **machine(64, 60))
+        memory_check.check(shipped("72b", "CPU", flags=[Flag("use_parallel", "--use_parallel", False)]),
+                           **machine(64, 60))
     assert "Even with the smallest KV cache it takes 13" in caught.value.fix
 
 
@@ -213,7 +214,8 @@ def cards(tmp_path, monkeypatch):
 
 def test_a_card_smaller_than_the_yaml_says_counts(cards):
     cards(32768)
-    assert "2.61 GiB, of 27.00 GiB (a card of 32.00 GiB less 5.00 GiB for CANN and HCCL)" in memory_check.check(shipped("0_5b"))
+    assert "2.61 GiB, of 27.00 GiB (a card of 32.00 GiB less 5.00 GiB for CANN and HCCL)" in memory_check.check(
+        shipped("0_5b"))
     with pytest.raises(UserError) as caught:
         memory_check.check(shipped("14b"))
     assert "40.07 GiB is more than the 27.00 GiB there are (a card of 32.00 GiB" in str(caught.value)
@@ -241,11 +243,17 @@ def test_the_numbers_come_before_the_weights(tmp_path, small_model):
     path = make_random(tmp_path, small_model)
     done = run("--config", path, "--predict_data", "hello", "--max_new_tokens", 1)
     assert 0 <= done.stderr.find("memory: weights ") < done.stderr.find("weights: loaded ")
-    refused = error_line("--config", path, "--predict_data", "hello", "--options", "model.model_config.num_blocks=900000000")
-    assert re.search(r"memory: weights .* is more than the .* GiB there are .* Set --options model.model_config.num_blocks=\d+$", refused)
-    without_a_card = run("--config", path, "--predict_data", "hello", "--device_target", "Ascend", "--options", "context.max_device_memory=59GB",
-                         *(f"model.model_config.{key}=bfloat16" for key in ("param_init_type", "compute_dtype")), code=2)
-    assert re.search(r"memory: weights .* of 59.00 GiB \(max_device_memory\)\nerror: device_target Ascend, but ", without_a_card.stderr)
+    refused = error_line("--config", path, "--predict_data", "hello", "--options",
+                         "model.model_config.num_blocks=900000000")
+    assert re.search(
+        r"memory: weights .* is more than the .* GiB there are .* Set --options model.model_config.num_blocks=\d+$",
+        refused)
+    without_a_card = run("--config", path, "--predict_data", "hello", "--device_target", "Ascend", "--options",
+                         "context.max_device_memory=59GB",
+                         *(f"model.model_config.{key}=bfloat16" for key in ("param_init_type", "compute_dtype")),
+                         code=2)
+    assert re.search(r"memory: weights .* of 59.00 GiB \(max_device_memory\)\nerror: device_target Ascend, but ",
+                     without_a_card.stderr)
 
 
 # --- the page in the docs

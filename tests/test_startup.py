@@ -14,7 +14,7 @@ HEAVY = ("mindspore", "mindformers", "torch", "transformers")
 ANSWER_S = 0.5
 FIRST_TOKEN_S = 6.0
 USUAL_NUMPY_S = 0.09
-"""A Python that imports NumPy takes this long on the machine for which the times are promised; a slower one is given more."""
+"""Importing NumPy takes this long on the machine for which the times are promised; a slower one is given more."""
 LEEWAY = 1.4
 """What else runs on the machine takes caches and half of a core away."""
 
@@ -49,11 +49,12 @@ NAMES = ("help", "a mistake in the YAML", "a wrong file", "print_config", "dry_r
 
 
 def run(command, **options):
-    return subprocess.run(command, cwd=MODULE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, **options)
+    return subprocess.run(command, cwd=MODULE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+                          **options)
 
 
 def cpu_s(command):
-    """Processor time, which on a quiet machine is what it takes: unlike that of the clock, others' work hardly adds to it."""
+    """Processor time: unlike that of the clock, others' work hardly adds to it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run(command, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -94,7 +95,8 @@ def test_nothing_is_left_behind(commands, name, tmp_path):
 
 
 def test_the_first_token_of_the_small_model_comes_within_six_seconds(small_model):
-    command = [sys.executable, "run_qwen1_5.py", "--config", "predict_qwen1_5_smollm2_135m.yaml", "--load_checkpoint", str(small_model),
+    command = [sys.executable, "run_qwen1_5.py", "--config", "predict_qwen1_5_smollm2_135m.yaml", "--load_checkpoint",
+               str(small_model),
                "--device_target", "CPU", "--predict_data", "Gravity is", "--max_new_tokens", "8", "--no-echo"]
     took_s = []
     for _ in range(2):

@@ -1,5 +1,7 @@
 """Qwen1.5 on MindSpore: convert checkpoints, slice them, and generate text on a CPU or on Ascend cards."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -1,5 +1,7 @@
 """All commands under one name: `python -m qwen15 COMMAND ...`, or `qwen15 COMMAND ...` once installed."""
 
+from __future__ import annotations
+
 import importlib
 import sys
 from typing import Optional, Sequence
@@ -25,11 +27,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: qwen15 COMMAND ...\n\n" + "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()))
+        print("usage: qwen15 COMMAND ...\n\n" + "\n".join(f"  {name:<{width}}  {what}" for name,
+                                                          (_, what) in COMMANDS.items()))
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        raise UserError(f"{name!r} is not a command", fix=did_you_mean(name, COMMANDS) or f"Known are {', '.join(COMMANDS)}.")
+        raise UserError(f"{name!r} is not a command", fix=did_you_mean(name, COMMANDS)
+                        or f"Known are {', '.join(COMMANDS)}.")
     return importlib.import_module(COMMANDS[name][0]).main(rest)
 
 

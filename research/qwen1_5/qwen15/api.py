@@ -1,6 +1,6 @@
 """The Python interface: `from qwen15 import load, generate, convert`.
 
-Example, with a checkpoint that is a Hugging Face folder of Qwen2's architecture or what convert_weight.py has made of one:
+Example, with a checkpoint that is a Hugging Face folder of Qwen2's architecture or what `convert` has made of one:
 
     >>> from qwen15 import convert, generate, load
     >>> made = convert(checkpoint, target)                        # Hugging Face -> MindSpore
@@ -16,6 +16,8 @@ Example, with a checkpoint that is a Hugging Face folder of Qwen2's architecture
     >>> [len(each.token_ids) for each in two]
     [3, 3]
 """
+
+from __future__ import annotations
 
 import os
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ class Generation:
         finish_reason: 'stop' (an end token or a stop string) or 'length'.
         prompt_tokens: tokens of the prompt.
         prefill_s, decode_s: seconds of the calls this prompt was part of, shared with the rest of its batch.
-        logprobs: when asked for, one entry per token: token_id, token, logprob (natural), and the likeliest ones as `top`.
+        logprobs: when asked for, one entry per token: token_id, token, logprob (natural), the likeliest as `top`.
     """
 
     text: str
@@ -126,7 +128,8 @@ class Model:
         """
         return self._generate([messages], settings)[0]
 
-    def _generate(self, prompts: Sequence[Union[str, Sequence[Message]]], settings: Mapping[str, Any]) -> List[Generation]:
+    def _generate(self, prompts: Sequence[Union[str, Sequence[Message]]],
+                  settings: Mapping[str, Any]) -> List[Generation]:
         session = self._open()
         made: Dict[int, Generation] = {}
         for piece in session.run(self._prompts(prompts, settings)):
@@ -139,7 +142,8 @@ class Model:
         control_tokens = values.pop("control_tokens", True)
         for name in values:
             if name not in Settings.__dataclass_fields__:
-                raise TypeError(f"{name!r} is not a setting. {did_you_mean(name, Settings.__dataclass_fields__) or ''}".rstrip())
+                raise TypeError(
+                    f"{name!r} is not a setting. {did_you_mean(name, Settings.__dataclass_fields__) or ''}".rstrip())
         try:
             checked = Settings.of(self.config).changed(values)
         except ValueError as error:
@@ -201,11 +205,11 @@ def generate(model: Model, prompt: Union[str, Sequence[str]], **settings: Any) -
 
     Args:
         model: from `load`.
-        prompt: one text gives one `Generation`, a list of texts a list, in the same order. Several run side by side; with
-            float32 weights and KV cache none depends on the others.
+        prompt: one text gives one `Generation`, a list of texts a list, in the same order. Several run side by side;
+            with float32 weights and KV cache none depends on the others.
         settings: over the model's configuration: `max_new_tokens`, `max_length` (prompt included), `do_sample`,
-            `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, `stop` (a text or several), `logprobs` (a number),
-            and `control_tokens` (False: `<|im_end|>` and the like in the text stay text).
+            `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, `stop` (a text or several), `logprobs` (a
+            number), and `control_tokens` (False: `<|im_end|>` and the like in the text stay text).
 
     Raises:
         UserError: a prompt that is empty or too long, or a setting out of bounds; nothing is generated then.
@@ -243,7 +247,8 @@ def convert(source: Union[str, "os.PathLike[str]"], target: Union[str, "os.PathL
         raise UserError("slices are for MindSpore", where="model_parallel", fix="Leave it away with to_hugging_face.")
     path = os.fspath(target)
     is_folder = os.path.isdir(path) or not os.path.splitext(path)[1]
-    options = hugging_face.Options(target=path, form="folder" if is_folder and slicing is None else None, dtype=dtype, slicing=slicing)
+    options = hugging_face.Options(target=path, form="folder" if is_folder and slicing is None else None, dtype=dtype,
+                                   slicing=slicing)
     make_plan = hugging_face.plan_to_hugging_face if to_hugging_face else hugging_face.plan_to_mindspore
     plan = make_plan(os.fspath(source), options)
     try:

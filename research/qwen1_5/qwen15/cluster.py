@@ -1,5 +1,7 @@
 """Join the ranks that the launcher started into MindSpore's cluster; run as a module, be that cluster's scheduler."""
 
+from __future__ import annotations
+
 import os
 import sys
 from typing import Tuple
@@ -20,8 +22,8 @@ def join() -> Tuple[int, int]:
         RuntimeError: from MindSpore, when the cluster is not complete within MS_TOPO_TIMEOUT seconds.
     """
     from mindspore import communication
-    usual = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
-    patient = usual is not None and usual == os.SCHED_OTHER
+    usual = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else -1
+    patient = hasattr(os, "SCHED_OTHER") and usual == os.SCHED_OTHER
     if patient:
         _schedule_threads(os.SCHED_BATCH)
     try:

@@ -1,5 +1,7 @@
 """Find out whether this machine has Ascend cards to compute on, and how large, without importing MindSpore."""
 
+from __future__ import annotations
+
 import glob
 import importlib.util
 import os
@@ -71,7 +73,7 @@ def _plugin() -> Optional[str]:
 
 
 def npu_smi() -> Tuple[Optional[str], str]:
-    """What `npu-smi info` prints; None with the reason where it cannot be run, as in containers that it is not mounted into."""
+    """What `npu-smi info` prints; None with the reason where it cannot be run."""
     try:
         done = subprocess.run(["npu-smi", "info"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=20,
                               universal_newlines=True, check=False)

@@ -1,5 +1,7 @@
 """The published sizes of the dense Qwen1.5 family, and which of them a set of sizes looks like."""
 
+from __future__ import annotations
+
 from typing import Dict, Mapping, Optional
 
 from .naming import Dims

@@ -1,9 +1,11 @@
-"""Keep Ctrl-C for Python: MindSpore puts a handler of its own in place when a graph runs, which ends the process with SIGTERM.
+"""Keep Ctrl-C for Python: when a graph runs, MindSpore installs a handler that ends the process with SIGTERM.
 
-Held back, SIGINT stays pending; afterwards Python's handler is put back and gets it. The system hands a signal to any thread that
-does not hold it back, so every thread has to be started while it is held: MindSpore's are, and so are NumPy's when this module is
-imported first.
+Held back, SIGINT stays pending; afterwards Python's handler is put back and gets it. The system hands a signal to any
+thread that does not hold it back, so every thread has to be started while it is held: MindSpore's are, and so are
+NumPy's when this module is imported first.
 """
+
+from __future__ import annotations
 
 import signal
 import threading

@@ -1,5 +1,7 @@
 """Read a small JSON file, saying in one line what is wrong with it."""
 
+from __future__ import annotations
+
 import json
 import os
 from typing import Any

@@ -1,5 +1,7 @@
 """THE table of weights: Hugging Face name, MindSpore name, shape, and how tensor parallelism cuts each one."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from typing import Dict, Iterator, Optional, Tuple

@@ -1,5 +1,7 @@
 """`python -m qwen15 bench`."""
 
+from __future__ import annotations
+
 import sys
 
 from ..errors import run_main

@@ -1,5 +1,7 @@
 """The bench's command line: one sub-command, and one file, per thing that can be measured."""
 
+from __future__ import annotations
+
 import argparse
 import importlib
 from typing import Dict, Optional, Sequence, Tuple
@@ -23,8 +25,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Parse and run; returns the exit code. Raises UserError for what the user can mend."""
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
-        prog="qwen15 bench", description="Measure, and compare with others.", formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="what can be measured:\n" + "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()))
+        prog="qwen15 bench", description="Measure, and compare with others.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="what can be measured:\n" + "\n".join(f"  {name:<{width}}  {what}" for name,
+                                                     (_, what) in COMMANDS.items()))
     parser.add_argument("what", metavar="WHAT", choices=COMMANDS, help="one of those below; WHAT --help says more")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -1,4 +1,6 @@
-"""How fast checkpoints are converted, and in how much memory, beside `cp` of the same bytes; every run in a process of its own."""
+"""How fast checkpoints are converted, in how much memory, beside `cp` of the same bytes; a process for each run."""
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -48,9 +50,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
     options.add_checkpoint(parser, _SIZE, _LAYERS)
-    parser.add_argument("--scratch", metavar="FOLDER", help="where results are written and removed again (default: beside the checkpoint)")
-    parser.add_argument("--parallel", type=options.positive, default=4, metavar="N", help="ranks of the slices (default 4)")
-    parser.add_argument("--rounds", type=options.positive, default=5, metavar="N", help="runs of each, medians are shown (default 5)")
+    parser.add_argument("--scratch", metavar="FOLDER",
+                        help="where results are written and removed again (default: beside the checkpoint)")
+    parser.add_argument("--parallel", type=options.positive, default=4, metavar="N",
+                        help="ranks of the slices (default 4)")
+    parser.add_argument("--rounds", type=options.positive, default=5, metavar="N",
+                        help="runs of each, medians are shown (default 5)")
     parser.add_argument("--against", choices=options.AGAINST,
                         help="hf: also the obvious way, transformers' from_pretrained and mindspore.save_checkpoint")
     argv = list(argv or ())
@@ -68,7 +73,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         rows = _measure(checkpoint.path, nbytes, scratch, args)
     finally:
         shutil.rmtree(scratch)
-    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "bytes": f"{nbytes / 1e9:.2f} GB", "rounds": args.rounds}
+    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "bytes": f"{nbytes / 1e9:.2f} GB",
+             "rounds": args.rounds}
     print(report.heading(WHAT, facts) + "\n")
     print(report.table(COLUMNS, rows))
     print(report.json_line(WHAT, argv, facts, rows), flush=True)
@@ -86,7 +92,8 @@ def _contenders(source: str, converted: str, args: argparse.Namespace) -> Dict[s
     cut = ("--model_parallel", parts, "--vocab_emb_dp", "False")  # so that no weight is written twice
     made = {
         _CP: Contender(lambda target: ["cp", "-r", source, target], False),
-        _CP_SYNC: Contender(lambda target: ["sh", "-c", 'cp -r "$1" "$2" && sync -f "$2"', "sh", source, target], False),
+        _CP_SYNC: Contender(lambda target: ["sh", "-c", 'cp -r "$1" "$2" && sync -f "$2"', "sh", source, target],
+                            False),
         _OURS: Contender(ours("convert_weight", *to_ms), True, ".ckpt"),
         "convert_weight, folder": Contender(ours("convert_weight", *to_ms), True),
         f"convert_weight, {parts} slices": Contender(ours("convert_weight", *to_ms, *cut), True),
@@ -120,8 +127,9 @@ def _measure(source: str, nbytes: int, scratch: str, args: argparse.Namespace) -
         for name, contender in contenders.items():
             folder = os.path.join(scratch, "result")
             target = os.path.join(folder, "x" + contender.form)
-            # cp fills the page cache. A virtual machine's host takes memory back that is not in use for a second or two, and to get
-            # it again takes longer than to copy: once before, then, so that cp finds memory that was in use a moment ago.
+            # cp fills the page cache. A virtual machine's host takes memory back that is not in use for a second or
+            # two, and to get it again takes longer than to copy: once before, then, so that cp finds memory that was in
+            # use a moment ago.
             for counts in (True,) if contender.reports else (False, True):
                 os.mkdir(folder)
                 os.sync()  # nobody pays for what another has left to write
@@ -148,7 +156,8 @@ def _run(name: str, contender: Contender, target: str) -> Dict[str, float]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     start_s = time.perf_counter()
-    with subprocess.Popen(contender.command(target), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+    with subprocess.Popen(contender.command(target), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True,
                           env={**os.environ, "PYTHONPATH": path}) as process:
         peak_bytes = 0
         while not contender.reports and process.poll() is None:

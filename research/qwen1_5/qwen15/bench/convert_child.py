@@ -1,4 +1,6 @@
-"""A process that converts a checkpoint once and prints as JSON what that took: `python -m qwen15.bench.convert_child ...`."""
+"""A process that converts a checkpoint once and prints as JSON what that took; `qwen15 bench convert` starts it."""
+
+from __future__ import annotations
 
 import contextlib
 import importlib
@@ -17,7 +19,7 @@ def ours(module: str, flags: Sequence[str]) -> Callable[[], None]:
 
 
 def theirs(source: str, target: str) -> Callable[[], None]:
-    """The obvious way: the model through transformers, its weights through NumPy into Tensors, all of them saved at once."""
+    """The obvious way: the model through transformers, its weights through NumPy into Tensors, saved at once."""
     import mindspore
     import torch
     from transformers import AutoModelForCausalLM

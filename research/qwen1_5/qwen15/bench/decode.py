@@ -1,4 +1,6 @@
-"""How fast tokens come, whole steps: Python, MindSpore, the kernels, choosing the token; beside what the machine allows."""
+"""How fast tokens come, whole steps from Python to the chosen token, beside what the machine allows."""
+
+from __future__ import annotations
 
 import argparse
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
@@ -18,9 +20,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: arguments that cannot be, or something is not installed.
     """
     parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--batch", type=options.positive, nargs="+", default=[1], metavar="B", help="sequences at once (default 1)")
-    parser.add_argument("--context", type=options.positive, nargs="+", default=[32], metavar="N", help="tokens of the prompt (default 32)")
-    parser.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N", help="tokens of each sequence in a run (default 128)")
+    parser.add_argument("--batch", type=options.positive, nargs="+", default=[1], metavar="B",
+                        help="sequences at once (default 1)")
+    parser.add_argument("--context", type=options.positive, nargs="+", default=[32], metavar="N",
+                        help="tokens of the prompt (default 32)")
+    parser.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
+                        help="tokens of each sequence in a run (default 128)")
     options.add_checkpoint(parser)
     options.add_run(parser, WHAT)
     argv = list(argv or ())
@@ -52,17 +57,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _row(ours: Ours, dtype: str, batch: int, context: int, new_tokens: int, samples: Mapping[str, Sequence[rounds.Sample]]
+def _row(ours: Ours, dtype: str, batch: int, context: int, new_tokens: int,
+         samples: Mapping[str, Sequence[rounds.Sample]]
          ) -> Dict[str, Any]:
     mine = samples["qwen15"]
     middle = context + new_tokens / 2  # tokens in the cache, on average
     read, flop = work.decode_bytes(ours.dims, dtype, batch, middle), work.decode_flop(ours.dims, batch, middle)
     step_s = rounds.median_seconds(mine)
-    row = {"batch": batch, "context": context, "new_tokens": new_tokens, "step_ms": step_s * 1e3, "tokens_per_s": batch / step_s,
+    row = {"batch": batch, "context": context, "new_tokens": new_tokens, "step_ms": step_s * 1e3,
+           "tokens_per_s": batch / step_s,
            "own_ms": rounds.median_own_seconds(mine) * 1e3, "bytes_per_step": read, "flop_per_step": flop,
            **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
     if "hf" in samples:
-        row.update(hf_tokens_per_s=batch / rounds.median_seconds(samples["hf"]), ratio_hf=rounds.ratio(mine, samples["hf"]))
+        row.update(hf_tokens_per_s=batch / rounds.median_seconds(samples["hf"]),
+                   ratio_hf=rounds.ratio(mine, samples["hf"]))
     return row
 
 
@@ -72,7 +80,8 @@ COLUMNS = (
     Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
     Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")), Column("of peak", number("of_peak", ".2f")),
     Column("of what both allow", number("of_both", ".2f")),
-    Column("transformers, tokens/s", number("hf_tokens_per_s")), Column("times transformers", number("ratio_hf", ".2f")),
+    Column("transformers, tokens/s", number("hf_tokens_per_s")),
+    Column("times transformers", number("ratio_hf", ".2f")),
 )
 
 

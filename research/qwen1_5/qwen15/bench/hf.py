@@ -1,7 +1,9 @@
 """transformers + torch on the same checkpoint: prefill and decode through `generate`, with their times."""
 
+from __future__ import annotations
+
 import time
-from typing import List, Sequence
+from typing import Any, List, Sequence
 
 import numpy as np
 
@@ -16,7 +18,8 @@ def check_installed() -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed", where="--against hf", fix="Run: pip install torch transformers") from None
+        raise UserError(f"{error.name} is not installed", where="--against hf",
+                        fix="Run: pip install torch transformers") from None
 
 
 class HuggingFace:
@@ -59,7 +62,7 @@ class HuggingFaceDecode:
 
         self._hf, self._new_tokens = hf, new_tokens
         self._ids = torch.from_numpy(prompts)
-        self._cache = None
+        self._cache: Any = None
 
     def run(self) -> Run:
         """Seconds per step."""

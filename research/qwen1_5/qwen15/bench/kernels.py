@@ -1,4 +1,6 @@
-"""How fast each operator of the kernel library is by itself, without MindSpore and Python, beside what the machine allows."""
+"""How fast each kernel is by itself, without MindSpore and Python, beside what the machine allows."""
+
+from __future__ import annotations
 
 import argparse
 import itertools
@@ -63,7 +65,8 @@ class Cases:
         elements = sum(o * i for o, i in matrices)
         copies = max(1, min(64, self.pool.nbytes // (elements * self.item)))
         calls = itertools.cycle([self._matmul(operator, tokens, matrices) for _ in range(copies)])
-        return Case(name, tokens, 0, elements * self.item, 2.0 * tokens * elements, calls, lambda: self._linears(tokens, matrices))
+        return Case(name, tokens, 0, elements * self.item, 2.0 * tokens * elements, calls,
+                    lambda: self._linears(tokens, matrices))
 
     def _matmul(self, operator: str, tokens: int, matrices: Sequence[Sequence[int]]) -> Callable[[], Any]:
         rows, cols = matrices[0]
@@ -73,13 +76,15 @@ class Cases:
         if operator == "gate_up":
             return prepare(operator, [x, self.floats(cols), *weights, self.eps], (tokens, rows))
         if operator == "head":
-            return prepare(operator, [x, Array(np.ones(tokens, np.int32)), self.floats(cols), *weights, self.eps], (tokens, rows))
+            return prepare(operator, [x, Array(np.ones(tokens, np.int32)), self.floats(cols), *weights, self.eps],
+                           (tokens, rows))
         head_dim, kv_heads = self.dims.head_dim, self.dims.num_kv_heads
         cos, sin = (Array(table) for table in rope_tables(tokens, head_dim, 1e6))
         order = Array(np.arange(tokens, dtype=np.int32))
         caches = [self.pool.take(-(-tokens // BLOCK), BLOCK, kv_heads, head_dim) for _ in range(2)]
         biased = [array for weight in weights for array in (weight, self.floats(weight.memory.shape[0]))]
-        return prepare("qkv", [x, self.floats(cols), *biased, cos, sin, order, order, *caches, self.eps], (tokens, rows))
+        return prepare("qkv", [x, self.floats(cols), *biased, cos, sin, order, order, *caches, self.eps],
+                       (tokens, rows))
 
     def _linears(self, tokens: int, matrices: Sequence[Sequence[int]]) -> Callable[[], Any]:
         import torch
@@ -116,9 +121,11 @@ class Cases:
         q = torch.randn(1, d.num_heads, tokens, d.head_dim).to(kind)
         each = 2 * d.num_kv_heads * context * d.head_dim * self.item
         copies = max(1, min(24, _LEAST_POOL_BYTES // each))
-        caches = itertools.cycle([[torch.randn(1, d.num_kv_heads, context, d.head_dim).to(kind) for _ in range(2)] for _ in range(copies)])
+        caches = itertools.cycle([[torch.randn(1, d.num_kv_heads, context, d.head_dim).to(kind) for _ in range(2)]
+                                  for _ in range(copies)])
         attend = torch.nn.functional.scaled_dot_product_attention
-        return lambda: attend(q, *next(caches), is_causal=tokens == context and tokens > 1, enable_gqa=d.num_heads != d.num_kv_heads)
+        return lambda: attend(q, *next(caches), is_causal=tokens == context and tokens > 1,
+                              enable_gqa=d.num_heads != d.num_kv_heads)
 
     def stack(self, tokens: int, sequences: int) -> Case:
         """The whole network: `tokens` new tokens of `sequences` sequences that begin with them."""
@@ -128,10 +135,12 @@ class Cases:
         q, kv, e, f = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim, d.hidden_size, d.intermediate_size
         layers: List[Array] = []
         for _ in range(d.num_layers):
-            cache = [Array(np.zeros((blocks, BLOCK, d.num_kv_heads, d.head_dim), self.pool.take(1).memory.dtype), self.dtype)
+            cache = [Array(np.zeros((blocks, BLOCK, d.num_kv_heads, d.head_dim), self.pool.take(1).memory.dtype),
+                           self.dtype)
                      for _ in range(2)]
             layers += [self.floats(e), self.pool.take(q, e), self.floats(q), self.pool.take(kv, e), self.floats(kv),
-                       self.pool.take(kv, e), self.floats(kv), self.pool.take(e, q), self.floats(e), self.pool.take(f, e),
+                       self.pool.take(kv, e), self.floats(kv), self.pool.take(e, q), self.floats(e),
+                       self.pool.take(f, e),
                        self.pool.take(f, e), self.pool.take(e, f), *cache]
         head = self.pool.take(d.vocab_size, e)
         cos, sin = (Array(table) for table in rope_tables(each, d.head_dim, 1e6))
@@ -144,7 +153,8 @@ class Cases:
                                    Array(np.zeros(1, np.int32)), cos, sin, head, self.floats(e), head, *layers],
                        (sequences, d.vocab_size))
         flop = sequences * work.prefill_flop(d, each)
-        return Case("whole network", tokens, each, work.decode_bytes(d, self.dtype, sequences, each), flop, itertools.repeat(call))
+        return Case("whole network", tokens, each, work.decode_bytes(d, self.dtype, sequences, each), flop,
+                    itertools.repeat(call))
 
     def selection(self) -> List[Case]:
         """Choosing the next token from one row of logits."""
@@ -163,8 +173,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
     parser.add_argument("--size", default="0.5b", help=f"whose shapes: one of {', '.join(FAMILY)} (default 0.5b)")
-    parser.add_argument("--layers", type=options.positive, metavar="N", help="another number of layers than the published one")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and KV cache (default bfloat16)")
+    parser.add_argument("--layers", type=options.positive, metavar="N",
+                        help="another number of layers than the published one")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16",
+                        help="of weights and KV cache (default bfloat16)")
     parser.add_argument("--tokens", type=options.positive, nargs="+", default=[1, 8, 16, 32, 512], metavar="T",
                         help="rows at once (default 1 8 16 32 512); those above 64 are a prompt")
     parser.add_argument("--context", type=options.positive, nargs="+", default=[512, 4096, 16384], metavar="N",
@@ -179,7 +191,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     dims = dims_of(args.size, args.layers)
     cases = Cases(dims, args.dtype)
     rows = [_measure(case, machine, args) for case in _all(cases, args.tokens, args.context)]
-    facts = {"model": f"shapes of Qwen1.5-{args.size.upper()}", "dtype": args.dtype, "threads": machine.threads, "rounds": args.rounds,
+    facts = {"model": f"shapes of Qwen1.5-{args.size.upper()}", "dtype": args.dtype, "threads": machine.threads,
+             "rounds": args.rounds,
              "kernels": machine.kernels, "against": _torch_note() if args.against else None}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(args, rows), plot)
     return 0
@@ -211,14 +224,17 @@ def _measure(case: Case, machine: Machine, args: argparse.Namespace) -> Dict[str
 
         torch.set_num_threads(machine.threads)
         contenders["torch"] = repeated(case.torch())
-    samples = rounds.interleave(contenders, args.rounds, lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(args.dtype)})
+    samples = rounds.interleave(contenders, args.rounds,
+                                lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(args.dtype)})
     mine = samples["qwen15"]
-    row = {"operator": case.name, "tokens": case.tokens, "context": case.context or None, "us": rounds.median_seconds(mine) * 1e6,
+    row = {"operator": case.name, "tokens": case.tokens, "context": case.context or None,
+           "us": rounds.median_seconds(mine) * 1e6,
            "samples": rounds.as_json(samples)}
     if case.flop:
         row.update(read_bytes=case.read_bytes, flop=case.flop, **rounds.limits(mine, case.read_bytes, case.flop))
     if "torch" in samples:
-        row.update(torch_us=rounds.median_seconds(samples["torch"]) * 1e6, ratio_torch=rounds.ratio(mine, samples["torch"]))
+        row.update(torch_us=rounds.median_seconds(samples["torch"]) * 1e6,
+                   ratio_torch=rounds.ratio(mine, samples["torch"]))
     return row
 
 
@@ -246,7 +262,8 @@ def _torch_note() -> str:
 
 
 COLUMNS = (
-    Column("operator", text("operator")), Column("tokens", text("tokens")), Column("context", text("context")), Column("us", number("us")),
+    Column("operator", text("operator")), Column("tokens", text("tokens")), Column("context", text("context")),
+    Column("us", number("us")),
     Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
     Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")), Column("of peak", number("of_peak", ".2f")),
     Column("of what both allow", number("of_both", ".2f")),
@@ -256,7 +273,9 @@ COLUMNS = (
 
 def _bars(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
     shown = [row for row in rows if row["operator"] == "whole network" or "attention" in row["operator"]]
-    labels = [f"{row['operator'].replace(', a layer', '')}\n{row['tokens']} new" + (f"\nof {row['context']}" if row["context"] else "")
+    labels = [f"{row['operator'].replace(', a layer', '')}\n{row['tokens']} new" + (f"\nof {row['context']}"
+                                                                                    if row["context"] else "")
               for row in shown]
-    return report.Bars(f"Kernels, shapes of Qwen1.5-{args.size.upper()}, {args.dtype}", "part of what bandwidth and peak allow", labels,
+    return report.Bars(f"Kernels, shapes of Qwen1.5-{args.size.upper()}, {args.dtype}",
+                       "part of what bandwidth and peak allow", labels,
                        {"qwen15": [row["of_both"] for row in shown]})

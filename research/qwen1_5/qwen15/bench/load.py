@@ -1,4 +1,6 @@
-"""How long a checkpoint takes from imported to ready, and how much memory a short run takes at its peak; fresh processes."""
+"""How long a checkpoint takes to be ready, and the peak memory of a short run; a fresh process for each."""
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -26,8 +28,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: arguments that cannot be, something is not installed, or a process failed.
     """
     parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--prompt", type=options.positive, default=512, metavar="N", help="tokens of the prompt that is run (default 512)")
-    parser.add_argument("--new_tokens", type=options.at_least_two, default=16, metavar="N", help="tokens after it (default 16)")
+    parser.add_argument("--prompt", type=options.positive, default=512, metavar="N",
+                        help="tokens of the prompt that is run (default 512)")
+    parser.add_argument("--new_tokens", type=options.at_least_two, default=16, metavar="N",
+                        help="tokens after it (default 16)")
     options.add_checkpoint(parser)
     options.add_run(parser, WHAT)
     argv = list(argv or ())
@@ -45,7 +49,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if number_ > 0:  # the first round brings the files into the page cache
                 taken[name].append(result)
     rows = [{"who": name, **{key: statistics.median(result[key] for result in results) for key in results[0]},
-             "checkpoint_bytes": nbytes, "memory_goal_bytes": MEMORY_FACTOR * nbytes + MEMORY_PLUS_BYTES, "samples": results}
+             "checkpoint_bytes": nbytes, "memory_goal_bytes": MEMORY_FACTOR * nbytes + MEMORY_PLUS_BYTES,
+             "samples": results}
             for name, results in taken.items()]
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": threads, "rounds": args.rounds}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
@@ -55,7 +60,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _child(who: str, checkpoint: options.Checkpoint, threads: int, args: argparse.Namespace) -> Dict[str, float]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "qwen15.bench.load_child", who, *checkpoint, str(threads), str(args.prompt), str(args.new_tokens)]
+    command = [sys.executable, "-m", "qwen15.bench.load_child", who, *checkpoint, str(threads), str(args.prompt),
+               str(args.new_tokens)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                           env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
@@ -65,15 +71,18 @@ def _child(who: str, checkpoint: options.Checkpoint, threads: int, args: argpars
 
 
 COLUMNS = (
-    Column("", text("who")), Column("imports, s", number("import_s", ".2f")), Column("imported to ready, s", number("ready_s", ".2f")),
+    Column("", text("who")), Column("imports, s", number("import_s", ".2f")),
+    Column("imported to ready, s", number("ready_s", ".2f")),
     Column("ready to first token, s", number("first_token_s", ".2f")),
     Column("checkpoint, GB", lambda row: f"{row['checkpoint_bytes'] / 1e9:.2f}"),
     Column("peak memory, GB", lambda row: f"{row['peak_bytes'] / 1e9:.2f}"),
-    Column(f"{MEMORY_FACTOR} x checkpoint + {MEMORY_PLUS_BYTES / 1e6:.0f} MB, GB", lambda row: f"{row['memory_goal_bytes'] / 1e9:.2f}"),
+    Column(f"{MEMORY_FACTOR} x checkpoint + {MEMORY_PLUS_BYTES / 1e6:.0f} MB, GB",
+           lambda row: f"{row['memory_goal_bytes'] / 1e9:.2f}"),
 )
 
 
 def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
     return report.Bars(f"Loading {checkpoint.label}, {checkpoint.dtype}", "seconds; gigabytes",
                        ["imports, s", "imported to\nready, s", "ready to\nfirst token, s", "peak\nmemory, GB"],
-                       {"transformers" if row["who"] == "hf" else row["who"]: [row["import_s"], row["ready_s"], row["first_token_s"], row["peak_bytes"] / 1e9] for row in rows})
+                       {"transformers" if row["who"] == "hf" else row["who"]: [row["import_s"], row["ready_s"], row[
+                           "first_token_s"], row["peak_bytes"] / 1e9] for row in rows})

@@ -1,4 +1,6 @@
-"""A process that loads a checkpoint, runs a prompt, and prints as JSON what that took: `python -m qwen15.bench.load_child ...`."""
+"""A process that loads a checkpoint, runs a prompt, prints as JSON what that took; `qwen15 bench load` starts it."""
+
+from __future__ import annotations
 
 import json
 import resource
@@ -48,7 +50,7 @@ def theirs(checkpoint: Checkpoint, threads: int, prompt: int, new_tokens: int) -
 
 
 def main() -> None:
-    """Arguments: qwen15 or hf, the checkpoint's path, label and dtype, threads, tokens of the prompt, tokens after it."""
+    """Arguments: qwen15 or hf, the checkpoint's path, label and dtype, threads, prompt tokens, new tokens."""
     who, path, label, dtype, *counts = sys.argv[1:]
     run = {"qwen15": ours, "hf": theirs}[who]
     found = run(Checkpoint(path, label, dtype), *map(int, counts))

@@ -1,4 +1,6 @@
-"""Write a random checkpoint of any Qwen1.5 size: a Hugging Face folder of safetensors shards, for measuring and for tests."""
+"""Write a random checkpoint of any Qwen1.5 size as a Hugging Face folder, for measuring and for tests."""
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -43,7 +45,8 @@ def hf_config(dims: naming.Dims, dtype: str) -> dict:
     end = min(151643, dims.vocab_size - 1)
     return {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": dtype,
-        "hidden_size": dims.hidden_size, "intermediate_size": dims.intermediate_size, "num_hidden_layers": dims.num_layers,
+        "hidden_size": dims.hidden_size, "intermediate_size": dims.intermediate_size,
+        "num_hidden_layers": dims.num_layers,
         "num_attention_heads": dims.num_heads, "num_key_value_heads": dims.num_kv_heads, "vocab_size": dims.vocab_size,
         "tie_word_embeddings": dims.tie_word_embeddings, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
         "max_position_embeddings": 32768, "use_sliding_window": False, "bos_token_id": end, "eos_token_id": end,
@@ -51,7 +54,8 @@ def hf_config(dims: naming.Dims, dtype: str) -> dict:
     }
 
 
-def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0, shard_bytes: int = 5 * 10 ** 8,
+def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0,
+                    shard_bytes: int = 5 * 10 ** 8,
                     overwrite: bool = False) -> int:
     """Write the folder: config.json, shards and their index. It appears under its name when it is complete.
 
@@ -89,7 +93,8 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
                 _write_shard(os.path.join(made.path, name), shard, rng, bar.update)
         weight_map = {info.name: name for name, shard in zip(names, shards) for info in shard}
         write_small(os.path.join(made.path, INDEX_FILES["safetensors"]), write_index(weight_map, total))
-        write_small(os.path.join(made.path, "config.json"), json.dumps(hf_config(dims, dtype), indent=2).encode() + b"\n")
+        write_small(os.path.join(made.path, "config.json"),
+                    json.dumps(hf_config(dims, dtype), indent=2).encode() + b"\n")
         made.publish()
     finally:
         made.close()
@@ -131,6 +136,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="start of the random numbers")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder this project made")
     args = parser.parse_args(argv)
-    total = make_checkpoint(args.folder, dims_of(args.size, args.layers), args.dtype, args.seed, overwrite=args.overwrite)
+    total = make_checkpoint(args.folder, dims_of(args.size, args.layers), args.dtype, args.seed,
+                            overwrite=args.overwrite)
     print(f"{args.folder}: {total / 1e9:.2f} GB")
     return 0

@@ -1,5 +1,7 @@
 """The kernel library's operators on NumPy memory, called as MindSpore calls them, with weights that no cache holds."""
 
+from __future__ import annotations
+
 import ctypes
 from typing import Callable, List, Sequence, Tuple
 
@@ -22,7 +24,7 @@ class Array:
 
 
 class Pool:
-    """Random numbers of one dtype from which weights are cut, one after another; from its end it goes on at its beginning.
+    """Random numbers of one dtype from which weights are cut, one after another, over and over.
 
     Args:
         elements: how many; far more bytes than the caches hold, so that what is cut next has to come from memory.

@@ -1,4 +1,6 @@
-"""Arguments that several measurements share: which checkpoint, how many threads and rounds, against whom, where the plot goes."""
+"""Arguments that measurements share: which checkpoint, how many threads and rounds, against whom, the plot."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -59,23 +61,31 @@ positive.__name__ = at_least_two.__name__ = "whole number"  # argparse names the
 def add_checkpoint(parser: argparse.ArgumentParser, size: str = "0.5b", layers: Optional[int] = None) -> None:
     """Add what decides the weights; `size` and `layers` are the random checkpoint's if nothing else is said."""
     group = parser.add_argument_group("weights")
-    group.add_argument("--checkpoint", metavar="FOLDER", help="measure with this checkpoint; without it a random one is made and kept")
-    group.add_argument("--size", default=size, help=f"of the random checkpoint: one of {', '.join(family.FAMILY)} (default {size})")
+    group.add_argument("--checkpoint", metavar="FOLDER",
+                       help="measure with this checkpoint; without it a random one is made and kept")
+    group.add_argument("--size", default=size,
+                       help=f"of the random checkpoint: one of {', '.join(family.FAMILY)} (default {size})")
     group.add_argument("--layers", type=positive, metavar="N", default=layers,
                        help=f"of the random checkpoint (default {layers or 'the published number'})")
-    group.add_argument("--dtype", choices=DTYPES, help="of weights and KV cache (default: the checkpoint's own; bfloat16 for a random one)")
-    group.add_argument("--cache", metavar="FOLDER", default=cache_folder(), help="where random checkpoints are kept (default %(default)s)")
+    group.add_argument("--dtype", choices=DTYPES,
+                       help="of weights and KV cache (default: the checkpoint's own; bfloat16 for a random one)")
+    group.add_argument("--cache", metavar="FOLDER", default=cache_folder(),
+                       help="where random checkpoints are kept (default %(default)s)")
 
 
-def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5, threads: bool = True, against: bool = True) -> None:
+def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5, threads: bool = True,
+            against: bool = True) -> None:
     """Add what decides how it is measured and shown."""
     group = parser.add_argument_group("run")
     if threads:
-        group.add_argument("--threads", type=positive, metavar="N", help="threads of everyone compared (default: this machine's cores)")
-    group.add_argument("--rounds", type=positive, default=rounds, metavar="N", help=f"runs of each, medians are shown (default {rounds})")
+        group.add_argument("--threads", type=positive, metavar="N",
+                           help="threads of everyone compared (default: this machine's cores)")
+    group.add_argument("--rounds", type=positive, default=rounds, metavar="N",
+                       help=f"runs of each, medians are shown (default {rounds})")
     if against:
         group.add_argument("--against", choices=AGAINST, help="hf: also run transformers on the same, taking turns")
-    group.add_argument("--plot", metavar="FILE", help=f"PNG to write (default qwen15_bench_{what}.png, if matplotlib is installed)")
+    group.add_argument("--plot", metavar="FILE",
+                       help=f"PNG to write (default qwen15_bench_{what}.png, if matplotlib is installed)")
     group.add_argument("--no_plot", action="store_true", help="write none")
 
 
@@ -92,11 +102,14 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """
     if args.checkpoint is not None:
         if args.layers is not None:
-            raise UserError("is for random checkpoints, and --checkpoint names one", where="--layers", fix="Leave one of them away.")
+            raise UserError("is for random checkpoints, and --checkpoint names one", where="--layers",
+                            fix="Leave one of them away.")
         if not os.path.isdir(args.checkpoint):
             raise UserError("no such folder", where=f"--checkpoint {args.checkpoint}")
-        own = load_config(None, [Flag("load_checkpoint", "--checkpoint", args.checkpoint), Flag("context.device_target", "bench", "CPU")])
-        return Checkpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype or own.model.param_init_type)
+        own = load_config(None, [Flag("load_checkpoint", "--checkpoint", args.checkpoint),
+                                 Flag("context.device_target", "bench", "CPU")])
+        return Checkpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype
+                          or own.model.param_init_type)
     dtype = args.dtype or "bfloat16"
     dims = dims_of(args.size, args.layers)
     label = f"Qwen1.5-{args.size.upper()}" + (f", {args.layers} layers" if args.layers else "")

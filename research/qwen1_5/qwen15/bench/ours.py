@@ -1,5 +1,7 @@
 """Our engine on a checkpoint: prefill and decode as a user's run does them, with their times."""
 
+from __future__ import annotations
+
 import sys
 import time
 from typing import Callable, Sequence
@@ -34,9 +36,11 @@ class Ours:
                                    max_decode_length=blocks * block_size)
         model = config.model
         self.dims = model.dims
-        network = build_network(config, weights.resolve(config.load_checkpoint), lambda line: print(line, file=sys.stderr))
+        network = build_network(config, weights.resolve(config.load_checkpoint),
+                                lambda line: print(line, file=sys.stderr))
         self.note = network.note
-        self.engine = Engine(network, Limits(model.dims.vocab_size, model.seq_length, model.num_blocks, block_size), None,
+        self.engine = Engine(network, Limits(model.dims.vocab_size, model.seq_length, model.num_blocks, block_size),
+                             None,
                              session.selection())
         self._library = library.load()
 

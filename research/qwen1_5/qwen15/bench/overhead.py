@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence
 
 from ..generation.request import Step
 from ..generation.sampling import SamplingParams
@@ -32,7 +32,7 @@ WAYS: Dict[str, SamplingParams] = {
 class MadeUpTokens:
     """Text for token ids, where the checkpoint has no tokenizer."""
 
-    control_token_ids = frozenset()
+    control_token_ids: FrozenSet[int] = frozenset()
 
     @staticmethod
     def token_bytes(token: int) -> bytes:

@@ -1,4 +1,6 @@
-"""One worker of `qwen15 bench parallel`, started by the launcher: loads, prefills, decodes, and writes what it took as JSON."""
+"""One worker of `qwen15 bench parallel`, started by the launcher: loads, runs, writes what it took as JSON."""
+
+from __future__ import annotations
 
 import glob
 import json
@@ -15,7 +17,7 @@ PROFILED_TOKENS = 32
 
 
 def measure(job: Dict[str, Any]) -> Dict[str, Any]:
-    """Load as a user's run does, then time prompts and answers; last, under MindSpore's profiler, the AllReduce in them."""
+    """Load as a user's run does, time prompts and answers, then the AllReduce in them under MindSpore's profiler."""
     rank = int(os.environ["RANK_ID"])
     import mindspore  # noqa: F401  (its time is nobody's load time)
     import numpy as np
@@ -35,9 +37,11 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     # A sequence's blocks; the cache holds two, what a run has left in it and a prompt beside it.
     blocks = -(-(prompt_length + max(new_tokens, PROFILED_TOKENS)) // 32)
     values = {"load_checkpoint": job["checkpoint"], "context.device_target": "CPU", "use_parallel": workers > 1,
-              "parallel_config.model_parallel": workers, "parallel_config.vocab_emb_dp": job["vocab_emb_dp"], "auto_trans_ckpt": True,
+              "parallel_config.model_parallel": workers, "parallel_config.vocab_emb_dp": job["vocab_emb_dp"],
+              "auto_trans_ckpt": True,
               **{MODEL + key: value for key, value in {
-                  "param_init_type": job["dtype"], "compute_dtype": job["dtype"], "seq_length": blocks * 32, "block_size": 32,
+                  "param_init_type": job["dtype"], "compute_dtype": job["dtype"], "seq_length": blocks * 32,
+                  "block_size": 32,
                   "num_blocks": 2 * blocks, "max_decode_length": blocks * 32}.items()}}
     config = load_config(None, [Flag(key, "bench", value) for key, value in values.items()])
     joined_s = _time_join(cluster)
@@ -45,7 +49,8 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     network = build_network(config, weights.resolve(config.load_checkpoint, rank, workers, True), lambda line: None)
     load_s = time.perf_counter() - start_s - sum(joined_s)
     dims = config.model.dims
-    engine = Engine(network, Limits(dims.vocab_size, config.model.seq_length, config.model.num_blocks, 32), None, session.selection())
+    engine = Engine(network, Limits(dims.vocab_size, config.model.seq_length, config.model.num_blocks, 32), None,
+                    session.selection())
     prompt = tuple(random_prompts(1, prompt_length, dims.vocab_size)[0].tolist())
 
     def prefill() -> float:
@@ -71,7 +76,8 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     network.agree(np.zeros(1, np.int32))
     memory = _memory()
     network.agree(np.zeros(1, np.int32))
-    result = {"rank": rank, "join_s": sum(joined_s), "load_s": load_s, "prefill_s": prefills, "decode_s": decodes, **memory,
+    result = {"rank": rank, "join_s": sum(joined_s), "load_s": load_s, "prefill_s": prefills, "decode_s": decodes,
+              **memory,
               "note": network.note, "threads": os.environ.get("QWEN15_THREADS")}
     if workers > 1:
         result.update(_profile(job["folder"], rank, prefill, decode))
@@ -95,7 +101,7 @@ def _time_join(cluster: Any) -> List[float]:
 
 
 def _memory() -> Dict[str, int]:
-    """Bytes: the peak of resident memory, and what is resident now, shared pages counted whole (rss) or divided by sharers (pss)."""
+    """Bytes resident at the peak, and now: shared pages counted whole (rss) or divided by those who share (pss)."""
     found = {}
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         for line in file:
@@ -114,7 +120,8 @@ def _profile(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any
 
     target = os.path.join(folder, f"profile_{rank}")
     profiler = profile(activities=[ProfilerActivity.CPU],
-                       on_trace_ready=mindspore.profiler.tensorboard_trace_handler(target, analyse_flag=True, async_mode=False))
+                       on_trace_ready=mindspore.profiler.tensorboard_trace_handler(target, analyse_flag=True,
+                                                                                   async_mode=False))
     profiler.start()
     prefill_began = time.time()
     prefill_s = prefill()
@@ -128,7 +135,8 @@ def _profile(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any
     in_prefill = [seconds for began, seconds in events if prefill_began <= began < prefill_began + prefill_s]
     in_decode = [seconds for began, seconds in events if decode_began <= began < decode_began + decode_s]
     tokens = PROFILED_TOKENS - 1
-    return {"profiled_prefill_s": prefill_s, "allreduce_prefill_s": sum(in_prefill), "allreduces_a_prefill": len(in_prefill),
+    return {"profiled_prefill_s": prefill_s, "allreduce_prefill_s": sum(in_prefill),
+            "allreduces_a_prefill": len(in_prefill),
             "profiled_decode_s": decode_s / tokens, "allreduce_decode_s": sum(in_decode) / tokens,
             "allreduces_a_token": len(in_decode) / tokens}
 

@@ -1,5 +1,7 @@
 """How fast prompts are taken in, from token ids to the first new token; beside the peak of the arithmetic."""
 
+from __future__ import annotations
+
 import argparse
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
@@ -18,7 +20,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: arguments that cannot be, or something is not installed.
     """
     parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N", help="of the prompt (default 512)")
+    parser.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N",
+                        help="of the prompt (default 512)")
     options.add_checkpoint(parser)
     options.add_run(parser, WHAT)
     argv = list(argv or ())
@@ -37,25 +40,30 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _measure(ours: Ours, theirs: Optional[hf.HuggingFace], tokens: int, machine: Machine, dtype: str, count: int) -> Dict[str, Any]:
+def _measure(ours: Ours, theirs: Optional[hf.HuggingFace], tokens: int, machine: Machine, dtype: str,
+             count: int) -> Dict[str, Any]:
     prompt: List[int] = random_prompts(1, tokens, ours.dims.vocab_size)[0].tolist()
     contenders: Dict[str, Callable[[], rounds.Run]] = {"qwen15": lambda: ours.prefill(prompt)}
     if theirs is not None:
         contenders["hf"] = lambda: theirs.prefill(prompt)
-    samples = rounds.interleave(contenders, count, lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(dtype)})
+    samples = rounds.interleave(contenders, count,
+                                lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(dtype)})
     mine = samples["qwen15"]
     read, flop = work.decode_bytes(ours.dims, dtype, 1, tokens), work.prefill_flop(ours.dims, tokens)
     whole_s = rounds.median_seconds(mine)
-    row = {"tokens": tokens, "ms": whole_s * 1e3, "tokens_per_s": tokens / whole_s, "own_ms": rounds.median_own_seconds(mine) * 1e3,
+    row = {"tokens": tokens, "ms": whole_s * 1e3, "tokens_per_s": tokens / whole_s,
+           "own_ms": rounds.median_own_seconds(mine) * 1e3,
            "read_bytes": read, "flop": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
     if "hf" in samples:
-        row.update(hf_tokens_per_s=tokens / rounds.median_seconds(samples["hf"]), ratio_hf=rounds.ratio(mine, samples["hf"]))
+        row.update(hf_tokens_per_s=tokens / rounds.median_seconds(samples["hf"]),
+                   ratio_hf=rounds.ratio(mine, samples["hf"]))
     return row
 
 
 COLUMNS = (
     Column("tokens", text("tokens")), Column("ms", number("ms")), Column("tokens/s", number("tokens_per_s")),
-    Column("of it not kernels, ms", number("own_ms", ".2f")), Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")),
+    Column("of it not kernels, ms", number("own_ms", ".2f")),
+    Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")),
     Column("of peak", number("of_peak", ".2f")), Column("transformers, tokens/s", number("hf_tokens_per_s")),
     Column("times transformers", number("ratio_hf", ".2f")),
 )
@@ -65,5 +73,6 @@ def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> 
     series = {"qwen15": [row["tokens_per_s"] for row in rows]}
     if "hf_tokens_per_s" in rows[0]:
         series["transformers"] = [row["hf_tokens_per_s"] for row in rows]
-    return report.Bars(f"Prefill, {checkpoint.label}, {checkpoint.dtype}", "tokens per second", [f"{row['tokens']} tokens" for row in rows],
+    return report.Bars(f"Prefill, {checkpoint.label}, {checkpoint.dtype}", "tokens per second",
+                       [f"{row['tokens']} tokens" for row in rows],
                        series, {"at the measured peak": [row["tokens_per_s"] / row["of_both"] for row in rows]})

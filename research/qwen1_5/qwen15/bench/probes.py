@@ -1,4 +1,6 @@
-"""What this machine can do at this moment: bytes read and operations computed per second, through the kernels' own threads."""
+"""What this machine can do now: bytes read and operations computed per second, on the kernels' own threads."""
+
+from __future__ import annotations
 
 import mmap
 import time
@@ -31,7 +33,7 @@ class Machine:
         self._memory: Optional[np.ndarray] = None
 
     def bandwidth(self) -> float:
-        """Bytes per second all threads read together: the best of several passes of each pattern, over huge pages where there are."""
+        """Bytes per second all threads read together: the best of several passes of each pattern."""
         if self._memory is None:
             pages = mmap.mmap(-1, PROBE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -41,7 +43,7 @@ class Machine:
         return max(self._library.bandwidth(self._memory, split) for _ in range(_PASSES) for split in (False, True))
 
     def peak(self, dtype: str) -> float:
-        """Operations per second of multiply-adds on registers as prefill does them for weights of `dtype`; the best of several."""
+        """Operations per second of multiply-adds on registers, as prefill does them for weights of `dtype`."""
         start_s = time.perf_counter()
         self._library.flops(dtype, _FEW_REPEATS)
         repeats = int(_FEW_REPEATS * _PASS_S / (time.perf_counter() - start_s)) + 1

@@ -1,5 +1,7 @@
 """What a measurement prints: a table, one line of JSON, and a plot."""
 
+from __future__ import annotations
+
 import datetime
 import io
 import json
@@ -7,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence
 
 from ..checkpoint.atomic import write_small
 from ..errors import UserError
@@ -49,7 +51,8 @@ def machine() -> Dict[str, Any]:
 def json_line(what: str, argv: Sequence[str], facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """Everything measured, on one line: figures are rounded to six digits, samples are what they were taken from."""
     made = {"bench": what, "command": shlex.join(["qwen15", "bench", what, *argv]),
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **facts, "machine": machine(),
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **facts,
+            "machine": machine(),
             "rows": list(rows)}
     return json.dumps(_rounded(made), ensure_ascii=False)
 
@@ -89,7 +92,7 @@ def plot_target(asked: Optional[str], otherwise: str) -> Optional[str]:
     """The file a plot will be written to; None, after saying so, when none was asked for and matplotlib is missing.
 
     Raises:
-        UserError: --plot without matplotlib, to a folder that is not there, or over a file that the bench did not write.
+        UserError: --plot without matplotlib, to no folder, or over a file that the bench did not write.
     """
     import importlib.util
 
@@ -106,7 +109,8 @@ def plot_target(asked: Optional[str], otherwise: str) -> Optional[str]:
             raise UserError("is not a file", where=f"--plot {path}")
         with open(path, "rb") as file:
             if _MADE_BY.encode() not in file.read(4096):
-                raise UserError("there is a file that the bench did not write", where=f"--plot {path}", fix="Give another name.")
+                raise UserError("there is a file that the bench did not write", where=f"--plot {path}",
+                                fix="Give another name.")
     return path
 
 
@@ -140,10 +144,12 @@ def write_plot(path: str, bars: Bars) -> None:
     for number_, (name, values) in enumerate(bars.series.items()):
         places = [i - 0.4 + width * (number_ + 0.5) for i, value in enumerate(values) if value is not None]
         drawn = axes.bar(places, [value for value in values if value is not None], width * 0.94, label=name)
-        axes.bar_label(drawn, [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values if value is not None],
+        axes.bar_label(drawn,
+                       [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values if value is not None],
                        fontsize=8, padding=1)
     for name, values in (bars.limit or {}).items():
-        axes.hlines(values, [i - 0.45 for i in range(len(values))], [i + 0.45 for i in range(len(values))], colors="black",
+        axes.hlines(values, [i - 0.45 for i in range(len(values))], [i + 0.45 for i in range(len(values))],
+                    colors="black",
                     linestyles="dashed", linewidth=1.2, label=name)
     axes.set_xticks(range(len(bars.labels)), bars.labels)
     axes.set_ylabel(bars.unit)
@@ -158,8 +164,8 @@ def write_plot(path: str, bars: Bars) -> None:
     write_small(path, content.getvalue())
 
 
-def show(what: str, argv: Sequence[str], facts: Mapping[str, Any], columns: Sequence[Column], rows: List[Mapping[str, Any]],
-         bars: Bars, plot: Optional[str]) -> None:
+def show(what: str, argv: Sequence[str], facts: Mapping[str, Any], columns: Sequence[Column],
+         rows: Sequence[Mapping[str, Any]], bars: Bars, plot: Optional[str]) -> None:
     """Print the table, write the plot, and end with the line of JSON."""
     print(heading(what, facts) + "\n")
     print(table(columns, rows))

@@ -1,5 +1,7 @@
 """Runs that take turns, A B A B ..., each between two probes of the machine; and their medians."""
 
+from __future__ import annotations
+
 import statistics
 from typing import Callable, Dict, List, Mapping, NamedTuple, Sequence
 
@@ -13,7 +15,7 @@ class Sample(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a contender gives back: seconds of the thing measured, and those of them that were not the kernels' (0 if unknown)."""
+    """Seconds of the thing measured, and those of them that were not the kernels' (0 if unknown)."""
 
     seconds: float
     own_seconds: float = 0.0
@@ -23,8 +25,8 @@ def interleave(contenders: Mapping[str, Callable[[], Run]], rounds: int, probe: 
                ) -> Dict[str, List[Sample]]:
     """Run every contender once in each round, in the order given, after one round that does not count.
 
-    The machine's speed drifts within minutes; contenders that take turns meet the same drift, and each run is held against
-    what was measured just before and just after it: the better of the two, so that no run is flattered.
+    The machine's speed drifts within minutes; contenders that take turns meet the same drift, and each run is held
+    against what was measured just before and just after it: the better of the two, so that no run is flattered.
 
     Args:
         contenders: name -> one run.
@@ -42,7 +44,8 @@ def interleave(contenders: Mapping[str, Callable[[], Run]], rounds: int, probe: 
         for name, run in contenders.items():
             took = run()
             after = probe()
-            samples[name].append(Sample(took.seconds, took.own_seconds, {key: max(before[key], after[key]) for key in after}))
+            samples[name].append(Sample(took.seconds, took.own_seconds,
+                                        {key: max(before[key], after[key]) for key in after}))
             before = after
     return samples
 
@@ -75,12 +78,15 @@ def limits(samples: Sequence[Sample], read_bytes: float, flop: float) -> Dict[st
         read_bytes, flop: what one run has to read and to compute.
 
     Returns:
-        medians: bandwidth_gb_per_s, peak_gflop_per_s; of_bandwidth and of_peak as `fraction` has them; of_both: the seconds that the
-        scarcer of the two would have taken, over those it took.
+        medians: bandwidth_gb_per_s, peak_gflop_per_s; of_bandwidth and of_peak as `fraction` has them; of_both: the
+        seconds that the scarcer of the two would have taken, over those it took.
     """
-    both = statistics.median(max(read_bytes / s.probe["bandwidth"], flop / s.probe["peak"]) / s.seconds for s in samples)
-    return {"bandwidth_gb_per_s": median_probe(samples, "bandwidth") / 1e9, "of_bandwidth": fraction(samples, read_bytes, "bandwidth"),
-            "peak_gflop_per_s": median_probe(samples, "peak") / 1e9, "of_peak": fraction(samples, flop, "peak"), "of_both": both}
+    both = statistics.median(max(read_bytes / s.probe["bandwidth"], flop / s.probe["peak"]) / s.seconds
+                             for s in samples)
+    return {"bandwidth_gb_per_s": median_probe(samples, "bandwidth") / 1e9,
+            "of_bandwidth": fraction(samples, read_bytes, "bandwidth"),
+            "peak_gflop_per_s": median_probe(samples, "peak") / 1e9, "of_peak": fraction(samples, flop, "peak"),
+            "of_both": both}
 
 
 def as_json(samples: Mapping[str, Sequence[Sample]]) -> Dict[str, Dict[str, List[float]]]:

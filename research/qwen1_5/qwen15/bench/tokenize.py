@@ -1,11 +1,14 @@
 """How fast text becomes tokens, beside transformers' Qwen2TokenizerFast on the same vocabulary."""
 
+from __future__ import annotations
+
 import argparse
+import functools
 import glob
 import os
 import random
 import sysconfig
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from ..errors import EXIT_FAILED, UserError
 from . import options, report, rounds
@@ -25,7 +28,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
     parser.add_argument("vocabulary", metavar="FOLDER", help="with vocab.json and merges.txt")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text (default: Python's own library, and Chinese words at random)")
+    parser.add_argument("--text", nargs="+", metavar="FILE",
+                        help="UTF-8 text (default: Python's own library, and Chinese words at random)")
     parser.add_argument("--characters", type=options.positive, default=_DEFAULT_CHARACTERS, metavar="N",
                         help=f"of each kind of text at most (default {_DEFAULT_CHARACTERS})")
     options.add_run(parser, WHAT, threads=False)
@@ -35,7 +39,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from ..text.tokenizer import Qwen2Tokenizer
 
     files = [os.path.join(args.vocabulary, name) for name in ("vocab.json", "merges.txt")]
-    ours = Qwen2Tokenizer.from_files(*files, {})
+    ours = Qwen2Tokenizer.from_files(files[0], files[1], {})
     encoders: Dict[str, Any] = {"qwen15": ours}
     if args.against:
         encoders["hf"] = _fast(files)
@@ -45,8 +49,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for name, whole in texts.items():
         whole = whole[:args.characters]
         messages = [whole[place:place + _MESSAGE_CHARACTERS] for place in range(0, len(whole), _MESSAGE_CHARACTERS)]
-        for form, calls in (("one text", {who: (lambda e=encoder, text=whole: e.encode(text)) for who, encoder in encoders.items()}),
-                            ("messages", {who: (lambda e=encoder, texts=messages: e(texts)["input_ids"]) for who, encoder in encoders.items()})):
+        one_text = {who: functools.partial(encoder.encode, whole) for who, encoder in encoders.items()}
+        in_messages = {who: functools.partial(_each, encoder, messages) for who, encoder in encoders.items()}
+        for form, calls in (("one text", one_text), ("messages", in_messages)):
             rows.append(_measure(f"{name}, {form}", len(whole.encode()), calls, args.rounds))
     facts = {"vocabulary": len(ours), "rounds": args.rounds}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(rows), plot)
@@ -57,20 +62,27 @@ def _fast(files: Sequence[str]) -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError("transformers is not installed", where="--against hf", fix="Run: pip install transformers") from None
+        raise UserError("transformers is not installed", where="--against hf",
+                        fix="Run: pip install transformers") from None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return transformers.Qwen2TokenizerFast(*files, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
 
 
-def _measure(name: str, nbytes: int, calls: Dict[str, Callable[[], Any]], count: int) -> Dict[str, Any]:
+def _each(encoder: Any, messages: Sequence[str]) -> Any:
+    return encoder(messages)["input_ids"]
+
+
+def _measure(name: str, nbytes: int, calls: Mapping[str, Callable[[], Any]], count: int) -> Dict[str, Any]:
     results = {who: call() for who, call in calls.items()}
     if "hf" in results and list(results["hf"]) != list(results["qwen15"]):
         raise UserError(f"the two tokenizers disagree on {name}", exit_code=EXIT_FAILED)
     samples = rounds.interleave({who: repeated(call) for who, call in calls.items()}, count, lambda: {})
     mine = samples["qwen15"]
-    row = {"text": name, "mb": nbytes / 1e6, "mb_per_s": nbytes / 1e6 / rounds.median_seconds(mine), "samples": rounds.as_json(samples)}
+    row = {"text": name, "mb": nbytes / 1e6, "mb_per_s": nbytes / 1e6 / rounds.median_seconds(mine),
+           "samples": rounds.as_json(samples)}
     if "hf" in samples:
-        row.update(hf_mb_per_s=nbytes / 1e6 / rounds.median_seconds(samples["hf"]), ratio_hf=rounds.ratio(mine, samples["hf"]))
+        row.update(hf_mb_per_s=nbytes / 1e6 / rounds.median_seconds(samples["hf"]),
+                   ratio_hf=rounds.ratio(mine, samples["hf"]))
     return row
 
 
@@ -100,7 +112,8 @@ def _chinese(tokenizer: Any, characters: int) -> str:
 
 COLUMNS = (
     Column("text", text("text")), Column("MB", number("mb", ".2f")), Column("MB/s", number("mb_per_s", ".1f")),
-    Column("Qwen2TokenizerFast, MB/s", number("hf_mb_per_s", ".1f")), Column("times transformers", number("ratio_hf", ".1f")),
+    Column("Qwen2TokenizerFast, MB/s", number("hf_mb_per_s", ".1f")),
+    Column("times transformers", number("ratio_hf", ".1f")),
 )
 
 
@@ -108,4 +121,5 @@ def _bars(rows: Sequence[Dict[str, Any]]) -> report.Bars:
     series = {"qwen15": [row["mb_per_s"] for row in rows]}
     if "hf_mb_per_s" in rows[0]:
         series["Qwen2TokenizerFast"] = [row["hf_mb_per_s"] for row in rows]
-    return report.Bars("Text to tokens", "megabytes per second", [row["text"].replace(", ", ",\n") for row in rows], series)
+    return report.Bars("Text to tokens", "megabytes per second", [row["text"].replace(", ", ",\n") for row in rows],
+                       series)

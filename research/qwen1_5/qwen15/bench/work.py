@@ -1,5 +1,7 @@
 """What a step of the network has to do at least: bytes it reads from memory and operations it computes."""
 
+from __future__ import annotations
+
 from .. import naming
 from ..naming import Dims
 
@@ -16,7 +18,7 @@ def matrix_elements(dims: Dims) -> int:
 
 
 def decode_bytes(dims: Dims, dtype: str, batch: int, context: float) -> float:
-    """Bytes one decode step reads: all matrices once, and the keys and values of `batch` sequences of `context` tokens."""
+    """Bytes a decode step reads: all matrices once, keys and values of `batch` sequences of `context` tokens."""
     cache = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * context * batch
     return ITEM_BYTES[dtype] * (matrix_elements(dims) + cache)
 
@@ -29,5 +31,6 @@ def decode_flop(dims: Dims, batch: int, context: float) -> float:
 def prefill_flop(dims: Dims, tokens: int) -> float:
     """Operations of prefilling one prompt: causal attention, and the head for the last token alone."""
     head = dims.hidden_size * dims.vocab_size
-    attention = dims.num_layers * dims.num_heads * dims.head_dim * tokens * (tokens + 1)  # QK^T and PV over t keys, t = 1 ... T
+    attention = dims.num_layers * dims.num_heads * dims.head_dim * tokens * (
+        tokens + 1)  # QK^T and PV over t keys, t = 1 ... T
     return 2.0 * (tokens * (matrix_elements(dims) - head) + head + attention)

@@ -1,5 +1,7 @@
 """Say what this machine has and what will be used: `qwen15 doctor`. Needs no MindSpore to run."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

@@ -1,4 +1,6 @@
-"""Everything that can be checked before a model is loaded: prompts, memory, checkpoint headers. Imports no MindSpore."""
+"""What can be checked before a model is loaded: prompts, memory, checkpoint headers. Imports no MindSpore."""
+
+from __future__ import annotations
 
 from typing import List, Sequence
 
@@ -15,7 +17,8 @@ def describe(session: Session, prompts: Sequence[Prompt]) -> str:
     """What a run would do, one line a topic.
 
     Raises:
-        UserError: what the run would have been refused for: a prompt that is too long, too little memory, a checkpoint that
+        UserError: what the run would have been refused for: a prompt that is too long, too little memory, a checkpoint
+        that
             does not fit.
     """
     config = session.config
@@ -30,8 +33,8 @@ def describe(session: Session, prompts: Sequence[Prompt]) -> str:
 
 def _model_line(config: Config) -> str:
     dims, model = config.model.dims, config.model
-    return (f"model: {dims.num_layers} layers, hidden {dims.hidden_size}, {dims.num_heads} heads, {dims.num_kv_heads} KV heads, "
-            f"vocabulary {dims.vocab_size}; weights {model.param_init_type}, KV cache {model.compute_dtype}, "
+    return (f"model: {dims.num_layers} layers, hidden {dims.hidden_size}, {dims.num_heads} heads, "
+            f"{dims.num_kv_heads} KV heads, vocabulary {dims.vocab_size}; weights {model.param_init_type}, KV cache {model.compute_dtype}, "
             f"sequences up to {model.seq_length} tokens")
 
 
@@ -46,8 +49,8 @@ def _prompt_line(session: Session, prompts: Sequence[Prompt]) -> str:
     blocks = -(-most // session.limits.block_size)
     one = len(lengths) == 1
     spread = f"{lengths[0]} tokens" if one else f"{min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all"
-    return (f"{'prompt' if one else f'prompts: {len(lengths)}'}: {spread}; with the answer up to {most} tokens = {blocks} blocks, "
-            f"the KV cache has {session.limits.num_blocks} ({session.limits.num_blocks // blocks} such at once)")
+    return (f"{'prompt' if one else f'prompts: {len(lengths)}'}: {spread}; "
+            f"with the answer up to {most} tokens = {blocks} blocks, the KV cache has {session.limits.num_blocks} ({session.limits.num_blocks // blocks} such at once)")
 
 
 def _checkpoint_lines(config: Config) -> List[str]:
@@ -63,6 +66,7 @@ def _checkpoint_lines(config: Config) -> List[str]:
         infos = reader.infos.values()
         dtypes = ", ".join(sorted({info.dtype for info in infos}))
         rank_name = "" if whole else f" rank {rank}"
-        lines.append(f"checkpoint{rank_name}: {len(reader.infos)} tensors ({dtypes}), {human_bytes(sum(i.nbytes for i in infos))}, "
+        nbytes = sum(info.nbytes for info in infos)
+        lines.append(f"checkpoint{rank_name}: {len(reader.infos)} tensors ({dtypes}), {human_bytes(nbytes)}, "
                      f"every weight there in its shape; {path}")
     return lines

@@ -1,5 +1,7 @@
 """Write the prediction YAML of a checkpoint from its config.json: `qwen15 make-yaml --checkpoint DIR`."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
@@ -20,12 +22,6 @@ _CARD = "59GB"
 _RANKS = (1, 2, 4, 8)
 _END = "<|endoftext|>"
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-
-CHATML = ("{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-          "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
-          "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-"""Qwen's ChatML: a default system message when there is none, then each message in its own frame."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +194,6 @@ def recipe_for(checkpoint: str, model_parallel: Optional[int] = None) -> Recipe:
         raise UserError("no eos_token_id in config.json or generation_config.json", checkpoint,
                         "Add it to config.json: without it no answer ends.")
     sampling = tuple((name, _first(generation[name], KEYS[MODEL + name].default)) for name in _SAMPLING)
-    texts = tuple(_token_text(tokenizer, name) or _END for name in ("unk_token", "eos_token", "pad_token"))
     length = tokenizer.get("model_max_length")
     sequences = 2 if hf.dims.num_kv_heads == hf.dims.num_heads else 4
     recipe = Recipe(
@@ -208,7 +203,9 @@ def recipe_for(checkpoint: str, model_parallel: Optional[int] = None) -> Recipe:
         pad_token_id=pad, bos_token_id=bos, max_decode_length=min(2048, seq_length), sampling=sampling,
         model_parallel=1, vocab_emb_dp=True, max_device_memory=_CARD,
         model_max_length=length if isinstance(length, int) and length < 2 ** 31 else longest,
-        tokens=texts, chat_template=_template(tokenizer, checkpoint))
+        tokens=(_token_text(tokenizer, "unk_token"), _token_text(tokenizer, "eos_token"),
+                _token_text(tokenizer, "pad_token")),
+        chat_template=_template(tokenizer, checkpoint))
     return _spread(recipe, model_parallel, checkpoint)
 
 
@@ -258,7 +255,7 @@ def _settings(path: str) -> Mapping[str, Any]:
 
 
 def _generation_settings(path: str) -> Mapping[str, Any]:
-    """What generation_config.json says of tokens and sampling, checked like the YAML's keys; None where it says nothing."""
+    """What generation_config.json says of tokens and sampling, checked like the YAML's keys; None for the rest."""
     contents, checked = _settings(path), {}
     for name in ("eos_token_id", "pad_token_id", "bos_token_id", *_SAMPLING):
         try:
@@ -272,11 +269,11 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _token_text(settings: Mapping[str, Any], name: str) -> Optional[str]:
+def _token_text(settings: Mapping[str, Any], name: str) -> str:
     value = settings.get(name)
     if isinstance(value, dict):  # an AddedToken written out
         value = value.get("content")
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) and value else _END
 
 
 def _template(settings: Mapping[str, Any], checkpoint: str) -> Optional[str]:

@@ -34,7 +34,7 @@ def table(folder: str) -> str:
                 continue
             parallel = replace(config.parallel, use_parallel=ranks > 1, model_parallel=ranks)
             wanted = need(config.model, parallel, device.ASCEND)
-            limit = config.max_device_memory_bytes
+            limit = config.max_device_memory_bytes or 0
             fits = f"{wanted.total_bytes / limit:.0%} of" if wanted.total_bytes <= limit else "does not fit into"
             shipped = " *" if ranks == config.parallel.model_parallel else ""
             tokens = config.model.block_size * config.model.num_blocks

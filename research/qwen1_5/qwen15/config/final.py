@@ -24,7 +24,7 @@ class Final:
         self.notes: List[str] = []
 
     def pick(self, name: str, *fallbacks: Tuple[Any, str]) -> Any:
-        """The final value of a key: given, else the first fallback (value, origin) that is not None, else the default."""
+        """The final value of a key: given, else the first fallback (value, origin) with a value, else the default."""
         if self.given.has(name):
             return self.put(name, self.given.entries[name], self.given.places[name])
         value, source = next((pair for pair in fallbacks if pair[0] is not None), (KEYS[name].default, "default"))

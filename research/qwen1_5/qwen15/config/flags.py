@@ -1,5 +1,7 @@
 """The command-line flags that set a configuration key: the parser is built from one table."""
 
+from __future__ import annotations
+
 import argparse
 from dataclasses import dataclass
 from typing import Any, Callable, List, Optional

@@ -1,4 +1,6 @@
-"""Read a Hugging Face config.json: the sizes and constants of a Qwen1.5 / Qwen2 model, refusing by name what it lacks."""
+"""Read a Hugging Face config.json of a Qwen1.5 or Qwen2 model; what this network cannot do is refused by name."""
+
+from __future__ import annotations
 
 import math
 import os
@@ -74,7 +76,8 @@ def _parse(config: Mapping[str, Any], where: str) -> HfConfig:
     if config.get("head_dim") is not None:
         head_dim = _size(config, "head_dim", where)
     elif hidden % heads:
-        raise UserError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads} and there is no head_dim",
+        raise UserError(
+            f"hidden_size {hidden} is not divisible by num_attention_heads {heads} and there is no head_dim",
                         where, "Is this the model's own config.json?")
     else:
         head_dim = hidden // heads
@@ -85,7 +88,8 @@ def _parse(config: Mapping[str, Any], where: str) -> HfConfig:
                 num_layers=_size(config, "num_hidden_layers", where), num_heads=heads, num_kv_heads=kv_heads,
                 head_dim=head_dim, vocab_size=_size(config, "vocab_size", where),
                 tie_word_embeddings=_flag(config, "tie_word_embeddings", where))
-    return HfConfig(dims=dims, rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6, where), rope_theta=_theta(config, where),
+    return HfConfig(dims=dims, rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6, where),
+                    rope_theta=_theta(config, where),
                     torch_dtype=_dtype(config, where),
                     max_position_embeddings=(None if config.get("max_position_embeddings") is None
                                              else _size(config, "max_position_embeddings", where)),
@@ -130,7 +134,8 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
                             "sliding window attention is not supported", where,
                             "Set use_sliding_window false to attend to everything, which is how Qwen ships it.")
     layer_types = config.get("layer_types")
-    if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}):
+    if layer_types is not None and (not isinstance(layer_types, list)
+                                    or set(map(str, layer_types)) - {"full_attention"}):
         raise UserError(f"layer_types {layer_types!r}: only full_attention is supported", where)
 
 
@@ -147,7 +152,8 @@ def _size(config: Mapping[str, Any], key: str, where: str) -> int:
     if value is None:
         raise UserError(f"{key} is missing", where, "Is this the model's own config.json?")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST_SIZE:
-        raise UserError(f"{key} {value!r} is not a positive whole number", where, "Is this the model's own config.json?")
+        raise UserError(f"{key} {value!r} is not a positive whole number", where,
+                        "Is this the model's own config.json?")
     return value
 
 

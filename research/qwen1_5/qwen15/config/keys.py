@@ -1,5 +1,7 @@
 """THE table of configuration keys: name, type, what reads it, default."""
 
+from __future__ import annotations
+
 import reprlib
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Sequence, Tuple

@@ -1,4 +1,4 @@
-"""The network's part of a configuration: sizes that agree with the checkpoint, lengths that fit the KV cache, token ids."""
+"""The network's part of a configuration: sizes as the checkpoint's, lengths that fit the KV cache, token ids."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model_config(final: Final, files: CheckpointFiles, device_target: str) -> Mo
     Raises:
         UserError: a size is missing or contradicts another or the checkpoint's own, or lengths do not fit the KV cache.
     """
-    dims = _dims(final, files.hf and files.hf.dims, files.hf and files.hf.where, device_target)
+    dims = _dims(final, *files.from_config("dims"), device_target)
     eps = final.model("rms_norm_eps", files.from_config("rms_norm_eps"), (1e-6, "default"))
     theta = final.model("theta", files.from_config("rope_theta"), (1e6, "default"))
     longest, where = files.from_config("max_position_embeddings")
@@ -49,10 +49,10 @@ def model_config(final: Final, files: CheckpointFiles, device_target: str) -> Mo
                        eos_token_id=eos, **{name: final.model(name) for name in names})
 
 
-def _dims(final: Final, hf: Optional[Dims], hf_path: Optional[str], device_target: str) -> Dims:
+def _dims(final: Final, hf: Optional[Dims], hf_path: str, device_target: str) -> Dims:
     sizes: Dict[str, Any] = {}
     for key, field in _SIZES:
-        sizes[field] = final.model(key, (getattr(hf, field, None), hf_path or ""))
+        sizes[field] = final.model(key, (getattr(hf, field, None), hf_path))
     missing = [key for key, field in _SIZES if sizes[field] is None and key not in _MAY_BE_MISSING]
     if missing:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
@@ -63,7 +63,7 @@ def _dims(final: Final, hf: Optional[Dims], hf_path: Optional[str], device_targe
     if sizes["tie_word_embeddings"] is None:
         sizes["tie_word_embeddings"] = final.model("tie_word_embeddings", (False, "default"))
     if hf is not None:
-        _compare(final, sizes, hf, hf_path or "")
+        _compare(final, sizes, hf, hf_path)
     if sizes["num_heads"] % sizes["num_kv_heads"]:
         raise UserError(f"{final.place('num_heads')} is not a multiple of {final.place('n_kv_heads')}",
                         fix=_size_hint(sizes))

@@ -1,5 +1,7 @@
 """Read a YAML file into flat dotted keys, each with the line it stands on."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Tuple

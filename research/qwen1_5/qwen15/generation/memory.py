@@ -116,8 +116,8 @@ def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, referenc
     feeds 2048 at a time; on Ascend a prompt is not divided), n the ranks, and item 4 bytes on CPU (float32 between
     operators) or compute_dtype's on Ascend. 4 E: residual, normalised input, attention output and the sum being formed;
     3 F: gate, up and their product. Where param_init_type is not compute_dtype, Ascend also casts one weight at a time.
-    `reference` adds the scores, 3 x H / n x T x C x 8, of T tokens over C = seq_length cached ones, and the largest matrices in
-    float64, max(2 F / n, V) x E x 8: gate and up of a layer, or the head.
+    `reference` adds the scores, 3 x H / n x T x C x 8, of T tokens over C = seq_length cached ones, and the largest
+    matrices in float64, max(2 F / n, V) x E x 8: gate and up of a layer, or the head.
     """
     dims = model.dims
     on_cpu = device_target == device.CPU

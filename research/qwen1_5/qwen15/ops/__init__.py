@@ -45,7 +45,8 @@ def decide() -> Tuple[str, str]:
     """
     forced = os.environ.get("QWEN15_KERNELS", "")
     if forced and forced not in CHOICES:
-        raise UserError(f"{forced!r} is not a kernel path", where="QWEN15_KERNELS", fix=f"Choose one of {', '.join(CHOICES)}.")
+        raise UserError(f"{forced!r} is not a kernel path", where="QWEN15_KERNELS",
+                        fix=f"Choose one of {', '.join(CHOICES)}.")
     if forced == "reference":
         return "reference", "reference operators (QWEN15_KERNELS=reference)"
     available, why = kernels_available()
@@ -57,7 +58,7 @@ def decide() -> Tuple[str, str]:
 
 
 def use_threads(count: int) -> None:
-    """Let the kernels run on so many threads from now on, whatever they ran on before; without kernels there is nothing to do."""
+    """Let the kernels run on so many threads from now on; without kernels there is nothing to do."""
     from ..kernels import library
 
     try:
