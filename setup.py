@@ -70,7 +70,8 @@ setup(
         # .bin files only. Take a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu
         "torch": ["torch>=2.4"],
         # torch is left out: scripts/test.sh installs a CPU build where one is offered.
-        "test": [MINDFORMERS, TRANSFORMERS, "gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7", "pytest>=7", "pytest-timeout", "pytest-xdist"],
+        "test": [MINDFORMERS, TRANSFORMERS, "gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7", "mypy>=1.11",
+                 "pytest>=7", "pytest-timeout", "pytest-xdist"],
     },
     entry_points={"console_scripts": ["qwen15 = qwen15.__main__:run"]},
 )
