@@ -1,29 +1,35 @@
 """Convert a Hugging Face Qwen1.5 checkpoint to MindSpore: one file, shards, or every rank's slices."""
 
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from qwen15.config.flags import boolean  # noqa: E402
+from qwen15.command_line import Parser, boolean, program, whole  # noqa: E402
 from qwen15.conversion.cli import add_common_flags, carry_out, options_from  # noqa: E402
 from qwen15.errors import run_main  # noqa: E402
 
 
+def parser():
+    """The flags."""
+    made = Parser(program("convert", "convert_weight.py"), __doc__, [
+        "qwen15 convert --torch_ckpt_dir models/Qwen1.5-0.5B --mindspore_ckpt_path models/qwen.safetensors",
+        "qwen15 convert --torch_ckpt_dir models/Qwen1.5-72B --mindspore_ckpt_path models/slices --model_parallel 4"])
+    made.add_argument("--torch_ckpt_dir", default="./", metavar="PATH",
+                      help="folder of the Hugging Face model, or one weight file with config.json beside it (default ./)")
+    made.add_argument("--mindspore_ckpt_path", default="./transform.ckpt", metavar="PATH",
+                      help="what to make: x.ckpt, x.safetensors, or a folder (default ./transform.ckpt)")
+    made.add_argument("--format", choices=("ckpt", "safetensors", "folder"),
+                      help="instead of going by the extension; with --model_parallel the slices' format")
+    made.add_argument("--model_parallel", type=whole, metavar="N", help="write rank_0 .. rank_N-1, cut for N devices")
+    made.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
+                      help="with --model_parallel: every rank keeps embedding and head whole (default True)")
+    add_common_flags(made)
+    return made
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--torch_ckpt_dir", default="./", metavar="PATH",
-                        help="folder of the Hugging Face model, or one weight file with config.json beside it (default ./)")
-    parser.add_argument("--mindspore_ckpt_path", default="./transform.ckpt", metavar="PATH",
-                        help="what to make: x.ckpt, x.safetensors, or a folder (default ./transform.ckpt)")
-    parser.add_argument("--format", choices=("ckpt", "safetensors", "folder"),
-                        help="instead of going by the extension; with --model_parallel the slices' format")
-    parser.add_argument("--model_parallel", type=int, metavar="N", help="write rank_0 .. rank_N-1, cut for N devices")
-    parser.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
-                        help="with --model_parallel: every rank keeps embedding and head whole (default True)")
-    add_common_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     from qwen15.conversion.hugging_face import plan_to_mindspore, yaml_lines
 
     options = options_from(args, args.mindspore_ckpt_path, args.model_parallel, args.vocab_emb_dp)

@@ -1,40 +1,83 @@
-"""All commands under one name: `python -m qwen15 COMMAND ...`, or `qwen15 COMMAND ...` once installed."""
+"""All commands under one name: `qwen15 VERB ...`, or `python -m qwen15 VERB ...` where it is not installed."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import Optional, Sequence
+from importlib import metadata
+from typing import Dict, NamedTuple, Optional, Sequence
 
+from .command_line import EXIT_CODES
 from .errors import UserError, did_you_mean, run_main
 
-COMMANDS = {
-    "predict": ("qwen15.commands.predict", "continue texts (run_qwen1_5.py)"),
-    "convert": ("convert_weight", "Hugging Face checkpoint -> MindSpore (convert_weight.py)"),
-    "convert-reversed": ("convert_reversed", "MindSpore checkpoint -> Hugging Face (convert_reversed.py)"),
-    "transform": ("transform_ckpt", "split and merge checkpoints (transform_ckpt.py)"),
-    "launch": ("qwen15.launch.plan", "start the workers of a multi-card run (msrun_launcher.sh)"),
-    "make-yaml": ("qwen15.commands.make_yaml", "a predict YAML from a checkpoint's config.json"),
-    "memory": ("qwen15.commands.memory", "bytes per card, before anything is loaded"),
-    "doctor": ("qwen15.commands.doctor", "what this machine has and what will be used"),
-    "ascend-check": ("qwen15.ascend.check", "compare the Ascend path with plain definitions on a card, and report"),
-    "bench": ("qwen15.bench", "measure speed, memory and closeness to transformers"),
+
+class Verb(NamedTuple):
+    """A command: the module with its `main(argv)` and, unless it takes positions only, `parser()`; what it does."""
+
+    module: str
+    what: str
+
+
+GROUPS: Dict[str, Dict[str, Verb]] = {
+    "generate": {
+        "predict": Verb("qwen15.commands.predict", "continue texts, or chat (run_qwen1_5.py)"),
+        "launch": Verb("qwen15.launch.plan", "start the workers of a multi-card run (msrun_launcher.sh)"),
+    },
+    "checkpoints": {
+        "convert": Verb("convert_weight", "Hugging Face checkpoint -> MindSpore (convert_weight.py)"),
+        "convert-reversed": Verb("convert_reversed", "MindSpore checkpoint -> Hugging Face (convert_reversed.py)"),
+        "transform": Verb("transform_ckpt", "split and merge checkpoints (transform_ckpt.py)"),
+    },
+    "set up": {
+        "make-yaml": Verb("qwen15.commands.make_yaml", "a predict YAML from a checkpoint's config.json"),
+        "memory": Verb("qwen15.commands.memory", "bytes per card, before anything is loaded"),
+        "doctor": Verb("qwen15.commands.doctor", "what this machine has and what will be used"),
+    },
+    "examine": {
+        "bench": Verb("qwen15.bench.command", "measure speed, memory and closeness to transformers"),
+        "ascend-check": Verb("qwen15.ascend.check", "compare the Ascend path with plain definitions on a card"),
+    },
 }
+VERBS: Dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run one of `COMMANDS` with the rest of the arguments."""
+    """Run one of `VERBS` with the rest of the arguments.
+
+    Raises:
+        UserError: there is no such verb, or what the verb raises.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print("usage: qwen15 COMMAND ...\n\n" + "\n".join(f"  {name:<{width}}  {what}" for name,
-                                                          (_, what) in COMMANDS.items()))
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
+    if name in ("-V", "--version", "version"):
+        print(f"qwen15 {version()}")
         return 0
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        raise UserError(f"{name!r} is not a command", fix=did_you_mean(name, COMMANDS)
-                        or f"Known are {', '.join(COMMANDS)}.")
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    if name in ("-h", "--help", "help") and not rest:
+        print(overview())
+        return 0
+    if name == "help":
+        name, rest = rest[0], ["--help"]
+    if name not in VERBS:
+        near = did_you_mean(name, [*VERBS, "help", "--help", "--version"])
+        raise UserError(f"{name!r} is not one of its commands", "qwen15", near or f"Known are {', '.join(VERBS)}.")
+    return importlib.import_module(VERBS[name].module).main(rest) or 0
+
+
+def overview() -> str:
+    """Every verb in its group, one a line."""
+    width = max(map(len, VERBS))
+    lines = ["usage: qwen15 VERB [flags]; qwen15 VERB --help shows a verb's flags and examples"]
+    for group, verbs in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:<{width}}  {verb.what}" for name, verb in verbs.items())]
+    return "\n".join([*lines, "", EXIT_CODES])
+
+
+def version() -> str:
+    """The installed package's version."""
+    try:
+        return metadata.version("qwen15-mindspore")
+    except metadata.PackageNotFoundError:
+        return "(not installed: run from its source)"
 
 
 def run() -> int:

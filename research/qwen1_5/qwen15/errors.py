@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -56,23 +58,54 @@ def run_main(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Opt
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments or os.environ.get("QWEN15_DEBUG") == "1"
     try:
-        return main(argv) or EXIT_OK
+        return _flushed(main, argv)
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our stdout has gone (`| head`). Point stdout elsewhere, so that the interpreter's own flush
-        # at exit does not complain about the same pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()  # its reader has gone (`| head`)
         return EXIT_FAILED
     except Exception as error:  # the last stop before the user
         if debug:
             traceback.print_exc()
         summary = terminal.line(" ".join(f"{type(error).__name__}: {error}".split()))
-        print(f"error: {summary} (unexpected; run again with --debug for the traceback)", file=sys.stderr)
+        _tell(f"error: {summary} (unexpected; run again with --debug for the traceback)")
         return EXIT_FAILED
+
+
+def _flushed(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Optional[Sequence[str]]) -> int:
+    """`main`'s exit code, when all that it has printed is out: a full disk is found here and not when Python ends."""
+    try:
+        try:
+            code = main(argv) or EXIT_OK
+        except SystemExit as ended:  # argparse, after --help
+            code = ended.code if isinstance(ended.code, int) else EXIT_OK if ended.code is None else EXIT_FAILED
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        _close_stdout()
+        raise UserError(f"cannot be written: {os.strerror(error.errno or 0)}", "the output",
+                        exit_code=EXIT_FAILED) from None
+
+
+def _tell(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # stderr is closed or full as well: the exit code has to do
+        pass
+
+
+def _close_stdout() -> None:
+    """Point stdout elsewhere, so that the interpreter's own flush at its end does not fail for the same reason."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # it is no file
+        pass

@@ -5,7 +5,6 @@ network with a small random model: prefill of a ragged batch and decode over sca
 Started by a launcher on several cards, it checks the network cut over them. Exit code: 0 all passed, 1 something failed, 2 no card.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 
 from .. import device
+from ..command_line import Parser, whole
 from ..config.load import load_config
 from ..errors import EXIT_FAILED, EXIT_OK, UserError
 from ..network import weights
@@ -293,13 +293,19 @@ def _version_in(folder: Optional[str]) -> str:
     return ""
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 ascend-check", "Check the Ascend path on a card in about a minute and print a report.",
+                  ["qwen15 ascend-check", "scripts/msrun_launcher.sh \"qwen15 ascend-check\" 2"])
+    made.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="activations and weights (default: both)")
+    made.add_argument("--device_id", type=whole, metavar="N", help="the card (default: DEVICE_ID, or 0)")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m qwen15 ascend-check", description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="activations and weights (default: both)")
-    parser.add_argument("--device_id", type=int, metavar="N", help="the card (default: DEVICE_ID, or 0)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     missing = device.find_ascend().missing
     if missing:
         raise UserError(f"nothing to check: this machine has {missing}", fix="Run it on a machine with an Ascend 910B card.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+from ..command_line import Parser
 
 COMMANDS: Dict[str, Tuple[str, str]] = {
     "decode": ("decode", "tokens per second, one at a time, at any batch and context"),
@@ -21,16 +23,24 @@ COMMANDS: Dict[str, Tuple[str, str]] = {
 """Name -> (module with `main(argv) -> int`, what it measures)."""
 
 
+def parser() -> Parser:
+    """The name of a measurement, and the rest."""
+    width = max(map(len, COMMANDS))
+    made = Parser("qwen15 bench", "Measure, and compare with others.",
+                  [f"qwen15 bench {name:<{width}}  # {what}" for name, (_, what) in COMMANDS.items()],
+                  usage="WHAT [flags]; qwen15 bench WHAT --help lists the flags")
+    made.add_argument("what", metavar="WHAT", choices=list(COMMANDS), help="what to measure, see the examples")
+    made.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return made
+
+
+def module(what: str) -> Any:
+    """The module of a measurement."""
+    return importlib.import_module(f".{COMMANDS[what][0]}", __package__)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Parse and run; returns the exit code. Raises UserError for what the user can mend."""
-    width = max(map(len, COMMANDS))
-    parser = argparse.ArgumentParser(
-        prog="qwen15 bench", description="Measure, and compare with others.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="what can be measured:\n" + "\n".join(f"  {name:<{width}}  {what}" for name,
-                                                     (_, what) in COMMANDS.items()))
-    parser.add_argument("what", metavar="WHAT", choices=COMMANDS, help="one of those below; WHAT --help says more")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    module, _ = COMMANDS[args.what]
-    return importlib.import_module(f".{module}", __package__).main(args.rest)
+    args = parser().parse_args(argv)
+    code: int = module(args.what).main(args.rest)
+    return code

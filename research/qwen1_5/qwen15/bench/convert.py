@@ -18,6 +18,7 @@ import numpy as np
 
 from ..checkpoint.atomic import check_space, disk_bytes
 from ..checkpoint.reader import open_checkpoint
+from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
 from . import hf, options, report
 from .report import Column, number, text
@@ -42,24 +43,30 @@ class Contender(NamedTuple):
     form: str = ""
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench convert", __doc__ or "",
+                  ["qwen15 bench convert --size 1.8b --against hf"])
+    options.add_checkpoint(made, _SIZE, _LAYERS)
+    made.add_argument("--scratch", metavar="FOLDER",
+                      help="where results are written and removed again (default: beside the checkpoint)")
+    made.add_argument("--parallel", type=options.positive, default=4, metavar="N",
+                      help="ranks of the slices (default 4)")
+    made.add_argument("--rounds", type=options.positive, default=5, metavar="N",
+                      help="runs of each, medians are shown (default 5)")
+    made.add_argument("--against", choices=options.AGAINST,
+                      help="hf: also the obvious way, transformers' from_pretrained and mindspore.save_checkpoint")
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure conversions in both directions, slicing and cutting anew, and print a table and a line of JSON.
 
     Raises:
         UserError: arguments that cannot be, too little disk, something is not installed, or a process failed.
     """
-    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    options.add_checkpoint(parser, _SIZE, _LAYERS)
-    parser.add_argument("--scratch", metavar="FOLDER",
-                        help="where results are written and removed again (default: beside the checkpoint)")
-    parser.add_argument("--parallel", type=options.positive, default=4, metavar="N",
-                        help="ranks of the slices (default 4)")
-    parser.add_argument("--rounds", type=options.positive, default=5, metavar="N",
-                        help="runs of each, medians are shown (default 5)")
-    parser.add_argument("--against", choices=options.AGAINST,
-                        help="hf: also the obvious way, transformers' from_pretrained and mindspore.save_checkpoint")
     argv = list(argv or ())
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.checkpoint is not None and args.layers == _LAYERS:
         args.layers = None  # the default is the random checkpoint's
     if args.against:

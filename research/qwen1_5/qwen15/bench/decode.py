@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
+from ..command_line import Parser
 from . import hf, options, report, rounds, work
 from .ours import Decode, Ours, random_prompts
 from .probes import Machine
@@ -13,23 +13,30 @@ from .report import Column, number, text
 WHAT = "decode"
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench decode", __doc__ or "",
+                  ["qwen15 bench decode --size 0.5b",
+                   "qwen15 bench decode --checkpoint FOLDER --batch 1 8 --context 32 2048 --against hf"])
+    made.add_argument("--batch", type=options.positive, nargs="+", default=[1], metavar="B",
+                      help="sequences at once (default 1)")
+    made.add_argument("--context", type=options.positive, nargs="+", default=[32], metavar="N",
+                      help="tokens of the prompt (default 32)")
+    made.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
+                      help="tokens of each sequence in a run (default 128)")
+    options.add_checkpoint(made)
+    options.add_run(made, WHAT)
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure every batch size at every context length.
 
     Raises:
         UserError: arguments that cannot be, or something is not installed.
     """
-    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--batch", type=options.positive, nargs="+", default=[1], metavar="B",
-                        help="sequences at once (default 1)")
-    parser.add_argument("--context", type=options.positive, nargs="+", default=[32], metavar="N",
-                        help="tokens of the prompt (default 32)")
-    parser.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
-                        help="tokens of each sequence in a run (default 128)")
-    options.add_checkpoint(parser)
-    options.add_run(parser, WHAT)
     argv = list(argv or ())
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
     if args.against:
         hf.check_installed()

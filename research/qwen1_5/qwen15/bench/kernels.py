@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 import numpy as np
 
+from ..command_line import Parser
 from ..family import FAMILY
 from ..kernels import library
 from ..naming import Dims
@@ -165,25 +166,31 @@ class Cases:
         return [Case(f"{name} of {vocab}", 1, 0, 0, 0, itertools.repeat(search)) for name, search in searches.items()]
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench kernels", __doc__ or "",
+                  ["qwen15 bench kernels --size 7b --tokens 1 512"])
+    made.add_argument("--size", default="0.5b", help=f"whose shapes: one of {', '.join(FAMILY)} (default 0.5b)")
+    made.add_argument("--layers", type=options.positive, metavar="N",
+                      help="another number of layers than the published one")
+    made.add_argument("--dtype", choices=DTYPES, default="bfloat16",
+                      help="of weights and KV cache (default bfloat16)")
+    made.add_argument("--tokens", type=options.positive, nargs="+", default=[1, 8, 16, 32, 512], metavar="T",
+                      help="rows at once (default 1 8 16 32 512); those above 64 are a prompt")
+    made.add_argument("--context", type=options.positive, nargs="+", default=[512, 4096, 16384], metavar="N",
+                      help="tokens in the cache for attention in decode (default 512 4096 16384)")
+    options.add_run(made, WHAT, 7)
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure every operator.
 
     Raises:
         UserError: arguments that cannot be, or something is not installed.
     """
-    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--size", default="0.5b", help=f"whose shapes: one of {', '.join(FAMILY)} (default 0.5b)")
-    parser.add_argument("--layers", type=options.positive, metavar="N",
-                        help="another number of layers than the published one")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16",
-                        help="of weights and KV cache (default bfloat16)")
-    parser.add_argument("--tokens", type=options.positive, nargs="+", default=[1, 8, 16, 32, 512], metavar="T",
-                        help="rows at once (default 1 8 16 32 512); those above 64 are a prompt")
-    parser.add_argument("--context", type=options.positive, nargs="+", default=[512, 4096, 16384], metavar="N",
-                        help="tokens in the cache for attention in decode (default 512 4096 16384)")
-    options.add_run(parser, WHAT, 7)
     argv = list(argv or ())
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
     if args.against:
         hf.check_installed()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
 from . import hf, options, report
 from .probes import Machine
@@ -21,21 +22,27 @@ MEMORY_FACTOR, MEMORY_PLUS_BYTES = 1.25, 600_000_000
 """The peak that is aimed at: so many times the checkpoint, and so much for Python and MindSpore."""
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench load", __doc__ or "",
+                  ["qwen15 bench load --checkpoint FOLDER --against hf"])
+    made.add_argument("--prompt", type=options.positive, default=512, metavar="N",
+                      help="tokens of the prompt that is run (default 512)")
+    made.add_argument("--new_tokens", type=options.at_least_two, default=16, metavar="N",
+                      help="tokens after it (default 16)")
+    options.add_checkpoint(made)
+    options.add_run(made, WHAT)
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure loading.
 
     Raises:
         UserError: arguments that cannot be, something is not installed, or a process failed.
     """
-    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--prompt", type=options.positive, default=512, metavar="N",
-                        help="tokens of the prompt that is run (default 512)")
-    parser.add_argument("--new_tokens", type=options.at_least_two, default=16, metavar="N",
-                        help="tokens after it (default 16)")
-    options.add_checkpoint(parser)
-    options.add_run(parser, WHAT)
     argv = list(argv or ())
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
     if args.against:
         hf.check_installed()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -17,6 +16,7 @@ from ..checkpoint.file_writer import Blocks, FileWriter
 from ..checkpoint.format_safetensors import steps
 from ..checkpoint.reader import INDEX_FILES, write_index
 from ..checkpoint.tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
+from ..command_line import Parser, whole
 from ..errors import UserError, did_you_mean
 from ..progress import byte_bar
 
@@ -121,21 +121,26 @@ def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator,
         os.close(fd)
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench make-checkpoint", __doc__ or "",
+                  ["qwen15 bench make-checkpoint OUT --size 0.5b --layers 2"], usage="OUT [flags]")
+    made.add_argument("folder", metavar="OUT", help="folder to make")
+    made.add_argument("--size", default="0.5b", help=f"one of {', '.join(family.FAMILY)}")
+    made.add_argument("--layers", type=whole, metavar="N", help="another number of layers than the published one")
+    made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all tensors")
+    made.add_argument("--seed", type=whole, default=0, help="start of the random numbers")
+    made.add_argument("--overwrite", action="store_true", help="replace a folder this project made")
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the folder the arguments ask for.
 
     Raises:
         UserError: see `make_checkpoint`.
     """
-    parser = argparse.ArgumentParser(prog="qwen15 bench make-checkpoint", description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", metavar="OUT", help="folder to make")
-    parser.add_argument("--size", default="0.5b", help=f"one of {', '.join(family.FAMILY)}")
-    parser.add_argument("--layers", type=int, metavar="N", help="another number of layers than the published one")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all tensors")
-    parser.add_argument("--seed", type=int, default=0, help="start of the random numbers")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder this project made")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     total = make_checkpoint(args.folder, dims_of(args.size, args.layers), args.dtype, args.seed,
                             overwrite=args.overwrite)
     print(f"{args.folder}: {total / 1e9:.2f} GB")

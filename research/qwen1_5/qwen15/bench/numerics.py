@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
+from ..command_line import Parser, whole
 from ..config.flags import Flag
 from ..config.load import load_config
 from ..errors import UserError
@@ -26,17 +26,23 @@ TEXTS = (
 )
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench numerics", __doc__ or "",
+                  ["qwen15 bench numerics FOLDER"], usage="CHECKPOINT [flags]")
+    made.add_argument("checkpoint", help="a Hugging Face folder with tokenizer files")
+    made.add_argument("--tokens", type=whole, default=64,
+                      help="greedy tokens of each of %d prompts (default 64)" % len(TEXTS))
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Print the table. Needs torch and transformers.
 
     Raises:
         UserError: torch is not installed, or the folder holds no model.
     """
-    parser = argparse.ArgumentParser(prog="qwen15 bench numerics", description=__doc__)
-    parser.add_argument("checkpoint", help="a Hugging Face folder with tokenizer files")
-    parser.add_argument("--tokens", type=int, default=64,
-                        help="greedy tokens of each of %d prompts (default 64)" % len(TEXTS))
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         import torch
         from transformers import Qwen2ForCausalLM

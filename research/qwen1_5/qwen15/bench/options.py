@@ -8,6 +8,7 @@ import sys
 from typing import NamedTuple, Optional
 
 from .. import family
+from ..command_line import whole
 from ..config.flags import Flag
 from ..config.keys import MODEL
 from ..config.load import load_config
@@ -41,7 +42,7 @@ class Checkpoint(NamedTuple):
 
 def positive(text: str) -> int:
     """argparse type of a count."""
-    count = int(text)
+    count = whole(text)
     if count < 1:
         raise argparse.ArgumentTypeError(f"wants at least 1, not {count}")
     return count
@@ -49,7 +50,7 @@ def positive(text: str) -> int:
 
 def at_least_two(text: str) -> int:
     """argparse type of tokens of which the first, which comes out of the prompt, is not timed."""
-    count = int(text)
+    count = whole(text)
     if count < 2:
         raise argparse.ArgumentTypeError(f"wants at least 2, not {count}: the first token comes out of the prompt")
     return count

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence
 
+from ..command_line import Parser
 from ..generation.request import Step
 from ..generation.sampling import SamplingParams
 from ..generation.session import Answer, Prompt, Settings
@@ -58,21 +58,27 @@ class Stream:
         self._out.close()
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench overhead", __doc__ or "",
+                  ["qwen15 bench overhead"])
+    made.add_argument("--context", type=options.positive, default=32, metavar="N",
+                      help="tokens of the prompt (default 32)")
+    made.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
+                      help="tokens in a run (default 128)")
+    options.add_checkpoint(made)
+    options.add_run(made, WHAT, against=False)
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure every way of choosing a token.
 
     Raises:
         UserError: arguments that cannot be.
     """
-    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--context", type=options.positive, default=32, metavar="N",
-                        help="tokens of the prompt (default 32)")
-    parser.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
-                        help="tokens in a run (default 128)")
-    options.add_checkpoint(parser)
-    options.add_run(parser, WHAT, against=False)
     argv = list(argv or ())
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
     checkpoint = options.find_checkpoint(args)
     machine = Machine(args.threads)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from .. import naming
+from ..command_line import Parser
 from ..config.flags import boolean
 from ..errors import EXIT_FAILED, UserError
 from . import options, report
@@ -23,25 +24,31 @@ from .report import Column, number, text
 WHAT = "parallel"
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench parallel", __doc__ or "",
+                  ["qwen15 bench parallel --workers 1 2"])
+    made.add_argument("--workers", type=options.positive, nargs="+", default=[1, 2, 4], metavar="N",
+                      help="how many (default 1 2 4)")
+    made.add_argument("--prompt", type=options.positive, default=512, metavar="N",
+                      help="tokens of the prompt (default 512)")
+    made.add_argument("--new_tokens", type=options.at_least_two, default=64, metavar="N",
+                      help="tokens after it (default 64)")
+    made.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
+                      help="False splits embedding and head over the workers too (default True)")
+    options.add_checkpoint(made)
+    options.add_run(made, WHAT, rounds=3, threads=False, against=False)
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure every number of workers, each started by the launcher as a user starts it.
 
     Raises:
         UserError: arguments that cannot be, a model that so many workers cannot share, or a run that failed.
     """
-    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--workers", type=options.positive, nargs="+", default=[1, 2, 4], metavar="N",
-                        help="how many (default 1 2 4)")
-    parser.add_argument("--prompt", type=options.positive, default=512, metavar="N",
-                        help="tokens of the prompt (default 512)")
-    parser.add_argument("--new_tokens", type=options.at_least_two, default=64, metavar="N",
-                        help="tokens after it (default 64)")
-    parser.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
-                        help="False splits embedding and head over the workers too (default True)")
-    options.add_checkpoint(parser)
-    options.add_run(parser, WHAT, rounds=3, threads=False, against=False)
     argv = list(argv or ())
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
     checkpoint = options.find_checkpoint(args)
     dims = checkpoint.config().model.dims

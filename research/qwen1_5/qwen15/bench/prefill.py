@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
+from ..command_line import Parser
 from . import hf, options, report, rounds, work
 from .ours import Ours, random_prompts
 from .probes import Machine
@@ -13,19 +13,25 @@ from .report import Column, number, text
 WHAT = "prefill"
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench prefill", __doc__ or "",
+                  ["qwen15 bench prefill --tokens 128 512 2048"])
+    made.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N",
+                      help="of the prompt (default 512)")
+    options.add_checkpoint(made)
+    options.add_run(made, WHAT)
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure every prompt length.
 
     Raises:
         UserError: arguments that cannot be, or something is not installed.
     """
-    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N",
-                        help="of the prompt (default 512)")
-    options.add_checkpoint(parser)
-    options.add_run(parser, WHAT)
     argv = list(argv or ())
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
     if args.against:
         hf.check_installed()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import glob
 import os
@@ -10,6 +9,7 @@ import random
 import sysconfig
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
+from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
 from . import options, report, rounds
 from .kernels import repeated
@@ -20,21 +20,27 @@ _DEFAULT_CHARACTERS = 2_000_000
 _MESSAGE_CHARACTERS = 1500
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench tokenize", __doc__ or "",
+                  ["qwen15 bench tokenize FOLDER --against hf"], usage="FOLDER [flags]")
+    made.add_argument("vocabulary", metavar="FOLDER", help="with vocab.json and merges.txt")
+    made.add_argument("--text", nargs="+", metavar="FILE",
+                      help="UTF-8 text (default: Python's own library, and Chinese words at random)")
+    made.add_argument("--characters", type=options.positive, default=_DEFAULT_CHARACTERS, metavar="N",
+                      help=f"of each kind of text at most (default {_DEFAULT_CHARACTERS})")
+    options.add_run(made, WHAT, threads=False)
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure one long text and the same text in messages.
 
     Raises:
         UserError: arguments that cannot be, transformers is not installed, or the two tokenizers disagree.
     """
-    parser = argparse.ArgumentParser(prog=f"qwen15 bench {WHAT}", description=__doc__)
-    parser.add_argument("vocabulary", metavar="FOLDER", help="with vocab.json and merges.txt")
-    parser.add_argument("--text", nargs="+", metavar="FILE",
-                        help="UTF-8 text (default: Python's own library, and Chinese words at random)")
-    parser.add_argument("--characters", type=options.positive, default=_DEFAULT_CHARACTERS, metavar="N",
-                        help=f"of each kind of text at most (default {_DEFAULT_CHARACTERS})")
-    options.add_run(parser, WHAT, threads=False)
     argv = list(argv or ())
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
     from ..text.tokenizer import Qwen2Tokenizer
 

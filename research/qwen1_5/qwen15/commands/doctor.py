@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from importlib import metadata
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .. import device, machine
+from ..command_line import Parser, whole
 from ..errors import EXIT_FAILED, EXIT_OK, UserError
 from ..generation import memory
 from ..launch.plan import DEFAULT_PORT
@@ -259,18 +259,23 @@ def as_json(checks: Sequence[Check]) -> str:
     return json.dumps(report, ensure_ascii=False, indent=2)
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 doctor", (
+        "What this machine has and what a run will use: versions, CPU, kernels, Ascend, memory, msrun, port, "
+        "tokenizer."), ["qwen15 doctor", "qwen15 doctor --deep --json"],
+        exit_codes="exit codes: 0 nothing fails, 1 something does, 2 usage")
+    made.add_argument("--json", action="store_true", help="print one JSON object")
+    made.add_argument("--vocab_file", metavar="FILE", help="examine this vocab.json ...")
+    made.add_argument("--merges_file", metavar="FILE", help="... with this merges.txt")
+    made.add_argument("--port", type=whole, default=DEFAULT_PORT, help=f"the scheduler's port (default {DEFAULT_PORT})")
+    made.add_argument("--deep", action="store_true", help="also import MindSpore and run one operator (some seconds)")
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line: exit code 0 when nothing fails, 1 when something does."""
-    parser = argparse.ArgumentParser(prog="qwen15 doctor", description=(
-        "What this machine has and what a run will use: versions, CPU, kernels, Ascend, memory, msrun, port, "
-        "tokenizer."),
-        epilog="exit codes: 0 nothing fails, 1 something does, 2 usage")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--vocab_file", metavar="FILE", help="examine this vocab.json ...")
-    parser.add_argument("--merges_file", metavar="FILE", help="... with this merges.txt")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"the scheduler's port (default {DEFAULT_PORT})")
-    parser.add_argument("--deep", action="store_true", help="also import MindSpore and run one operator (some seconds)")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"{args.port} is not a port", "--port", "Ports go from 1 to 65535.")
     checks = examine(args.vocab_file, args.merges_file, args.port, args.deep)

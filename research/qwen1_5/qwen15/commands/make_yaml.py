@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from .. import device
+from ..command_line import Parser, whole
 from ..config.hf_config import dims_from_hf_config
 from ..config.keys import KEYS, MODEL, convert, size_bytes
 from ..config.schema import ModelConfig, ParallelConfig
@@ -291,17 +291,22 @@ def _template(settings: Mapping[str, Any], checkpoint: str) -> Optional[str]:
     return None
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 make-yaml", (
+        "Write the prediction YAML of a Qwen1.5, Qwen2 or Qwen2.5 checkpoint (Qwen2ForCausalLM, dense) from its "
+        "config.json."), ["qwen15 make-yaml --checkpoint models/Qwen2.5-7B-Instruct --output predict_qwen2_5_7b.yaml"])
+    made.add_argument("--checkpoint", required=True, metavar="DIR", help="the downloaded model's folder")
+    made.add_argument("--output", metavar="FILE",
+                        help="YAML file to write, stdout by default; one that is there is not overwritten")
+    made.add_argument("--model_parallel", type=whole, metavar="N",
+                        help="workers; by default the fewest of 1, 2, 4, 8 on which it fits into 59 GB cards")
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(prog="qwen15 make-yaml", description=(
-        "Write the prediction YAML of a Qwen1.5, Qwen2 or Qwen2.5 checkpoint (Qwen2ForCausalLM, dense) from its "
-        "config.json."))
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the downloaded model's folder")
-    parser.add_argument("--output", metavar="FILE",
-                        help="YAML file to write, stdout by default; one that is there is not overwritten")
-    parser.add_argument("--model_parallel", type=int, metavar="N",
-                        help="workers; by default the fewest of 1, 2, 4, 8 on which it fits into 59 GB cards")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.model_parallel is not None and args.model_parallel < 1:
         raise UserError(f"must be at least 1, not {args.model_parallel}", "--model_parallel")
     recipe = recipe_for(args.checkpoint, args.model_parallel)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import replace
 from typing import Optional, Sequence
 
 from .. import device, naming
+from ..command_line import Parser
 from ..config.flags import add_flags, flags_from
 from ..config.load import load_config
 from ..config.schema import Config
@@ -67,15 +67,21 @@ def _shipped(folder: str, size: str) -> Config:
     return load_config(os.path.join(folder, yaml_name(size)), environ={})
 
 
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 memory", (
+        "Memory that a run needs on each card, without loading anything: a table of the shipped YAML files, or with "
+        "--config one configuration compared with this machine."),
+        ["qwen15 memory", "qwen15 memory --config predict_qwen1_5_7b.yaml --seq_length 4096"])
+    add_flags(made)
+    made.add_argument("--update", metavar="FILE", help="write the table between the markers of this Markdown file")
+    return made
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line: the table, or the need of one configuration."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    parser = argparse.ArgumentParser(prog="qwen15 memory", description=(
-        "Memory that a run needs on each card, without loading anything: a table of the shipped YAML files, or with "
-        "--config one configuration compared with this machine."))
-    add_flags(parser)
-    parser.add_argument("--update", metavar="FILE", help="write the table between the markers of this Markdown file")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.config:
         config = load_config(args.config, flags_from(args), args.options)
         print(check(config))

@@ -6,8 +6,9 @@ import argparse
 from typing import Optional, Sequence
 
 from .. import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
+from ..command_line import Parser, boolean, program, whole
 from ..config.describe import describe
-from ..config.flags import add_flags, boolean, flags_from
+from ..config.flags import add_flags, flags_from
 from ..config.load import load_config
 from ..config.schema import Config
 from ..errors import EXIT_OK, UserError
@@ -16,12 +17,14 @@ from ..reporting import LEVELS, Reporter, quiet_frameworks, set_encoding
 from .options import Options
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Every flag of run_qwen1_5.py."""
-    made = argparse.ArgumentParser(
-        prog="run_qwen1_5.py", description="Continue texts, or chat, with Qwen1.5 on MindSpore: on the CPU, or on Ascend cards.",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="exit codes: 0 fine, 1 failed, 2 usage or bad input, 130 interrupted")
+    prog = program("predict", "run_qwen1_5.py")
+    made = Parser(prog, "Continue texts, or chat, with Qwen1.5 on MindSpore: on the CPU, or on Ascend cards.", [
+        f'{prog} --load_checkpoint models/Qwen1.5-0.5B-Chat --chat',
+        f'{prog} --config predict_qwen1_5_7b.yaml --load_checkpoint models/7b --predict_data "Gravity is"',
+        f'{prog} --load_checkpoint models/7b --predict_file prompts.jsonl --output_file results.jsonl',
+        f'{prog} --config predict_qwen1_5_7b.yaml --print_config'])
     add_flags(made)
     group = made.add_argument_group("input")
     group.add_argument("--predict_data", nargs="+", default=[], metavar="TEXT", help="one or more texts to continue")
@@ -32,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--control_tokens", type=boolean, default=True, metavar="True|False",
                        help="whether <|im_start|> and the like in a text become control tokens (default True; never with --chat)")
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer before any of these strings")
-    group.add_argument("--max_batch", type=int, metavar="N",
+    group.add_argument("--max_batch", type=whole, metavar="N",
                        help="most sequences that run at once (default: 16 with --predict_file, else what the KV cache holds)")
     group.add_argument("--task", default="text_generation", choices=("text_generation",), help="accepted for the original's sake")
     group = made.add_argument_group("output")
@@ -43,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--echo", nargs="?", const=True, type=boolean, metavar="True|False",
                        help="whether the prompt is printed before its continuation (default True, False with --chat)")
     group.add_argument("--no-echo", dest="echo", action="store_const", const=False, help="the same as --echo False")
-    group.add_argument("--logprobs", type=int, default=0, metavar="N", help="in JSON: log probabilities of the N likeliest tokens")
+    group.add_argument("--logprobs", type=whole, default=0, metavar="N", help="in JSON: log probabilities of the N likeliest tokens")
     group.add_argument("--dry_run", action="store_true", help="check prompts, memory and checkpoint without loading, and stop")
     group.add_argument("--log_level", choices=LEVELS, help="what is said on stderr (default info)")
     group.add_argument("--debug", action="store_true", help="show tracebacks; log level debug")

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, Callable, List, Optional
 
+from ..command_line import boolean, number, whole
 from .keys import MODEL, TOKENIZER
 
 _NO_EFFECT = "accepted, no effect in prediction"
@@ -20,19 +21,9 @@ class Flag:
     value: Any
 
 
-def boolean(text: str) -> bool:
-    """argparse type of a flag that takes true or false, in any case."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    raise argparse.ArgumentTypeError(f"wants True or False, not {text!r}")
-
-
 def _device_id(text: str) -> Optional[int]:
     # The original's default -1 means "the launcher decides", which is what an absent flag means here.
-    return None if text.strip() == "-1" else int(text)
-
-
-_device_id.__name__ = "int"  # argparse names the type in its message
+    return None if text.strip() == "-1" else whole(text)
 
 
 @dataclass(frozen=True)
@@ -54,22 +45,22 @@ FLAG_FIELDS = (
     FlagField("--use_parallel", "use_parallel", boolean, "spread the model over model_parallel workers"),
     FlagField("--vocab_file", TOKENIZER + "vocab_file", str, "the tokenizer's vocab.json"),
     FlagField("--merges_file", TOKENIZER + "merges_file", str, "the tokenizer's merges.txt"),
-    FlagField("--seq_length", MODEL + "seq_length", int, "longest sequence, prompt included (tokens)"),
-    FlagField("--predict_length", MODEL + "max_decode_length", int,
+    FlagField("--seq_length", MODEL + "seq_length", whole, "longest sequence, prompt included (tokens)"),
+    FlagField("--predict_length", MODEL + "max_decode_length", whole,
               "stop at this TOTAL length, prompt included (tokens)"),
-    FlagField("--max_new_tokens", MODEL + "max_new_tokens", int, "stop after this many new tokens"),
+    FlagField("--max_new_tokens", MODEL + "max_new_tokens", whole, "stop after this many new tokens"),
     FlagField("--use_past", MODEL + "use_past", boolean, "keep keys and values of past tokens (KV cache)"),
     FlagField("--do_sample", MODEL + "do_sample", boolean, "draw tokens at random; False takes the likeliest"),
-    FlagField("--temperature", MODEL + "temperature", float, "divides the logits before sampling"),
-    FlagField("--top_k", MODEL + "top_k", int, "sample among the k likeliest tokens, 0 for all"),
-    FlagField("--top_p", MODEL + "top_p", float,
+    FlagField("--temperature", MODEL + "temperature", number, "divides the logits before sampling"),
+    FlagField("--top_k", MODEL + "top_k", whole, "sample among the k likeliest tokens, 0 for all"),
+    FlagField("--top_p", MODEL + "top_p", number,
               "sample among the likeliest tokens of this total probability, 1.0 for all"),
-    FlagField("--repetition_penalty", MODEL + "repetition_penalty", float, "1.0 is none"),
-    FlagField("--seed", "seed", int, "makes sampling repeatable"),
-    FlagField("--batch_size", MODEL + "batch_size", int, "sequences that run together"),
+    FlagField("--repetition_penalty", MODEL + "repetition_penalty", number, "1.0 is none"),
+    FlagField("--seed", "seed", whole, "makes sampling repeatable"),
+    FlagField("--batch_size", MODEL + "batch_size", whole, "sequences that run together"),
     FlagField("--device_target", "context.device_target", str, "auto, Ascend or CPU"),
     FlagField("--device_id", "context.device_id", _device_id, "Ascend card; -1 lets the launcher choose"),
-    FlagField("--threads", "context.runtime_num_threads", int, "CPU threads"),
+    FlagField("--threads", "context.runtime_num_threads", whole, "CPU threads"),
     FlagField("--train_dataset", "train_dataset.data_loader.dataset_dir", str, _NO_EFFECT),
     FlagField("--eval_dataset", "eval_dataset.data_loader.dataset_dir", str, _NO_EFFECT),
     FlagField("--optimizer_parallel", "parallel.enable_parallel_optimizer", boolean, _NO_EFFECT),

@@ -18,7 +18,7 @@ if __package__:
     from ..errors import EXIT_FAILED, UserError, run_main
 else:  # run by setup.py, before the package can be imported
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from ..errors import EXIT_FAILED, UserError, run_main
+    from qwen15.errors import EXIT_FAILED, UserError, run_main
 
 HERE = Path(__file__).resolve().parent
 OUTPUT_DIR = HERE / "_lib"
