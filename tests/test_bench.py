@@ -243,9 +243,9 @@ def test_mistakes_get_one_line(tmp_path, arguments, line):
 
 
 @pytest.mark.parametrize("arguments, line", (
-    (("decode", "--batch", "0"), "argument --batch: wants at least 1, not 0"),
-    (("decode", "--new_tokens", "1"), "argument --new_tokens: wants at least 2"),
-    (("prefill", "--rounds", "many"), "argument --rounds: invalid whole number value: 'many'"),
+    (("decode", "--batch", "0"), "--batch: wants at least 1, not 0"),
+    (("decode", "--new_tokens", "1"), "--new_tokens: wants at least 2"),
+    (("prefill", "--rounds", "many"), "--rounds: wants a whole number, not 'many'"),
     (("nonsense",), "WHAT: wants one of decode, "),
     (("decode", "--against", "me"), "--against: wants one of hf, not 'me'"),
 ))

@@ -1,4 +1,4 @@
-"""Every command answers a wrong flag or value in one line that says what was meant, and shows how it is used when asked."""
+"""Every command answers a wrong flag or value in one line that says what was meant, and --help with examples."""
 
 from __future__ import annotations
 

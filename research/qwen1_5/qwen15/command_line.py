@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
             raise self._unknown(rest[0])
         return parsed
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Tuple[argparse.Namespace, List[str]]:
+    def parse_known_args(self, args: Any = None,  # type: ignore[override]
+                         namespace: Any = None) -> Tuple[argparse.Namespace, List[str]]:
         """As argparse's, with a `UserError` for a wrong value."""
         try:
             return super().parse_known_args(args, namespace)

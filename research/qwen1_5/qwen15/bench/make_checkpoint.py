@@ -113,8 +113,9 @@ def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator,
                     values = rng.standard_normal(min(_STRIP_ELEMENTS, count - start), np.float32) * np.float32(0.02)
                     if "norm" in info.name:
                         values += np.float32(1)
-                    strip = np.ascontiguousarray(from_float32(values, info.dtype)).astype(NUMPY_DTYPES[info.dtype], copy=False)
-                    writer.feed(info.name, memoryview(strip.view(np.uint8)))
+                    strip: np.ndarray = np.ascontiguousarray(from_float32(values, info.dtype))
+                    strip = strip.astype(NUMPY_DTYPES[info.dtype], copy=False)
+                    writer.feed(info.name, strip.view(np.uint8).data)
                     advance(strip.nbytes)
             writer.finish()
     finally:

@@ -70,7 +70,8 @@ class Decode:
                  take: Callable[[Step], None] = lambda step: None):
         self._ours = ours
         self._new_tokens, self._take = new_tokens, take
-        self._requests = [Request(tuple(prompt.tolist()), len(prompt) + new_tokens, params=params) for prompt in prompts]
+        self._requests = [Request(tuple(prompt.tolist()), len(prompt) + new_tokens, params=params)
+                          for prompt in prompts]
 
     def run(self) -> Run:
         """Seconds per step, whole: Python, MindSpore, the kernels, and choosing the tokens."""

@@ -114,7 +114,7 @@ def _memory() -> Dict[str, int]:
 
 
 def _profile(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any]:
-    """Seconds in AllReduce, of a prompt and of tokens, as MindSpore's profiler has timed the operator in this process."""
+    """Seconds in AllReduce, of a prompt and of tokens, as MindSpore's profiler has timed it in this process."""
     import mindspore
     from mindspore.profiler import ProfilerActivity, profile
 

@@ -67,7 +67,8 @@ def _command(value: Dict[str, Any]) -> Command:
         return CancelAll() if value["cancel"] is None else Cancel(value["cancel"])
     fields = value["request"]
     params = {**fields["params"], "logit_bias": tuple((token, bias) for token, bias in fields["params"]["logit_bias"])}
-    return Add(value["add"], Request(**{**fields, "prompt": tuple(fields["prompt"]), "stop_ids": frozenset(fields["stop_ids"]),
+    return Add(value["add"],
+               Request(**{**fields, "prompt": tuple(fields["prompt"]), "stop_ids": frozenset(fields["stop_ids"]),
                                         "params": SamplingParams(**params)}))
 
 
