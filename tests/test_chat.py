@@ -1,12 +1,13 @@
 """Chat prompts against transformers' apply_chat_template; messages that try to forge control tokens; the window."""
 
 import json
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qwen15.errors import UserError
-from qwen15.text import chat, template
+from qwen15.text import chat, template, template_process
 from qwen15.text.tokenizer import Qwen2Tokenizer
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS
 
@@ -169,6 +170,37 @@ def test_templates_that_make_control_tokens_of_text_are_refused(tokenizer, sourc
         assert controls(tokenizer, ids) == [151645] * source.count("<|im_end|>")
 
 
+TURNING = ["{{ m.content | reverse }}<|im_end|>", "{{ m.content | upper }}<|im_end|>", "{{ m.content[1:] }}{{ m.content[:1] }}<|im_end|>",
+           "{{ m.content | replace('(', '<|') | replace(')', '|>') }}<|im_end|>", "{{ m.content.split('x') | join }}<|im_end|>",
+           "{{ m.content | replace('x', '<|') | replace('y', '|>') }}<|im_end|>", "{{ m.content | striptags }}<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def wordy(tokenizer):
+    """A tokenizer with control tokens that are words."""
+    return Qwen2Tokenizer(tokenizer.vocab_file, tokenizer.merges_file, additional_special_tokens=["EOS", "[INST]"])
+
+
+@pytest.mark.parametrize("source", TURNING)
+@pytest.mark.parametrize("content", ["<|im_end|>", ">|dne_mi|<", "<|IM_END|>", "|im_end|><", "(im_end)", "xim_endy", "<|im_xend|>", "eos", "soe", "SOE",
+                                     "OSE", "eo\u017f", "<<b>|im_end|>", "[inst]", "E<b>OS"])
+def test_templates_that_turn_text_round_make_no_control_tokens_of_it(wordy, source, content):
+    source = f"{{% for m in messages %}}{source}{{% endfor %}}"
+    try:
+        ids = chat.prompt_ids(wordy, talk(content), chat_template=source)
+    except UserError as error:
+        assert "makes control tokens out of the text" in str(error)
+    else:
+        assert controls(wordy, ids) == [151645]
+
+
+@pytest.mark.parametrize("source", TURNING)
+def test_templates_that_turn_text_round_are_used_for_ordinary_text(wordy, source):
+    source = f"{{% for m in messages %}}{source}{{% endfor %}}"
+    ids = chat.prompt_ids(wordy, talk("Is 3 < 5, and why (not)? :-)"), chat_template=source)
+    assert controls(wordy, ids)[-1:] == [151645]
+
+
 def test_noncharacters_in_messages_are_kept_and_cannot_run_out_silently(tokenizer):
     content = "\ufdd0\ufdd1 <|im_end|>"
     assert tokenizer.decode(chat.prompt_ids(tokenizer, talk(content))).count(content) == 1
@@ -187,6 +219,49 @@ def test_bad_templates_are_one_clear_line(source, said):
     with pytest.raises(UserError, match=said) as caught:
         template.render(source, talk("a"), where="tokenizer_config.json")
     assert str(caught.value).startswith("tokenizer_config.json: ")
+
+
+HOSTILE = {
+    "loops without end": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "is not done after"),
+    "a text of 10^12 characters": ("{{ 'a' * 10**12 }}", "memory"),
+    "a text that grows": ("{% for i in range(10000) %}{{ 'a' * 100000 }}{% endfor %}", "makes more than"),
+    "a number of any size": ("{{ ((9**9)**9)**9999 }}", "chat template"),
+    "calls itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nested too deeply"),
+    "brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply"),
+    "loops in loops": ("{% for i in [1] %}" * 200 + "x" + "{% endfor %}" * 200, "cannot be compiled|nested too deeply|is not done after"),
+    "a template of 5 MB": ("{{ messages[0].content }}" * 200000, "are the most"),
+    "its own error text": ("{{ raise_exception('\x1b]0;owned\x07' * 10000) }}", "refuses these messages")}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_one_clear_line_within_seconds(name, monkeypatch):
+    monkeypatch.setattr(template_process, "_MOST_S", 0.5)
+    source, said = HOSTILE[name]
+    with pytest.raises(UserError, match=said) as caught:
+        template.render(source, talk("a"), where="tokenizer_config.json")
+    line = str(caught.value)
+    assert line.startswith("tokenizer_config.json: ") and "\n" not in line and "\x1b" not in line and len(line) <= 500
+
+
+def test_after_a_hostile_template_the_next_one_is_rendered():
+    source = "{{ messages[0].content }}{% if messages[0].content == 'endless' %}{% for a in range(99999) %}" \
+             "{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+    assert template.render(source, talk("a")) == "a"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="is not done after"):
+        patch.setattr(template_process, "_MOST_S", 0.2)
+        template.render(source, talk("endless"))
+    assert template.render(source, talk("b\ud83d")) == "b\ud83d"
+
+
+def test_a_template_sees_nothing_of_this_process_and_renders_fast():
+    source = QWEN1_5.replace("user", "{{ messages | length }}")
+    template.render(source, talk("a"))
+    begin_s = time.perf_counter()
+    for _ in range(200):
+        template.render(source, talk("a"))
+    assert (time.perf_counter() - begin_s) / 200 < 0.01  # measured 0.0003; a busy machine
+    with pytest.raises(UserError, match="more than texts"):
+        template.render(source, [{"role": "user", "content": object()}])
 
 
 def test_messages_a_template_cannot_use_are_one_clear_line(tokenizer):

@@ -10,14 +10,18 @@ spells a control token (`<|im_end|>`): there it stays text. How this is kept apa
 * In the rendered prompt the control tokens are then the template's own. The prompt is cut at them, the noncharacters in
   the pieces between are turned back, and the pieces are encoded as ordinary text. Pieces are not cut at the borders of
   messages, because line ends there merge with the template's.
-* The prompt is rendered a second time with every punctuation mark that control tokens have replaced in the messages. If
-  that gives another sequence of control tokens, the template makes them out of message text (by joining or deleting
-  parts), and the prompt is refused.
+* The prompt is rendered a second time with every punctuation mark in the messages replaced by a noncharacter. If that gives
+  another sequence of control tokens, the template makes them out of message text (by joining, deleting or exchanging
+  parts), and the prompt is refused. Where a control token has no punctuation mark, or the template exchanges words, letters
+  and digits are replaced as well, except in a message's role: it is the template that looks at words who pays for it.
 
 What a template that looks for a control token inside a message finds: nothing, once it is spelled by a user.
 """
 
-from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from __future__ import annotations
+
+import re
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from ..errors import UserError
 from .template import CHATML, render
@@ -47,17 +51,28 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_pr
     template = chat_template or tokenizer.chat_template or CHATML
     controls = tokenizer.all_special_tokens
 
-    def rendered(mask: Callable[[str], str]) -> List[Union[int, str]]:
-        text = render(template, _mapped(messages, mask), tools=_mapped(tools, mask),
-                      add_generation_prompt=add_generation_prompt, where=tokenizer.vocab_file,
+    def rendered(some: Any, their_tools: Any) -> List[Union[int, str]]:
+        text = render(template, some, tools=their_tools, add_generation_prompt=add_generation_prompt, where=tokenizer.vocab_file,
                       **{**tokenizer.special_tokens_map, **variables})
         return tokenizer.split_control(text)
 
-    spelled = _substitutes({control[0] for control in controls}, messages, tools)
-    marks = _substitutes({mark for control in controls for mark in control if not (mark.isalnum() or mark in "_ ")},
-                         messages, tools)
-    parts = rendered(lambda text: _mask_spelled(text, controls, spelled))
-    blind = rendered(lambda text: text.translate(str.maketrans(marks)))
+    characters = {control[0] for control in controls}
+    noncharacters = _unused(len(characters) + 1, messages, tools)
+    spelled = dict(zip(sorted(characters), noncharacters[1:]))
+
+    def masked(text: str) -> str:
+        return _mask_spelled(text, controls, spelled)
+
+    def without_marks(text: str) -> str:
+        return _MARK.sub(noncharacters[0], text)
+
+    def without_words(text: str) -> str:
+        return _WORD_OR_MARK.sub(noncharacters[0], text)
+
+    by_words = bool(_EXCHANGES.search(template)) or not all(map(_MARK.search, controls))
+    parts = rendered(_mapped(messages, masked), _mapped(tools, masked))
+    blind = rendered([_blinded(message, without_words if by_words else without_marks) for message in messages],
+                     _mapped(tools, without_marks))
     if [part for part in parts if isinstance(part, int)] != [part for part in blind if isinstance(part, int)]:
         raise UserError("the chat template makes control tokens out of the text of these messages",
                         tokenizer.vocab_file, "Change the message, or the chat_template in tokenizer_config.json.")
@@ -69,6 +84,19 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_pr
         else:
             ids += tokenizer.encode(part.translate(back), control_tokens=False)
     return ids
+
+
+_MARK, _WORD_OR_MARK = re.compile(r"[^\w\s]"), re.compile(r"\S")
+_EXCHANGES = re.compile(r"\b(replace|format|translate)\b")
+_ROLE = re.compile(r"system|user|assistant|tool|function|developer|ipython|observation|model")
+
+
+def _blinded(message: Message, blinded: Callable[[str], str]) -> Message:
+    """A message with its text replaced; its keys, and a role that is one word, are what templates decide by."""
+    if not isinstance(message, Mapping):
+        return _mapped(message, blinded)
+    return {key: value if key == "role" and isinstance(value, str) and _ROLE.fullmatch(value) else _mapped(value, blinded)
+            for key, value in message.items()}
 
 
 def _mask_spelled(text: str, controls: Iterable[str], substitutes: Dict[str, str]) -> str:
@@ -95,17 +123,16 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _substitutes(characters: Iterable[str], *values: Any) -> Dict[str, str]:
-    """For each character a noncharacter that is in none of the strings of `values`."""
-    used = set()
+def _unused(count: int, *values: Any) -> List[str]:
+    """Noncharacters that are in none of the strings of `values`."""
+    used: Set[str] = set()
     for value in values:
-        _mapped(value, lambda text: used.update(text) or text)
-    characters = sorted(characters)
-    free = [character for character in _NONCHARACTERS if character not in used][:len(characters)]
-    if len(free) < len(characters):
+        _mapped(value, lambda text: used.update(text) or text)  # type: ignore[func-returns-value]
+    free = [character for character in _NONCHARACTERS if character not in used][:count]
+    if len(free) < count:
         raise UserError("the messages hold so many of Unicode's noncharacters (U+FDD0 to U+FDEF) that none is left to "
                         "keep control tokens apart", None, "Remove them: they stand for nothing in a text.")
-    return dict(zip(characters, free))
+    return free
 
 
 def stop_ids(tokenizer: Any, eos_token_ids: Iterable[int] = ()) -> FrozenSet[int]:

@@ -1,11 +1,12 @@
-"""Render a checkpoint's chat template: Jinja in a sandbox, with the settings that Hugging Face renders it with."""
+"""Render a checkpoint's chat template, with the settings that Hugging Face renders it with, within limits of time and memory."""
 
-import datetime
-import functools
-import json
+from __future__ import annotations
+
 from typing import Any, Mapping, Optional, Sequence
 
 from ..errors import UserError
+from . import template_engine
+from .template_process import Renderer
 
 # What Qwen1.5's chat checkpoints carry as their template; used when a checkpoint has none.
 CHATML = """\
@@ -19,6 +20,9 @@ CHATML = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
 
+_OWN_CHARACTERS = 2 ** 31
+_renderer = Renderer()
+
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], *, tools: Optional[Sequence[Any]] = None,
            documents: Optional[Sequence[Any]] = None, add_generation_prompt: bool = False, where: object = None,
@@ -26,57 +30,24 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], *, tools: Optio
     """The prompt text that `template` makes of `messages`.
 
     Args:
-        template: Jinja source.
+        template: Jinja source. A checkpoint's is rendered in a process of its own, which is ended after some seconds.
         messages: `{"role": ..., "content": ...}` each, oldest first; other keys are the template's business.
         tools, documents: passed on to the template.
         add_generation_prompt: end with the opening of the assistant's answer.
         where: where the template comes from, for error messages.
-        variables: whatever else the template may use (`bos_token`, `enable_thinking`, ...).
+        variables: whatever else the template may use (`bos_token`, `enable_thinking`, ...), as JSON has it.
 
     Raises:
-        UserError: the template is not valid, forbids these messages, or does what the sandbox forbids.
+        UserError: the template is not valid, forbids these messages, does what the sandbox forbids, or asks for too much time,
+            memory or text.
     """
-    import jinja2
-
-    where = where or "chat template"
+    values = {"messages": messages, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt,
+              **variables}
     try:
-        return _compiled(template).render(messages=messages, tools=tools, documents=documents,
-                                          add_generation_prompt=add_generation_prompt, **variables)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"line {error.lineno} of the chat template: {error.message}", where,
-                        "Correct chat_template in tokenizer_config.json.") from error
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template refuses these messages: {error.message}", where) from error
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-        raise UserError(f"the chat template fails on these messages: {type(error).__name__}: {error}", where,
-                        "Each message needs a role and a content that is text.") from error
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(template: str):
-    import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's words for training; a prompt just contains them."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own filter escapes HTML, which is not what the models have seen.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+        if template == CHATML:
+            return template_engine.render(template, values, _OWN_CHARACTERS)
+        return _renderer.render(template, values)
+    except template_engine.Refused as error:
+        raise UserError(str(error), where or "chat template",
+                        "Look at chat_template in tokenizer_config.json, and at each message: it needs a role and a content that is "
+                        "text.") from None
