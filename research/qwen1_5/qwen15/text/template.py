@@ -1,4 +1,4 @@
-"""Render a checkpoint's chat template, with the settings that Hugging Face renders it with, within limits of time and memory."""
+"""Render a checkpoint's chat template as Hugging Face does, within limits of time, memory and length."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], *, tools: Optio
         variables: whatever else the template may use (`bos_token`, `enable_thinking`, ...), as JSON has it.
 
     Raises:
-        UserError: the template is not valid, forbids these messages, does what the sandbox forbids, or asks for too much time,
-            memory or text.
+        UserError: the template is not valid, forbids these messages, leaves the sandbox, or asks for too much
+            time, memory or text.
     """
-    values = {"messages": messages, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt,
-              **variables}
+    values = {"messages": messages, "tools": tools, "documents": documents,
+              "add_generation_prompt": add_generation_prompt, **variables}
     try:
         if template == CHATML:
             return template_engine.render(template, values, _OWN_CHARACTERS)
         return _renderer.render(template, values)
     except template_engine.Refused as error:
         raise UserError(str(error), where or "chat template",
-                        "Look at chat_template in tokenizer_config.json, and at each message: it needs a role and a content that is "
-                        "text.") from None
+                        "Look at chat_template in tokenizer_config.json, and at each message: it needs a role and a "
+                        "content that is text.") from None

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _answer(request: Dict[str, Any]) -> Dict[str, Any]:
-    # Processor time, so that a busy machine changes nothing; the signal ends the process, also within one long step of Jinja's.
+    # Processor time, so that a busy machine changes nothing. The signal ends the process, also within one long step.
     signal.setitimer(signal.ITIMER_PROF, request["most_s"])
     try:
         return {"text": template_engine.render(request["template"], request["variables"], request["most_characters"])}

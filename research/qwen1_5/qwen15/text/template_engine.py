@@ -1,4 +1,4 @@
-"""Jinja as Hugging Face renders chat templates with it: sandboxed, with their tags, filters and functions. Knows no limits."""
+"""Jinja set up as Hugging Face does for chat templates: sandboxed, with their tags, filters and functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def render(template: str, variables: Mapping[str, Any], most_characters: int) ->
         most_characters: a longer text is refused.
 
     Raises:
-        Refused: the template is not valid, forbids these messages, makes too much of them, or does what the sandbox forbids.
+        Refused: the template is not valid, forbids these messages, makes too much of them, or leaves the sandbox.
     """
     import jinja2
 
@@ -66,7 +66,8 @@ def _compiled(template: str) -> Any:
     def raise_exception(message: Any) -> None:
         raise jinja2.TemplateError(str(message))
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+               sort_keys: bool = False) -> str:
         # Jinja's own filter escapes HTML, which is not what the models have seen.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

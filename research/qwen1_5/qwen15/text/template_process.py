@@ -1,4 +1,4 @@
-"""Chat templates rendered in a process of their own, which may be ended: a template is a program, and comes from a stranger."""
+"""Chat templates rendered in a process of their own, which may be ended: a template is a stranger's program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any, BinaryIO, Dict, Mapping, Optional
+from typing import IO, Any, Dict, Mapping, Optional
 
 from .template_child import LENGTH
 from .template_engine import Refused
@@ -23,7 +23,7 @@ _PER_BYTE_S = 1e-6
 
 
 class Renderer:
-    """The child process, started with the first template. Safe to use from several threads; a fork starts a child of its own."""
+    """The child process, started with the first template. Safe in several threads; a fork starts another child."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -86,7 +86,8 @@ class Renderer:
         self._end()
         if code == -signal.SIGPROF:
             return f"the chat template is not done after {most_s:.0f} s"
-        return f"the chat template breaks the process that renders it (exit code {code}): it is too large or nested too deeply"
+        return (f"the chat template breaks the process that renders it (exit code {code}): it is too large or nested "
+                "too deeply")
 
     def _end(self) -> None:
         child, self._child = self._child, None
@@ -102,6 +103,6 @@ class Renderer:
                         pass
 
 
-def _exactly(source: BinaryIO, count: int) -> Optional[bytes]:
+def _exactly(source: IO[bytes], count: int) -> Optional[bytes]:
     data = source.read(count)
     return data if len(data) == count else None
