@@ -1,10 +1,13 @@
 """Twins of the kernels in NumPy float64, and a way to call an operator's C function without MindSpore."""
 
+from __future__ import annotations
+
 import ctypes
-from typing import Sequence
+from typing import List, Optional, Sequence
 
 import numpy as np
 from kernels_remote import load
+from qwen15.checkpoint import quantized
 
 F16, F32, BF16 = "float16", "float32", "bfloat16"
 
@@ -43,6 +46,43 @@ class Stored:
         return copy
 
 
+class Quantised:
+    """A random quantised matrix (O, I): `parts` as the kernels see it, `values` in float64 in stored order.
+
+    Args:
+        bits: 8 or 4.
+        group: columns of a group, 0 for whole rows.
+        zero: zero points of its own, instead of the middle.
+        order: columns are stored in another order.
+    """
+
+    def __init__(self, rng: np.random.Generator, shape, bits: int, group: int = 0, scale_dtype: str = F16,
+                 zero: bool = False, order: bool = False, size: float = 0.05):
+        (rows, cols), low = shape, 0 if bits == 4 else -128
+        groups = cols // (group or cols)
+        self.shape, self.dtype = shape, f"int{bits}"
+        q = rng.integers(low, low + 2 ** bits, shape)
+        scale = Stored(rng.standard_normal((rows, groups)) * size / 2 ** (bits - 2), scale_dtype)
+        middle = np.full((rows, groups), 8 if bits == 4 else 0)
+        zeros = rng.integers(low, low + 2 ** bits, middle.shape) if zero else middle
+        small = np.uint8 if bits == 4 else np.int8
+        integers = quantized.pack(q.astype(np.uint8)) if bits == 4 else q.astype(np.int8)
+        self.parts: List[object] = [integers, scale] + ([zeros.astype(small)] if zero else [])
+        self.order: Optional[np.ndarray] = rng.permutation(cols).astype(np.int32) if order else None
+        if self.order is not None:
+            self.parts.append(self.order)
+        self.values = ((q.reshape(rows, groups, -1) - zeros[:, :, None]) * scale.values[:, :, None]).reshape(shape)
+
+    @property
+    def memory(self) -> np.ndarray:
+        return self.parts[0]
+
+
+def flat(inputs: Sequence[object]) -> List[object]:
+    """Inputs with every quantised matrix as the tensors it consists of."""
+    return [part for value in inputs for part in (value.parts if isinstance(value, Quantised) else [value])]
+
+
 def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *how: int) -> np.ndarray:
     """Run qwen15_<operator> as MindSpore would; inputs are Stored or int32/float32 arrays. Raises RuntimeError on its complaint.
 
@@ -51,7 +91,7 @@ def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *
     library = load()
     output = np.full(output_shape, np.nan, np.float32)
     arrays, names = [], []
-    for value in inputs:
+    for value in flat(inputs):
         memory, dtype = (value.memory, value.dtype) if isinstance(value, Stored) else (np.ascontiguousarray(value), str(value.dtype))
         arrays.append(memory)
         names.append(dtype.encode())
@@ -76,7 +116,9 @@ def rmsnorm(x: np.ndarray, weight: Stored, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight.values
 
 
-def linear(x: np.ndarray, w: Stored) -> np.ndarray:
+def linear(x: np.ndarray, w) -> np.ndarray:
+    if isinstance(w, Quantised) and w.order is not None:
+        x = x[:, w.order]
     return rounded(x, w.dtype) @ w.values.T
 
 
@@ -142,6 +184,8 @@ def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
 
 def tolerance(weights: str, cache: str = F32) -> float:
     """float32 sums of some thousand products; with bfloat16 an activation can round the other way than its twin's does."""
+    if weights.startswith("int"):
+        weights = F32
     if cache == BF16:
         return 1.5e-2  # q and the softmax weights are rounded too
     return 3e-3 if weights == BF16 else 3e-5

@@ -35,6 +35,8 @@ int qwen15_can_run(const char* name);
 int qwen15_use_kernels(const char* name);
 int qwen15_threads();
 void qwen15_set_threads(int n);
+int qwen15_exact_activations();
+void qwen15_set_exact_activations(int exact);
 void qwen15_argmax(const float* logits, int64_t rows, int64_t vocab, int32_t* ids);
 int64_t qwen15_top_candidates(const float* logits, int64_t vocab, int64_t k, float* values, int32_t* ids);
 int64_t qwen15_nucleus(const float* logits, int64_t vocab, float temperature, double top_p, float* values, int32_t* ids,
@@ -158,6 +160,11 @@ void run(const std::string& name, std::vector<Argument>& a) {
   if (name == "qwen15_threads") return answer(static_cast<int64_t>(qwen15_threads()));
   if (name == "qwen15_set_threads") {
     qwen15_set_threads(static_cast<int>(a[0].whole));
+    return answer(static_cast<int64_t>(0));
+  }
+  if (name == "qwen15_exact_activations") return answer(static_cast<int64_t>(qwen15_exact_activations()));
+  if (name == "qwen15_set_exact_activations") {
+    qwen15_set_exact_activations(static_cast<int>(a[0].whole));
     return answer(static_cast<int64_t>(0));
   }
   if (name == "qwen15_argmax") {

@@ -12,7 +12,7 @@ from qwen15.kernels.library import ABI_VERSION, Library
 COMMAND = "QWEN15_KERNELS_DRIVER"
 """Environment variable with the command that starts the driver; the kernel tests run through it when it is set."""
 
-ITEM_BYTES = {"int32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"int32": 4, "int8": 1, "uint8": 1, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _number(n: int) -> bytes:
@@ -106,6 +106,12 @@ class RemoteHandle:
 
     def qwen15_set_threads(self, count):
         return self._call("qwen15_set_threads", count)
+
+    def qwen15_exact_activations(self):
+        return self._call("qwen15_exact_activations")
+
+    def qwen15_set_exact_activations(self, exact):
+        return self._call("qwen15_set_exact_activations", exact)
 
     def qwen15_argmax(self, logits, rows, vocab, ids):
         return self._call("qwen15_argmax", _Buffer(logits, rows * vocab * 4), rows, vocab, _Buffer(ids, rows * 4))

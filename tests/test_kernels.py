@@ -216,11 +216,12 @@ def layer_twin(x, batch, layer, cos, sin, heads, kv_heads, dim):
 class StackCase:
     """A random network of two layers and a batch for it; `inputs` are those of the operator `decoder`."""
 
-    heads, kv_heads, dim = 6, 2, 8
+    hidden, inner, heads, kv_heads, dim = 48, 72, 6, 2, 8
 
     def __init__(self, dtype, cache_dtype, lens, cached):
         rng = np.random.default_rng(5)
-        hidden, inner, vocab, layers, (heads, kv_heads, dim) = 48, 72, 101, 2, (self.heads, self.kv_heads, self.dim)
+        hidden, inner, vocab, layers = self.hidden, self.inner, 101, 2
+        heads, kv_heads, dim = self.heads, self.kv_heads, self.dim
         self.batch = Batch(rng, lens, cached, block_size=16)
         self.cos, self.sin = rope(1200, dim)
         self.table, self.norm, self.head = (weight(rng, (vocab, hidden), dtype, 1.0), weight(rng, hidden, dtype, 1.0),

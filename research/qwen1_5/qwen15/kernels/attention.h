@@ -266,7 +266,7 @@ struct Pieces {
 // out[h] = sum_i exp(m_i - M) acc_i[h] / sum_i exp(m_i - M) l_i for heads [begin, end) of one token
 template <class R>
 void merge(Team& team, const Partial& layout, float* partials, int64_t count, int64_t dim, int64_t begin, int64_t end,
-           float* out, Activations act, int64_t t, bool round_bf16) {
+           float* out, Activations act, int64_t t) {
   int64_t floats = layout.floats(), columns = layout.heads * dim;
   float* weights = (float*)team.scratch(count * W * sizeof(float));
   for (int64_t first = begin / W * W; first < end; first += W) {
@@ -291,7 +291,7 @@ void merge(Team& team, const Partial& layout, float* partials, int64_t count, in
         R::unpair(y);
         for (int64_t u = 0; u < 2 && d + u * W < dim; ++u) {
           int64_t left = dim - d - u * W;
-          write_output(out, columns, act, t, h * dim + d + u * W, y[u], left < W ? (int)left : W, round_bf16);
+          write_output(out, columns, act, t, h * dim + d + u * W, y[u], left < W ? (int)left : W);
         }
       }
   }
@@ -354,7 +354,7 @@ inline float weigh(const float* s, uint16_t* p, V scale, float top) {
 // Tokens [token, token + tokens) of one sequence, the first at `position`, for key/value head g.
 template <class R>
 void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, Paged paged, int64_t token,
-                   int64_t tokens, int64_t position, int64_t g, float* out, Activations act, bool round_bf16) {
+                   int64_t tokens, int64_t position, int64_t g, float* out, Activations act) {
   typedef typename Packer<R>::Tile T;
   typedef typename T::A A;
   typedef typename T::P P;
@@ -436,7 +436,7 @@ void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, 
     V inverse = v_set(1.0f / sum[r]);
     for (int64_t d = 0; d < dim; d += W) {
       int n = dim - d < W ? (int)(dim - d) : W;
-      write_output(out, heads * dim, act, t, h * dim + d, v_mul(v_load(o + r * o_stride + d), inverse), n, round_bf16);
+      write_output(out, heads * dim, act, t, h * dim + d, v_mul(v_load(o + r * o_stride + d), inverse), n);
     }
     if (out == nullptr && h == heads - 1) clear_tail(act, t, heads * dim);
   }
@@ -446,7 +446,7 @@ void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, 
 
 template <class R>
 void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, const Cache& cache, const Batch& batch,
-                  float* out, Activations act, bool round_bf16, AttentionScratch& scratch) {
+                  float* out, Activations act, AttentionScratch& scratch) {
   int64_t kv = cache.kv_heads, dim = cache.head_dim, group = heads / kv;
   int64_t most = kQueryBytes / (kKeys * (int64_t)sizeof(typename Packer<R>::Tile::A));  // rows
   const Pieces pieces(cache.block_size, team.size());
@@ -479,8 +479,7 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
         // The last query blocks see most keys: they go first.
         int64_t block = blocks - 1 - (wanted - item) / kv, g = (wanted - item) % kv;
         int64_t start = block * query_block, size = queries - start < query_block ? queries - start : query_block;
-        prefill_block<R>(team, q, q_stride, heads, paged, token + start, size, context - queries + start, g, out, act,
-                         round_bf16);
+        prefill_block<R>(team, q, q_stride, heads, paged, token + start, size, context - queries + start, g, out, act);
       }
       item += count;
     }
@@ -502,7 +501,7 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
         int64_t first = begin > row ? begin - row : 0, last = end - row < heads ? end - row : heads;
         if (first < last)
           merge<R>(team, layout, scratch.partials + partial * layout.floats(), count, dim, first, last, out, act,
-                   token + i, round_bf16);
+                   token + i);
         partial += count;
       }
     token += queries;
@@ -510,13 +509,13 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
 }
 
 void attention(Team& team, const float* q, int64_t q_stride, int64_t heads, const Cache& cache, const Batch& batch,
-               float* out, Activations act, bool round_bf16, AttentionScratch& scratch) {
+               float* out, Activations act, AttentionScratch& scratch) {
   if (cache.dtype == DType::f32)
-    attention_of<F32Row>(team, q, q_stride, heads, cache, batch, out, act, round_bf16, scratch);
+    attention_of<F32Row>(team, q, q_stride, heads, cache, batch, out, act, scratch);
   else if (cache.dtype == DType::f16)
-    attention_of<F16Row>(team, q, q_stride, heads, cache, batch, out, act, round_bf16, scratch);
+    attention_of<F16Row>(team, q, q_stride, heads, cache, batch, out, act, scratch);
   else
-    attention_of<PairRow>(team, q, q_stride, heads, cache, batch, out, act, round_bf16, scratch);
+    attention_of<PairRow>(team, q, q_stride, heads, cache, batch, out, act, scratch);
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ int choices(Choice* out) {
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  out[n++] = {&kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")};
+  out[n++] = {&kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")};
   out[n++] = {&kernels_avx512, avx512};
   out[n++] = {&kernels_avx2, avx2};
 #endif

@@ -4,7 +4,7 @@
 //                  x (T, E) float32; w (E,) f32/f16/bf16; mean accumulated in float32 per vector lane
 //   rope           (q[i], q[i + D/2]) turned by the angle of its position: cos/sin (P, D) float32
 //   cache write    k, v (T, K D) float32 -> caches (num_blocks, block_size, K, D) f32/f16/bf16 at slots (T,) int32
-//   embed          out[t, :] = table[ids[t], :], table (V, E) f32/f16/bf16, out float32
+//   embed          out[t, :] = table[ids[t], :], table (V, E) f32/f16/bf16 or of 8 bits, out float32
 // Threads take contiguous ranges of tokens; a single token's elements are too few to be worth splitting.
 #pragma once
 #include "rows.h"
@@ -14,7 +14,7 @@ namespace qwen15 {
 namespace {
 
 void rmsnorm(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Vector w, float eps,
-             Activations out, bool round_bf16) {
+             Activations out) {
   int64_t begin, end;
   team.share(tokens, 1, &begin, &end);
   for (int64_t t = begin; t < end; ++t) {
@@ -33,27 +33,25 @@ void rmsnorm(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64
     float mean = v_sum(v_add(v_add(sums[0], sums[1]), v_add(sums[2], sums[3]))) / (float)cols;
     V scale = v_set(1.0f / __builtin_sqrtf(mean + eps));
     for (i = 0; i + W <= cols; i += W)
-      write_output(nullptr, 0, out, t, i, v_mul(v_mul(v_load(row + i), scale), load_vector(w, i)), W, round_bf16);
+      write_output(nullptr, 0, out, t, i, v_mul(v_mul(v_load(row + i), scale), load_vector(w, i)), W);
     if (i < cols) {
       int n = (int)(cols - i);
-      write_output(nullptr, 0, out, t, i, v_mul(v_mul(v_load_part(row + i, n), scale), load_vector_part(w, i, n)), n,
-                   round_bf16);
+      write_output(nullptr, 0, out, t, i, v_mul(v_mul(v_load_part(row + i, n), scale), load_vector_part(w, i, n)), n);
     }
     clear_tail(out, t, cols);
   }
 }
 
-void prepare(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Activations out,
-             bool round_bf16) {
+void prepare(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Activations out) {
   int64_t begin, end;
   team.share(tokens, 1, &begin, &end);
   for (int64_t t = begin; t < end; ++t) {
     const float* row = x + t * x_stride;
     int64_t i = 0;
-    for (; i + W <= cols; i += W) write_output(nullptr, 0, out, t, i, v_load(row + i), W, round_bf16);
+    for (; i + W <= cols; i += W) write_output(nullptr, 0, out, t, i, v_load(row + i), W);
     if (i < cols) {
       int n = (int)(cols - i);
-      write_output(nullptr, 0, out, t, i, v_load_part(row + i, n), n, round_bf16);
+      write_output(nullptr, 0, out, t, i, v_load_part(row + i, n), n);
     }
     clear_tail(out, t, cols);
   }
@@ -114,10 +112,50 @@ void rope_and_cache(Team& team, float* qkv, int64_t tokens, int64_t heads, const
   }
 }
 
+void gather(Team& team, Activations x, int64_t tokens, int64_t cols, const int32_t* order, Activations out) {
+  int64_t begin, end;
+  team.share(tokens, 1, &begin, &end);
+  for (int64_t t = begin; t < end; ++t) {
+    const float* from = (const float*)x.data + t * x.stride;
+    float* to = (float*)out.data + t * out.stride;
+    for (int64_t j = 0; j < cols; ++j) to[j] = from[order[j]];
+    clear_tail(out, t, cols);
+  }
+}
+
+void combine(Team& team, const float* gate, const float* up, int64_t tokens, int64_t cols, float* out, Activations act) {
+  int64_t begin, end;
+  team.share(tokens, 1, &begin, &end);
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t j = 0; j < cols; j += W) {
+      int n = cols - j < W ? (int)(cols - j) : W;
+      V g = v_load_part(gate + t * cols + j, n), u = v_load_part(up + t * cols + j, n);
+      write_output(out, cols, act, t, j, v_mul(v_silu(g), u), n);
+    }
+    if (out == nullptr) clear_tail(act, t, cols);
+  }
+}
+
+// Row `id` of a table of 8 bits.
+inline void embed_quantised(const Matrix& table, int64_t id, float* out) {
+  int64_t group = table.cols / table.groups;
+  const int8_t* q = (const int8_t*)table.data + id * table.cols;
+  for (int64_t g = 0; g < table.groups; ++g) {
+    V scale = v_set(load_scalar(table.scale, id * table.groups + g));
+    V zero = v_set(table.zero == nullptr ? 0.0f : (float)((const int8_t*)table.zero)[id * table.groups + g]);
+    for (int64_t i = g * group; i < (g + 1) * group; i += W)
+      v_store(out + i, v_mul(v_sub(v_load_bytes(q + i), zero), scale));
+  }
+}
+
 void embed(Team& team, const int32_t* ids, int64_t tokens, Matrix table, float* out) {
   int64_t begin, end, cols = table.cols;
   team.share(tokens, 1, &begin, &end);
   for (int64_t t = begin; t < end; ++t) {
+    if (table.dtype == DType::q8) {
+      embed_quantised(table, ids[t], out + t * cols);
+      continue;
+    }
     Vector row = {(const char*)table.data + ids[t] * cols * dtype_bytes(table.dtype), table.dtype};
     int64_t i = 0;
     for (; i + W <= cols; i += W) v_store(out + t * cols + i, load_vector(row, i));

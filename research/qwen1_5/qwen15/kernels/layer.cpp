@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -29,6 +30,8 @@ int64_t attention_partials(const Batch& batch, int threads) {
 }
 
 namespace {
+
+std::atomic<bool> keeps_all{true};
 
 // Tokens that go through all layers together. Longer inputs go in pieces, so that memory for activations is bounded
 // whatever the prompt; a piece attends to the cache, where the pieces before it already are.
@@ -70,17 +73,80 @@ Arena& arena() {
 
 bool rounds(const Matrix& w) { return w.dtype == DType::bf16; }
 
-int64_t activation_bytes(int64_t tokens, int64_t cols) { return Arena::rounded(tokens * padded(cols) * 4); }
+// The left operand (T, cols) of matmuls, in the forms that their matrices ask for.
+class Operand {
+ public:
+  Operand(int64_t tokens, int64_t cols) : tokens_(tokens), cols_(cols) {}
 
-// Activations that will meet a weight of `w`'s dtype.
-Activations activations(Arena& memory, int64_t tokens, int64_t cols, const Matrix& w) {
-  Activations x;
-  x.pairs = rounds(w) && kernels().bf16_pairs;
-  x.stride = padded(cols);
-  x.data = x.pairs ? static_cast<void*>(memory.take<uint16_t>(tokens * x.stride))
-                   : static_cast<void*>(memory.take<float>(tokens * x.stride));
-  return x;
-}
+  // A matrix that it will meet; all are named before `bytes` and `place`.
+  void meets(const Matrix& w) {
+    (rounds(w) ? rounded_ : exact_).asked = true;
+    if (w.order != nullptr) ordered_.asked = true;
+  }
+  int64_t bytes() const {
+    int64_t each = Arena::rounded(tokens_ * padded(cols_) * static_cast<int64_t>(sizeof(float)));
+    return each * (rounded_.asked + exact_.asked + ordered_.asked);
+  }
+  void place(Arena& memory) {
+    for (Form* form : {&rounded_, &exact_, &ordered_})
+      if (form->asked) form->data = memory.take<float>(tokens_ * padded(cols_));
+  }
+
+  // The form for this matrix, in the order of x.
+  Activations form(const Matrix& w) const {
+    Activations x;
+    x.stride = padded(cols_);
+    x.rounded = rounds(w);
+    x.pairs = x.rounded && kernels().bf16_pairs;
+    x.exact = exact_activations();
+    x.data = x.rounded ? rounded_.data : exact_.data;
+    return x;
+  }
+  // The form for this matrix, in the order of its columns. Waits for the team where that is another one.
+  Activations ordered(Team& team, const Kernels& k, const Matrix& w, int64_t tokens) const {
+    Activations x = form(w);
+    if (w.order == nullptr) return x;
+    Activations out = x;
+    out.data = ordered_.data;
+    k.gather(team, x, tokens, w.cols, w.order, out);
+    team.barrier();
+    return out;
+  }
+  // RMSNorm of x (tokens, cols) in every form.
+  void norm(Team& team, const Kernels& k, const float* x, int64_t tokens, Vector weight, float eps) const {
+    for (const Form* form : {&rounded_, &exact_})
+      if (form->asked) k.rmsnorm(team, x, cols_, tokens, cols_, weight, eps, every(form));
+  }
+
+ private:
+  struct Form {
+    bool asked = false;
+    void* data = nullptr;
+  };
+
+  Activations every(const Form* form) const {
+    Matrix w;
+    w.dtype = form == &rounded_ ? DType::bf16 : DType::f32;
+    return this->form(w);
+  }
+
+  int64_t tokens_, cols_;
+  Form rounded_, exact_, ordered_;
+};
+
+// Room for the two products of a gated matmul whose matrices do not meet the same activations.
+struct Products {
+  bool asked = false;
+  float *gate = nullptr, *up = nullptr;
+
+  void meets(const GateUp& s) { asked = asked || !are_alike(s.w1, s.w3); }
+  int64_t bytes(int64_t tokens, int64_t cols) const { return asked ? 2 * Arena::rounded(tokens * cols * 4) : 0; }
+  void place(Arena& memory, int64_t tokens, int64_t cols) {
+    if (!asked) return;
+    gate = memory.take<float>(tokens * cols);
+    up = memory.take<float>(tokens * cols);
+  }
+};
 
 Job plain(const Matrix& w, Vector bias, float* out, int64_t stride) {
   Job job;
@@ -97,16 +163,44 @@ Job adding(const Matrix& w, const float* residual, float* out) {
   return job;
 }
 
+// Jobs on the same activations, those of matrices that are alike together. Ends without a barrier.
+void multiply(Team& team, const Kernels& k, const Job* jobs, int count, const Operand& operand, int64_t tokens) {
+  for (int first = 0; first < count;) {
+    int last = first + 1;
+    while (last < count && are_alike(jobs[first].w, jobs[last].w)) ++last;
+    if (first > 0) team.barrier();
+    k.matmul(team, jobs + first, last - first, operand.ordered(team, k, jobs[first].w, tokens), tokens);
+    first = last;
+  }
+}
+
+// norm + w1, w3 + SiLU, to `out` (T, F) or, where that is null, `act`. Ends without a barrier.
+void gate_up_step(Team& team, const Kernels& k, const GateUp& s, const float* x, int64_t tokens, const Operand& normed,
+                  const Products& products, float* out, Activations act) {
+  int64_t inner = s.w1.rows;
+  Job gated = plain(s.w1, Vector(), out, inner);
+  gated.up = s.w3;
+  gated.act = act;
+  k.ask(team, gated, tokens);
+  normed.norm(team, k, x, tokens, s.norm, s.eps);
+  team.barrier();
+  if (are_alike(s.w1, s.w3)) return multiply(team, k, &gated, 1, normed, tokens);
+  Job jobs[2] = {plain(s.w1, Vector(), products.gate, inner), plain(s.w3, Vector(), products.up, inner)};
+  multiply(team, k, jobs, 2, normed, tokens);
+  team.barrier();
+  k.combine(team, products.gate, products.up, tokens, inner, out, act);
+}
+
 // norm + q/k/v + RoPE + cache write; ends with a barrier. width = (H + 2K) D
 void qkv_step(Team& team, const Kernels& k, const Qkv& s, const float* x, int64_t tokens, const int32_t* positions,
-              const int32_t* slots, Activations normed, float* out) {
+              const int32_t* slots, const Operand& normed, float* out) {
   int64_t dim = s.cache.head_dim, q_cols = s.wq.rows, kv_cols = s.wk.rows, width = q_cols + 2 * kv_cols;
   Job jobs[3] = {plain(s.wq, s.bq, out, width), plain(s.wk, s.bk, out + q_cols, width),
                  plain(s.wv, s.bv, out + q_cols + kv_cols, width)};
   k.ask(team, jobs[0], tokens);
-  k.rmsnorm(team, x, s.wq.cols, tokens, s.wq.cols, s.norm, s.eps, normed, rounds(s.wq));
+  normed.norm(team, k, x, tokens, s.norm, s.eps);
   team.barrier();
-  k.matmul(team, jobs, 3, normed, tokens);
+  multiply(team, k, jobs, 3, normed, tokens);
   team.barrier();
   k.rope_and_cache(team, out, tokens, q_cols / dim, s.cos, s.sin, positions, slots, s.cache);
   team.barrier();
@@ -123,16 +217,19 @@ void last_tokens(Team& team, const float* x, int64_t cols, const Batch& batch, f
 }
 
 // Final norm and logits of B rows; ends without a barrier.
-void head_step(Team& team, const Kernels& k, const Head& s, const float* rows, int64_t count, Activations normed,
+void head_step(Team& team, const Kernels& k, const Head& s, const float* rows, int64_t count, const Operand& normed,
                float* logits) {
   Job job = plain(s.w, Vector(), logits, s.w.rows);
   k.ask(team, job, count);
-  k.rmsnorm(team, rows, s.w.cols, count, s.w.cols, s.norm, s.eps, normed, rounds(s.w));
+  normed.norm(team, k, rows, count, s.norm, s.eps);
   team.barrier();
-  k.matmul(team, &job, 1, normed, count);
+  multiply(team, k, &job, 1, normed, count);
 }
 
 }  // namespace
+
+bool exact_activations() { return keeps_all.load(std::memory_order_relaxed); }
+void set_exact_activations(bool exact) { keeps_all.store(exact, std::memory_order_relaxed); }
 
 void embed_tokens(const int32_t* ids, int64_t tokens, Matrix table, float* out) {
   run_team([&](Team& team) { kernels().embed(team, ids, tokens, table, out); });
@@ -142,8 +239,10 @@ void qkv(const Qkv& s, const float* x, int64_t tokens, const int32_t* positions,
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
   int64_t width = s.wq.rows + 2 * s.wk.rows;
-  memory.reserve(activation_bytes(tokens, s.wq.cols) + Arena::rounded(tokens * width * 4));
-  Activations normed = activations(memory, tokens, s.wq.cols, s.wq);
+  Operand normed(tokens, s.wq.cols);
+  for (const Matrix* w : {&s.wq, &s.wk, &s.wv}) normed.meets(*w);
+  memory.reserve(normed.bytes() + Arena::rounded(tokens * width * 4));
+  normed.place(memory);
   float* all = memory.take<float>(tokens * width);
   run_team([&](Team& team) {
     qkv_step(team, kernels(), s, x, tokens, positions, slots, normed, all);
@@ -161,34 +260,38 @@ void attention(const float* q, int64_t heads, const Cache& cache, const Batch& b
   memory.reserve(Arena::rounded(floats * 4));
   AttentionScratch scratch = {memory.take<float>(floats)};
   run_team(size, [&](Team& team) {
-    kernels().attention(team, q, heads * cache.head_dim, heads, cache, batch, out, Activations(), false, scratch);
+    kernels().attention(team, q, heads * cache.head_dim, heads, cache, batch, out, Activations(), scratch);
   });
 }
 
 void project(Matrix w, const float* x, int64_t tokens, const float* residual, float* out) {
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
-  memory.reserve(activation_bytes(tokens, w.cols));
-  Activations a = activations(memory, tokens, w.cols, w);
+  Operand operand(tokens, w.cols);
+  operand.meets(w);
+  memory.reserve(operand.bytes());
+  operand.place(memory);
   run_team([&](Team& team) {
-    kernels().prepare(team, x, w.cols, tokens, w.cols, a, rounds(w));
+    kernels().prepare(team, x, w.cols, tokens, w.cols, operand.form(w));
     team.barrier();
     Job job = adding(w, residual, out);
-    kernels().matmul(team, &job, 1, a, tokens);
+    multiply(team, kernels(), &job, 1, operand, tokens);
   });
 }
 
 void gate_up(const GateUp& s, const float* x, int64_t tokens, float* out) {
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
-  memory.reserve(activation_bytes(tokens, s.w1.cols));
-  Activations normed = activations(memory, tokens, s.w1.cols, s.w1);
+  Operand normed(tokens, s.w1.cols);
+  normed.meets(s.w1);
+  normed.meets(s.w3);
+  Products products;
+  products.meets(s);
+  memory.reserve(normed.bytes() + products.bytes(tokens, s.w1.rows));
+  normed.place(memory);
+  products.place(memory, tokens, s.w1.rows);
   run_team([&](Team& team) {
-    kernels().rmsnorm(team, x, s.w1.cols, tokens, s.w1.cols, s.norm, s.eps, normed, rounds(s.w1));
-    team.barrier();
-    Job job = plain(s.w1, Vector(), out, s.w1.rows);
-    job.up = s.w3;
-    kernels().matmul(team, &job, 1, normed, tokens);
+    gate_up_step(team, kernels(), s, x, tokens, normed, products, out, Activations());
   });
 }
 
@@ -196,8 +299,10 @@ void head(const Head& s, const float* x, const Batch& batch, float* logits) {
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
   int64_t count = batch.sequences, cols = s.w.cols;
-  memory.reserve(activation_bytes(count, cols) + Arena::rounded(count * cols * 4));
-  Activations normed = activations(memory, count, cols, s.w);
+  Operand normed(count, cols);
+  normed.meets(s.w);
+  memory.reserve(normed.bytes() + Arena::rounded(count * cols * 4));
+  normed.place(memory);
   float* rows = memory.take<float>(count * cols);
   run_team([&](Team& team) {
     last_tokens(team, x, cols, batch, rows);
@@ -209,9 +314,9 @@ void head(const Head& s, const float* x, const Batch& batch, float* logits) {
 namespace {
 
 struct Buffers {
-  Activations normed, attended, gated;
+  Operand normed, attended, gated, head_normed;
+  Products products;
   float *x, *qkv, *rows;
-  Activations head_normed;
   AttentionScratch scratch;
 };
 
@@ -226,23 +331,16 @@ void run_layers(Team& team, const Kernels& k, const Stack& stack, const int32_t*
     int64_t heads = layer.qkv.wq.rows / layer.qkv.cache.head_dim;
     int64_t width = layer.qkv.wq.rows + 2 * layer.qkv.wk.rows;
     qkv_step(team, k, layer.qkv, m.x, tokens, positions, slots, m.normed, m.qkv);
-    k.attention(team, m.qkv, width, heads, layer.qkv.cache, batch, nullptr, m.attended, rounds(layer.wo), m.scratch);
-    Job out = adding(layer.wo, m.x, m.x), down = adding(layer.w2, m.x, m.x), gated;
-    gated.w = layer.gate_up.w1;
-    gated.up = layer.gate_up.w3;
-    gated.act = m.gated;
+    k.attention(team, m.qkv, width, heads, layer.qkv.cache, batch, nullptr, m.attended.form(layer.wo), m.scratch);
+    Job out = adding(layer.wo, m.x, m.x), down = adding(layer.w2, m.x, m.x);
     k.ask(team, out, tokens);
     team.barrier();
-    k.matmul(team, &out, 1, m.attended, tokens);
+    multiply(team, k, &out, 1, m.attended, tokens);
     team.barrier();
-    k.ask(team, gated, tokens);
-    k.rmsnorm(team, m.x, layer.wo.rows, tokens, layer.wo.rows, layer.gate_up.norm, layer.gate_up.eps, m.normed,
-              rounds(layer.gate_up.w1));
-    team.barrier();
-    k.matmul(team, &gated, 1, m.normed, tokens);
+    gate_up_step(team, k, layer.gate_up, m.x, tokens, m.normed, m.products, nullptr, m.gated.form(layer.w2));
     k.ask(team, down, tokens);
     team.barrier();
-    k.matmul(team, &down, 1, m.gated, tokens);
+    multiply(team, k, &down, 1, m.gated, tokens);
     team.barrier();
   }
 }
@@ -294,15 +392,23 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
                      attention_partials(batch, size);
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
-  memory.reserve(activation_bytes(tokens, hidden) + activation_bytes(tokens, q_cols) + activation_bytes(tokens, inner) +
-                 activation_bytes(sequences, hidden) + Arena::rounded(tokens * hidden * 4) +
+  Buffers m = {Operand(tokens, hidden), Operand(tokens, q_cols), Operand(tokens, inner), Operand(sequences, hidden),
+               {}, nullptr, nullptr, nullptr, {}};
+  for (int64_t l = 0; l < stack.layer_count; ++l) {
+    const Layer& layer = stack.layers[l];
+    for (const Matrix* w : {&layer.qkv.wq, &layer.qkv.wk, &layer.qkv.wv, &layer.gate_up.w1, &layer.gate_up.w3})
+      m.normed.meets(*w);
+    m.attended.meets(layer.wo);
+    m.gated.meets(layer.w2);
+    m.products.meets(layer.gate_up);
+  }
+  m.head_normed.meets(stack.head.w);
+  memory.reserve(m.normed.bytes() + m.attended.bytes() + m.gated.bytes() + m.head_normed.bytes() +
+                 m.products.bytes(tokens, inner) + Arena::rounded(tokens * hidden * 4) +
                  Arena::rounded(tokens * width * 4) + Arena::rounded(sequences * hidden * 4) +
                  Arena::rounded(partials * 4));
-  Buffers m;
-  m.normed = activations(memory, tokens, hidden, first.qkv.wq);
-  m.attended = activations(memory, tokens, q_cols, first.wo);
-  m.gated = activations(memory, tokens, inner, first.w2);
-  m.head_normed = activations(memory, sequences, hidden, stack.head.w);
+  for (Operand* operand : {&m.normed, &m.attended, &m.gated, &m.head_normed}) operand->place(memory);
+  m.products.place(memory, tokens, inner);
   m.x = memory.take<float>(tokens * hidden);
   m.qkv = memory.take<float>(tokens * width);
   m.rows = memory.take<float>(sequences * hidden);

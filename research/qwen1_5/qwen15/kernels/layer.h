@@ -39,6 +39,11 @@ struct Stack {
   Head head;
 };
 
+// Whether a few activations that meet quantised weights keep 31 bits, as float32 computing wants it (the default), or 16,
+// which is more than bf16 has and takes half the arithmetic.
+bool exact_activations();
+void set_exact_activations(bool exact);
+
 // Each is what the operator of the same name is; shapes in operators.cpp.
 void embed_tokens(const int32_t* ids, int64_t tokens, Matrix table, float* out);
 void qkv(const Qkv& step, const float* x, int64_t tokens, const int32_t* positions, const int32_t* slots, float* q);

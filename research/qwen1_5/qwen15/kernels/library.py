@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import UserError
 from .build import LIBRARY_NAME, OUTPUT_DIR
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """What `qwen15_abi_version()` must return: the arguments of the functions below and the operators' inputs."""
 
 KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
@@ -61,6 +61,8 @@ class Library:
                 ("use_kernels", ctypes.c_int, (ctypes.c_char_p,)),
                 ("threads", ctypes.c_int, ()),
                 ("set_threads", None, (ctypes.c_int,)),
+                ("exact_activations", ctypes.c_int, ()),
+                ("set_exact_activations", None, (ctypes.c_int,)),
                 ("open_binding", ctypes.c_int64, ()),
                 ("close_binding", None, (ctypes.c_int64,)),
                 ("bound_addresses", ctypes.c_int64, (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)),
@@ -101,6 +103,15 @@ class Library:
     @threads.setter
     def threads(self, count: int) -> None:
         self._handle.qwen15_set_threads(count)
+
+    @property
+    def exact_activations(self) -> bool:
+        """Whether few activations that meet quantised weights keep 31 bits (as at first) or 16, which is faster."""
+        return bool(self._handle.qwen15_exact_activations())
+
+    @exact_activations.setter
+    def exact_activations(self, exact: bool) -> None:
+        self._handle.qwen15_set_exact_activations(int(exact))
 
     def open_binding(self) -> int:
         """A number under which the operator `decoder` keeps where weights and caches are, for the operator `decode`."""

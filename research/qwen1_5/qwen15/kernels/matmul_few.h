@@ -19,15 +19,22 @@ inline int64_t pair_distance(const Job& job, int64_t tokens) {
   return job.up.data == nullptr || bytes % (tokens == 1 ? item : 64) != 0 ? 0 : bytes / item;
 }
 
+// Whether a gated job's two matrices are quantised in the same way.
+inline bool are_cut_alike(const Job& job) {
+  return job.up.data != nullptr && job.w.dtype == job.up.dtype && job.w.groups == job.up.groups;
+}
+
 // One thread's rows [begin, end) of a job in blocks of up to kRowBlock rows at each of two places: `apart` rows from
 // each other in the same matrix, where the second may have fewer rows than the first, or the same rows of both matrices
 // of a gated job.
 struct Places {
   int64_t begin, end, apart, blocks;
+  bool side_by_side;  // rows of both matrices
 
   Places(const Team& team, int rank, const Job& job, int64_t tokens) {
     team.share_of(rank, job.w.rows, W, &begin, &end);
-    apart = pair_distance(job, tokens) != 0 ? end - begin : round_up((end - begin + 1) / 2, W);
+    side_by_side = is_quantised(job.w.dtype) ? are_cut_alike(job) : pair_distance(job, tokens) != 0;
+    apart = side_by_side ? end - begin : round_up((end - begin + 1) / 2, W);
     blocks = (apart + kRowBlock - 1) / kRowBlock;
   }
   int64_t rows(int64_t block, int place) const {
@@ -151,7 +158,7 @@ void for_blocks(Team& team, const Job* jobs, int job_count, Share share_of, F f)
 }
 
 template <class R>
-void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens, bool round_bf16) {
+void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
   int64_t cols = jobs[0].w.cols, sums = tokens * kRowBlock, x_bytes = round_up(Shifted<R>::bytes(cols, tokens), 64);
   char* memory = (char*)team.scratch(2 * x_bytes + 4 * sums * sizeof(float));
   float *c = (float*)(memory + 2 * x_bytes), *c_up = c + 2 * sums;
@@ -162,7 +169,7 @@ void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64
     if (int64_t distance = pair_distance(job, tokens); distance != 0) {
       int64_t row = places.begin + block * kRowBlock, n = places.rows(block, 0);
       dot_block<R, 2>((const typename R::E*)job.w.data + row * cols, distance, n, cols, shifted, tokens, c);
-      return finish(job, 0, tokens, row, n, c, c + sums, kRowBlock, round_bf16);
+      return finish(job, 0, tokens, row, n, c, c + sums, kRowBlock);
     }
     few_rows<R>(job.w.data, cols, places, block, shifted, tokens, c);
     if (job.up.data != nullptr) {
@@ -171,8 +178,7 @@ void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64
     }
     for (int p = 0; p < 2; ++p)
       if (int64_t n = places.rows(block, p); n > 0)
-        finish(job, 0, tokens, places.begin + p * places.apart + block * kRowBlock, n, c + p * sums, c_up + p * sums, kRowBlock,
-               round_bf16);
+        finish(job, 0, tokens, places.begin + p * places.apart + block * kRowBlock, n, c + p * sums, c_up + p * sums, kRowBlock);
   });
 }
 

@@ -9,14 +9,14 @@ namespace {
 
 // c (tokens, n) -> the job's output, columns [row, row + n)
 void finish(const Job& job, int64_t token, int64_t tokens, int64_t row, int64_t n, const float* c, const float* c_up,
-            int64_t c_stride, bool round_bf16) {
+            int64_t c_stride) {
   if (job.up.data != nullptr) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t j = 0; j < n; j += W) {
         int part = n - j < W ? (int)(n - j) : W;
         V gate = v_load_part(c + t * c_stride + j, part), up = v_load_part(c_up + t * c_stride + j, part);
         V y = v_mul(v_silu(gate), up);
-        write_output(job.out, job.out_stride, job.act, token + t, row + j, y, part, round_bf16);
+        write_output(job.out, job.out_stride, job.act, token + t, row + j, y, part);
       }
     if (job.out == nullptr && row + n == job.w.rows)
       for (int64_t t = 0; t < tokens; ++t) clear_tail(job.act, token + t, job.w.rows);

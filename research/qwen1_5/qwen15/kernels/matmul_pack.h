@@ -54,6 +54,43 @@ void pack_pairs(const uint16_t* const* rows, int count, int64_t k, int vecs, uin
 }
 #endif
 
+constexpr int64_t kPanelRows = kTileVecs * W;
+
+// Columns [k0, k0 + k) of `count` quantised rows from `row` on -> panel for FloatTile; k0 and k are whole blocks.
+inline void pack_quantised(const Matrix& m, int64_t row, int count, int64_t k0, int64_t k, int vecs, float* panel) {
+  int64_t group = m.cols / m.groups, bytes = m.row_bytes();
+  bool nibbles = m.dtype == DType::q4;
+  V scale[kPanelRows], zero[kPanelRows];
+  for (int64_t i = 0, known = -1; i < k; i += kQuantBlock) {
+    int64_t column = k0 + i, g = column / group;
+    if (g != known)
+      for (int r = 0; r < count; ++r) {
+        int64_t at = (row + r) * m.groups + g;
+        scale[r] = v_set(load_scalar(m.scale, at));
+        zero[r] = v_set(m.zero == nullptr ? (nibbles ? 8.0f : 0.0f)
+                        : nibbles         ? (float)((const uint8_t*)m.zero)[at]
+                                          : (float)((const int8_t*)m.zero)[at]);
+      }
+    known = g;
+    const uint8_t* from = (const uint8_t*)m.data + row * bytes + (nibbles ? column / 2 : column);
+    for (int j = 0; j < kQuantBlock; j += W)
+      for (int v = 0; v < vecs; ++v) {
+        V block[W];
+        for (int r = 0; r < W; ++r) {
+          int n = v * W + r;
+          const uint8_t* p = from + n * bytes;
+          block[r] = n >= count ? v_zero()
+                                : v_mul(v_sub(nibbles ? v_load_nibbles(p, j) : v_load_bytes((const int8_t*)p + j), zero[n]),
+                                        scale[n]);
+        }
+        v_transpose(block);
+        for (int c = 0; c < W; ++c) v_store(panel + ((i + j + c) * vecs + v) * W, block[c]);
+      }
+  }
+}
+
+struct QuantRow {};  // rows of a quantised matrix
+
 template <class R>
 struct Packer {  // the tile a row type is packed for
   typedef FloatTile Tile;
@@ -70,6 +107,24 @@ struct Packer<PairRow> {
   }
 };
 #endif
+
+template <>
+struct Packer<QuantRow> {
+  typedef FloatTile Tile;
+};
+
+// Columns [k0, k0 + k) of `count` rows of a matrix from `row` on -> panel
+template <class R>
+inline void pack_rows(const Matrix& m, int64_t row, int count, int64_t k0, int64_t k, int vecs,
+                      typename Packer<R>::Tile::P* panel) {
+  const typename R::E* rows[kPanelRows];
+  for (int r = 0; r < count; ++r) rows[r] = (const typename R::E*)m.data + (row + r) * m.cols + k0;
+  Packer<R>::pack(rows, count, k, vecs, panel);
+}
+template <>
+inline void pack_rows<QuantRow>(const Matrix& m, int64_t row, int count, int64_t k0, int64_t k, int vecs, float* panel) {
+  pack_quantised(m, row, count, k0, k, vecs, panel);
+}
 
 }  // namespace
 }  // namespace qwen15

@@ -17,17 +17,14 @@ struct Item {
   int64_t row, token, tokens;
 };
 
-constexpr int64_t kPanelRows = kTileVecs * W;
-
-template <class R>
-Ahead rows_ahead(const Job& job, const void* w, int64_t row, int64_t k0) {
-  int64_t cols = job.w.cols, count = job.w.rows - row < kPanelRows ? job.w.rows - row : kPanelRows;
-  int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth, size = sizeof(typename R::E);
-  return Ahead((const typename R::E*)w + row * cols + k0, count, cols * size, k * size);
+inline Ahead rows_ahead(const Matrix& w, int64_t row, int64_t k0) {
+  int64_t count = w.rows - row < kPanelRows ? w.rows - row : kPanelRows, bytes = w.row_bytes();
+  int64_t k = w.cols - k0 < kPanelDepth ? w.cols - k0 : kPanelDepth;
+  return Ahead((const char*)w.data + row * bytes + bytes * k0 / w.cols, count, bytes, bytes * k / w.cols);
 }
 
 template <class R>
-void one_panel(Team& team, const Item& item, const Item* next, Activations x, bool round_bf16) {
+void one_panel(Team& team, const Item& item, const Item* next, Activations x) {
   typedef typename Packer<R>::Tile T;
   static_assert(kPanelRows <= kRowBlock, "finish() holds the bias of one panel");
   const Job& job = *item.job;
@@ -42,21 +39,18 @@ void one_panel(Team& team, const Item& item, const Item* next, Activations x, bo
   float* c[2] = {(float*)(memory + panel_bytes), (float*)(memory + panel_bytes + c_bytes)};
   const auto* xs = (const typename T::A*)x.data + item.token * x.stride;
   for (int part = 0; part <= (gated ? 1 : 0); ++part) {
-    const void* source = part == 0 ? job.w.data : job.up.data;
-    const auto* w = (const typename R::E*)source;
+    const Matrix& w = part == 0 ? job.w : job.up;
     for (int64_t k0 = 0; k0 < cols; k0 += kPanelDepth) {
       int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth;
-      const typename R::E* rows[kPanelRows];
-      for (int r = 0; r < n; ++r) rows[r] = w + (row + r) * cols + k0;
-      Packer<R>::pack(rows, n, k, vecs, panel);
+      pack_rows<R>(w, row, n, k0, k, vecs, panel);
       Ahead ahead;
-      if (k0 + kPanelDepth < cols) ahead = rows_ahead<R>(job, source, row, k0 + kPanelDepth);
-      else if (part == 0 && gated) ahead = rows_ahead<R>(job, job.up.data, row, 0);
-      else if (next != nullptr) ahead = rows_ahead<R>(*next->job, next->job->w.data, next->row, 0);
+      if (k0 + kPanelDepth < cols) ahead = rows_ahead(w, row, k0 + kPanelDepth);
+      else if (part == 0 && gated) ahead = rows_ahead(job.up, row, 0);
+      else if (next != nullptr) ahead = rows_ahead(next->job->w, next->row, 0);
       multiply_panel<T>(xs + k0, x.stride, item.tokens, panel, vecs, k, c[part], kPanelRows, k0 > 0, ahead);
     }
   }
-  finish(job, item.token, item.tokens, row, n, c[0], c[1], kPanelRows, round_bf16);
+  finish(job, item.token, item.tokens, row, n, c[0], c[1], kPanelRows);
 }
 
 int64_t panels(const Job& job) { return (job.w.rows + kPanelRows - 1) / kPanelRows; }

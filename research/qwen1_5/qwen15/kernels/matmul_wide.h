@@ -119,7 +119,7 @@ void turn(const float* c, int64_t rows, int64_t tokens, float* y) {
 }
 
 template <class T, int N, int G>
-void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens, bool round_bf16) {
+void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
   typedef typename T::A A;
   typedef typename T::P P;
   constexpr int kLine = 64 / sizeof(A), kRows = N < 4 ? kWideRows : kWideRows / 2;
@@ -164,19 +164,19 @@ void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t 
       }
       turn<N, G>(c, round_up(rows, W), tokens, y[part]);
     }
-    finish(job, 0, tokens, row, rows, y[0], y[1], kRowBlock, round_bf16);
+    finish(job, 0, tokens, row, rows, y[0], y[1], kRowBlock);
   });
 }
 
 template <class T>
-void wide(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens, bool round_bf16) {
-  if (tokens <= 8) return wide_of<T, 2, 4>(team, jobs, job_count, x, tokens, round_bf16);
-  if (tokens <= 12) return wide_of<T, 3, 4>(team, jobs, job_count, x, tokens, round_bf16);
-  if (tokens <= 16) return wide_of<T, 2, 2>(team, jobs, job_count, x, tokens, round_bf16);
-  if (tokens <= 24) return wide_of<T, 3, 2>(team, jobs, job_count, x, tokens, round_bf16);
-  if (tokens <= 32) return wide_of<T, 2, 1>(team, jobs, job_count, x, tokens, round_bf16);
-  if (tokens <= 48) return wide_of<T, 3, 1>(team, jobs, job_count, x, tokens, round_bf16);
-  return wide_of<T, 4, 1>(team, jobs, job_count, x, tokens, round_bf16);
+void wide(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
+  if (tokens <= 8) return wide_of<T, 2, 4>(team, jobs, job_count, x, tokens);
+  if (tokens <= 12) return wide_of<T, 3, 4>(team, jobs, job_count, x, tokens);
+  if (tokens <= 16) return wide_of<T, 2, 2>(team, jobs, job_count, x, tokens);
+  if (tokens <= 24) return wide_of<T, 3, 2>(team, jobs, job_count, x, tokens);
+  if (tokens <= 32) return wide_of<T, 2, 1>(team, jobs, job_count, x, tokens);
+  if (tokens <= 48) return wide_of<T, 3, 1>(team, jobs, job_count, x, tokens);
+  return wide_of<T, 4, 1>(team, jobs, job_count, x, tokens);
 }
 #endif
 

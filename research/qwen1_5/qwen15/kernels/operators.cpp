@@ -3,7 +3,10 @@
 // MindSpore's convention: params holds the inputs, then the outputs; ndims, shapes and dtypes describe each. A result
 // other than 0 becomes a RuntimeError; what was wrong is printed and kept for qwen15_last_error(). For an operator f,
 // fInferShape gives the output's shape from the inputs' shapes.
-// All int inputs are int32, activations float32; weights, biases and norms f32/f16/bf16; caches f32/f16/bf16.
+// All int inputs are int32, activations float32; biases and norms f32/f16/bf16; caches f32/f16/bf16. A matrix (w and its
+// like, table, head) is one f32/f16/bf16 input, or quantised several that follow one another: integers int8 (O, I) or
+// uint8 (O, I / 2), scale (O, G) f32/f16/bf16, and where there are, zero (O, G) in the integers' dtype and order (I,)
+// int32. See Matrix.
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -91,6 +94,9 @@ class Call {
     if (strcmp(dtypes_[i], "bfloat16") == 0) return DType::bf16;
     fail("%s (input %d) is %s, not float32, float16 or bfloat16", name, i, dtypes_[i]);
   }
+  bool is(int i, const char* dtype, int wanted_rank) const {
+    return i < count_ && ndims_[i] == wanted_rank && strcmp(dtypes_[i], dtype) == 0;
+  }
   const int32_t* ints(int i, const char* name, int wanted_rank) const {
     rank(i, name, wanted_rank);
     if (strcmp(dtypes_[i], "int32") != 0) fail("%s (input %d) is %s, not int32", name, i, dtypes_[i]);
@@ -112,16 +118,26 @@ class Call {
     v.dtype = dtype(i, name);
     return v;
   }
-  Matrix matrix(int i, const char* name, int64_t cols = -1, int64_t rows = -1) const {
+  // The matrix whose tensors begin at input i, which then is the input after them: the weight, or integers, scale, and
+  // zero and order where it has them.
+  Matrix matrix(int& i, const char* name, int64_t cols = -1, int64_t rows = -1) const {
     rank(i, name, 2);
+    int first = i++;
     Matrix m;
-    m.data = params_[i];
-    m.dtype = dtype(i, name);
-    m.rows = dim(i, 0);
-    m.cols = dim(i, 1);
-    if ((cols >= 0 && m.cols != cols) || (rows >= 0 && m.rows != rows))
-      fail("%s (input %d) is (%lld, %lld), wanted (%lld, %lld), -1 for any", name, i, static_cast<long long>(m.rows),
-           static_cast<long long>(m.cols), static_cast<long long>(rows), static_cast<long long>(cols));
+    m.data = params_[first];
+    m.rows = dim(first, 0);
+    m.cols = dim(first, 1);
+    if (is(first, "int8", 2)) m.dtype = DType::q8;
+    else if (is(first, "uint8", 2)) m.dtype = DType::q4, m.cols *= 2;
+    else m.dtype = dtype(first, name);
+    check_size(first, name, m, cols, rows);
+    if (is_quantised(m.dtype)) read_companions(first, name, m, i);
+    return m;
+  }
+  // A matrix of which rows are looked up.
+  Matrix table(int& i) const {
+    Matrix m = matrix(i, "table");
+    if (m.dtype == DType::q4 || m.order != nullptr) fail("the table is of 4 bits or has an order, which is not supported");
     return m;
   }
   // Key cache at i, value cache at i + 1.
@@ -168,6 +184,28 @@ class Call {
   }
 
  private:
+  void check_size(int i, const char* name, const Matrix& m, int64_t cols, int64_t rows) const {
+    if ((cols >= 0 && m.cols != cols) || (rows >= 0 && m.rows != rows))
+      fail("%s (input %d) is (%lld, %lld), wanted (%lld, %lld), -1 for any", name, i, static_cast<long long>(m.rows),
+           static_cast<long long>(m.cols), static_cast<long long>(rows), static_cast<long long>(cols));
+  }
+  void read_companions(int first, const char* name, Matrix& m, int& i) const {
+    rank(i, "scale", 2);
+    m.groups = dim(i, 1);
+    if (dim(i, 0) != m.rows || m.groups < 1 || m.cols % m.groups != 0 || m.cols / m.groups % kQuantBlock != 0)
+      fail("%s (input %d) is (%lld, %lld), its scale (%lld, %lld): groups have to be of a multiple of %d columns", name,
+           first, static_cast<long long>(m.rows), static_cast<long long>(m.cols), static_cast<long long>(dim(i, 0)),
+           static_cast<long long>(m.groups), static_cast<int>(kQuantBlock));
+    m.scale.data = params_[i];
+    m.scale.dtype = dtype(i++, "scale");
+    // A matrix after this one has more columns than this one has groups.
+    if (is(i, dtypes_[first], 2) && dim(i, 0) == m.rows && dim(i, 1) == m.groups) m.zero = params_[i++];
+    if (is(i, "int32", 1)) {
+      m.order = bounded(i, "order", m.cols, 0, m.cols);
+      ++i;
+    }
+  }
+
   int count_;
   void** params_;
   int* ndims_;
@@ -196,24 +234,53 @@ void check_rope(const Call& call, int i, int64_t head_dim) {
          static_cast<long long>(call.dim(i + 1, 1)), static_cast<long long>(head_dim));
 }
 
-// norm, wq, bq, wk, bk, wv, bv at i and cache at c; cos and sin are filled in by the caller.
-Qkv read_qkv(const Call& call, int i, int c, float eps, int64_t hidden) {
+// norm, wq, bq, wk, bk, wv, bv from i on, which then is the input after them. What concerns the cache, cos and sin is left.
+Qkv read_qkv(const Call& call, int& i, float eps, int64_t hidden) {
   Qkv s;
   s.eps = eps;
-  s.cache = call.cache(c);
+  s.norm = call.vector(i++, "norm", hidden);
+  s.wq = call.matrix(i, "wq", hidden);
+  s.bq = call.vector(i++, "bq", s.wq.rows);
+  s.wk = call.matrix(i, "wk", hidden);
+  s.bk = call.vector(i++, "bk", s.wk.rows);
+  s.wv = call.matrix(i, "wv", hidden, s.wk.rows);
+  s.bv = call.vector(i++, "bv", s.wv.rows);
+  return s;
+}
+
+void check_heads(const Qkv& s) {
   int64_t kv_cols = s.cache.kv_heads * s.cache.head_dim;
-  s.norm = call.vector(i, "norm", hidden);
-  s.wq = call.matrix(i + 1, "wq", hidden);
-  s.bq = call.vector(i + 2, "bq", s.wq.rows);
-  s.wk = call.matrix(i + 3, "wk", hidden, kv_cols);
-  s.bk = call.vector(i + 4, "bk", kv_cols);
-  s.wv = call.matrix(i + 5, "wv", hidden, kv_cols);
-  s.bv = call.vector(i + 6, "bv", kv_cols);
-  if (s.wq.dtype != s.wk.dtype || s.wq.dtype != s.wv.dtype) fail("wq, wk and wv (from input %d) differ in dtype", i + 1);
+  if (s.wk.rows != kv_cols)
+    fail("wk has %lld rows, the cache is for %lld", static_cast<long long>(s.wk.rows), static_cast<long long>(kv_cols));
   if (s.wq.rows % kv_cols != 0)
     fail("%lld query columns are no multiple of %lld key columns", static_cast<long long>(s.wq.rows),
          static_cast<long long>(kv_cols));
-  return s;
+}
+
+// A layer's inputs from i on, which then is the input after them; cos and sin are at 8 and 9.
+Layer read_layer(const Call& call, int& i, float eps, int64_t hidden) {
+  Layer layer;
+  layer.qkv = read_qkv(call, i, eps, hidden);
+  layer.qkv.cos = call.floats(8, "cos", 2);
+  layer.qkv.sin = call.floats(9, "sin", 2);
+  layer.wo = call.matrix(i, "wo", layer.qkv.wq.rows, hidden);
+  layer.gate_up.norm = call.vector(i++, "norm", hidden);
+  layer.gate_up.eps = eps;
+  layer.gate_up.w1 = call.matrix(i, "w1", hidden);
+  layer.gate_up.w3 = call.matrix(i, "w3", hidden, layer.gate_up.w1.rows);
+  layer.w2 = call.matrix(i, "w2", layer.gate_up.w1.rows, hidden);
+  layer.qkv.cache = call.cache(i);
+  i += 2;
+  check_heads(layer.qkv);
+  return layer;
+}
+
+void check_alike(const Layer& first, const Layer& layer, size_t l) {
+  const Cache &c = layer.qkv.cache, &c0 = first.qkv.cache;
+  if (c.dtype != c0.dtype || c.num_blocks != c0.num_blocks || c.block_size != c0.block_size ||
+      c.kv_heads != c0.kv_heads || c.head_dim != c0.head_dim || layer.qkv.wq.rows != first.qkv.wq.rows ||
+      layer.gate_up.w1.rows != first.gate_up.w1.rows)
+    fail("layer %d: sizes or cache differ from layer 0's", static_cast<int>(l));
 }
 
 // The weights and caches of one network as a call of the whole stack was given them, for calls that name them by a
@@ -287,10 +354,11 @@ QWEN15_API const char* qwen15_last_error() {
 QWEN15_API int qwen15_embed(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   return guarded("embed", [&] {
     Call call(n, params, ndims, shapes, dtypes);
-    Matrix table = call.matrix(1, "table");
+    int i = 1;
+    Matrix table = call.table(i);
     call.rank(0, "ids", 1);
     const int32_t* ids = call.bounded(0, "ids", call.dim(0, 0), 0, table.rows);
-    embed_tokens(ids, call.dim(0, 0), table, call.floats(2, "output", 2));
+    embed_tokens(ids, call.dim(0, 0), table, call.floats(i, "output", 2));
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_embedInferShape(int*, int64_t** shapes, AotExtra*) {
@@ -304,13 +372,16 @@ QWEN15_API int qwen15_qkv(int n, void** params, int* ndims, int64_t** shapes, co
     Call call(n, params, ndims, shapes, dtypes);
     const float* x = call.floats(0, "x", 2);
     int64_t tokens = call.dim(0, 0);
-    Qkv s = read_qkv(call, 1, 12, call.number(14, "eps"), call.dim(0, 1));
-    check_rope(call, 8, s.cache.head_dim);
-    s.cos = call.floats(8, "cos", 2);
-    s.sin = call.floats(9, "sin", 2);
-    const int32_t* positions = call.bounded(10, "positions", tokens, 0, call.dim(8, 0));
-    const int32_t* slots = call.bounded(11, "slots", tokens, -1, s.cache.num_blocks * s.cache.block_size);
-    qkv(s, x, tokens, positions, slots, call.floats(15, "output", 2));
+    int i = 1;
+    Qkv s = read_qkv(call, i, call.number(n - 2, "eps"), call.dim(0, 1));
+    s.cache = call.cache(i + 4);
+    check_heads(s);
+    check_rope(call, i, s.cache.head_dim);
+    s.cos = call.floats(i, "cos", 2);
+    s.sin = call.floats(i + 1, "sin", 2);
+    const int32_t* positions = call.bounded(i + 2, "positions", tokens, 0, call.dim(i, 0));
+    const int32_t* slots = call.bounded(i + 3, "slots", tokens, -1, s.cache.num_blocks * s.cache.block_size);
+    qkv(s, x, tokens, positions, slots, call.floats(i + 7, "output", 2));
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_qkvInferShape(int*, int64_t** shapes, AotExtra*) {
@@ -340,7 +411,9 @@ QWEN15_API int qwen15_project(int n, void** params, int* ndims, int64_t** shapes
   return guarded("project", [&] {
     Call call(n, params, ndims, shapes, dtypes);
     const float* x = call.floats(0, "x", 2);
-    project(call.matrix(1, "w", call.dim(0, 1)), x, call.dim(0, 0), nullptr, call.floats(2, "output", 2));
+    int i = 1;
+    Matrix w = call.matrix(i, "w", call.dim(0, 1));
+    project(w, x, call.dim(0, 0), nullptr, call.floats(i, "output", 2));
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_projectInferShape(int*, int64_t** shapes, AotExtra*) {
@@ -353,10 +426,11 @@ QWEN15_API int qwen15_project_add(int n, void** params, int* ndims, int64_t** sh
   return guarded("project_add", [&] {
     Call call(n, params, ndims, shapes, dtypes);
     const float* x = call.floats(0, "x", 2);
-    Matrix w = call.matrix(1, "w", call.dim(0, 1));
-    const float* residual = call.floats(2, "residual", 2);
-    if (call.dim(2, 0) != call.dim(0, 0) || call.dim(2, 1) != w.rows) fail("residual does not have the output's shape");
-    project(w, x, call.dim(0, 0), residual, call.floats(3, "output", 2));
+    int i = 1;
+    Matrix w = call.matrix(i, "w", call.dim(0, 1));
+    const float* residual = call.floats(i, "residual", 2);
+    if (call.dim(i, 0) != call.dim(0, 0) || call.dim(i, 1) != w.rows) fail("residual does not have the output's shape");
+    project(w, x, call.dim(0, 0), residual, call.floats(i + 1, "output", 2));
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_project_addInferShape(int*, int64_t** shapes, AotExtra*) {
@@ -370,11 +444,11 @@ QWEN15_API int qwen15_gate_up(int n, void** params, int* ndims, int64_t** shapes
     const float* x = call.floats(0, "x", 2);
     GateUp s;
     s.norm = call.vector(1, "norm", call.dim(0, 1));
-    s.w1 = call.matrix(2, "w1", call.dim(0, 1));
-    s.w3 = call.matrix(3, "w3", call.dim(0, 1), s.w1.rows);
-    if (s.w1.dtype != s.w3.dtype) fail("w1 and w3 differ in dtype");
-    s.eps = call.number(4, "eps");
-    gate_up(s, x, call.dim(0, 0), call.floats(5, "output", 2));
+    int i = 2;
+    s.w1 = call.matrix(i, "w1", call.dim(0, 1));
+    s.w3 = call.matrix(i, "w3", call.dim(0, 1), s.w1.rows);
+    s.eps = call.number(i, "eps");
+    gate_up(s, x, call.dim(0, 0), call.floats(i + 1, "output", 2));
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_gate_upInferShape(int*, int64_t** shapes, AotExtra*) {
@@ -393,9 +467,10 @@ QWEN15_API int qwen15_head(int n, void** params, int* ndims, int64_t** shapes, c
     check_query_lens(batch.query_lens, batch.sequences, batch.tokens);
     Head s;
     s.norm = call.vector(2, "norm", call.dim(0, 1));
-    s.w = call.matrix(3, "w", call.dim(0, 1));
-    s.eps = call.number(4, "eps");
-    head(s, x, batch, call.floats(5, "output", 2));
+    int i = 3;
+    s.w = call.matrix(i, "w", call.dim(0, 1));
+    s.eps = call.number(i, "eps");
+    head(s, x, batch, call.floats(i + 1, "output", 2));
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_headInferShape(int*, int64_t** shapes, AotExtra*) {
@@ -408,44 +483,21 @@ QWEN15_API std::vector<int64_t> qwen15_headInferShape(int*, int64_t** shapes, Ao
 // binding: 0, or the number under which everything after it is kept for `decode`.
 QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   return guarded("decoder", [&] {
-    constexpr int kBound = 8, kFirst = 13, kPerLayer = 14;
+    constexpr int kBound = 8;
     Call call(n, params, ndims, shapes, dtypes);
-    int inputs = n - 1, layers = (inputs - kFirst) / kPerLayer;
-    if (inputs < kFirst + kPerLayer || kFirst + layers * kPerLayer != inputs)
-      fail("%d inputs are not %d and %d for each layer", inputs, kFirst, kPerLayer);
+    int inputs = n - 1, i = kBound + 2;
     float eps = call.number(6, "eps");
     auto bound = std::make_shared<Bound>();
     Stack& stack = bound->stack;
-    stack.table = call.matrix(10, "table");
+    stack.table = call.table(i);
     int64_t hidden = stack.table.cols;
-    stack.head.norm = call.vector(11, "norm", hidden);
-    stack.head.w = call.matrix(12, "head", hidden);
+    stack.head.norm = call.vector(i++, "norm", hidden);
+    stack.head.w = call.matrix(i, "head", hidden);
     stack.head.eps = eps;
     std::vector<Layer>& all = bound->layers;
-    all.resize(layers);
-    for (int l = 0; l < layers; ++l) {
-      int i = kFirst + l * kPerLayer;
-      Layer& layer = all[l];
-      layer.qkv = read_qkv(call, i, i + 12, eps, hidden);
-      layer.qkv.cos = call.floats(8, "cos", 2);
-      layer.qkv.sin = call.floats(9, "sin", 2);
-      layer.wo = call.matrix(i + 7, "wo", layer.qkv.wq.rows, hidden);
-      layer.gate_up.norm = call.vector(i + 8, "norm", hidden);
-      layer.gate_up.eps = eps;
-      layer.gate_up.w1 = call.matrix(i + 9, "w1", hidden);
-      layer.gate_up.w3 = call.matrix(i + 10, "w3", hidden, layer.gate_up.w1.rows);
-      layer.w2 = call.matrix(i + 11, "w2", layer.gate_up.w1.rows, hidden);
-      const Layer& first = all[0];
-      const DType dtype = first.qkv.wq.dtype;
-      if (layer.qkv.wq.dtype != dtype || layer.wo.dtype != dtype || layer.gate_up.w1.dtype != dtype ||
-          layer.gate_up.w3.dtype != dtype || layer.w2.dtype != dtype)
-        fail("layer %d: weights of different dtypes", l);
-      const Cache &c = layer.qkv.cache, &c0 = first.qkv.cache;
-      if (c.dtype != c0.dtype || c.num_blocks != c0.num_blocks || c.block_size != c0.block_size ||
-          c.kv_heads != c0.kv_heads || c.head_dim != c0.head_dim || layer.qkv.wq.rows != first.qkv.wq.rows ||
-          layer.gate_up.w1.rows != first.gate_up.w1.rows)
-        fail("layer %d: sizes or cache differ from layer 0's", l);
-    }
+    while (i < inputs) all.push_back(read_layer(call, i, eps, hidden));
+    if (all.empty()) fail("there is no layer");
+    for (size_t l = 1; l < all.size(); ++l) check_alike(all[0], all[l], l);
     const Cache& cache = all[0].qkv.cache;
     check_rope(call, 8, cache.head_dim);
     bound->positions = call.dim(8, 0);
@@ -456,7 +508,7 @@ QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes
     const int32_t* slots = call.bounded(2, "slots", tokens, -1, cache.num_blocks * cache.block_size);
     Batch batch = call.batch(3, tokens, cache.num_blocks, cache.block_size);
     stack.layers = all.data();
-    stack.layer_count = layers;
+    stack.layer_count = static_cast<int64_t>(all.size());
     if (int32_t number = call.ints(7, "binding", 1)[0]) {
       bound->addresses.assign(params + kBound, params + inputs);
       keep_bound(number, bound);
@@ -464,8 +516,10 @@ QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes
     decoder(stack, ids, batch, positions, slots, call.floats(inputs, "output", 2));
   });
 }
-QWEN15_API std::vector<int64_t> qwen15_decoderInferShape(int*, int64_t** shapes, AotExtra*) {
-  return {shapes[3][0], shapes[12][0]};
+QWEN15_API std::vector<int64_t> qwen15_decoderInferShape(int* ndims, int64_t** shapes, AotExtra*) {
+  int norm = 10;
+  while (ndims[norm] != 1) ++norm;  // what comes before it belongs to the table
+  return {shapes[3][0], shapes[norm + 1][0]};
 }
 
 // binding (1,), rows (B, 3 + M), head (V, E) -> logits (B, V): `decoder` with one new token for each sequence, on the
@@ -480,7 +534,8 @@ QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes,
     const int32_t* rows = call.ints(1, "rows", 2);
     int64_t sequences = call.dim(1, 0), stride = call.dim(1, 1);
     if (stride <= kTable) fail("rows have %lld columns and no block table", static_cast<long long>(stride));
-    if (call.matrix(2, "head", stack.head.w.cols, stack.head.w.rows).data != stack.head.w.data)
+    int i = 2;
+    if (call.matrix(i, "head", stack.head.w.cols, stack.head.w.rows).data != stack.head.w.data)
       fail("head is not the one that is kept under this binding");
     const Cache& cache = stack.layers[0].qkv.cache;
     std::vector<int32_t> columns(5 * sequences);
@@ -508,7 +563,7 @@ QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes,
     batch.block_tables = tables.data();
     batch.table_stride = stride - kTable;
     check_batch(batch, cache.num_blocks, cache.block_size);
-    decoder(stack, ids, batch, positions, slots, call.floats(3, "output", 2));
+    decoder(stack, ids, batch, positions, slots, call.floats(i, "output", 2));
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_decodeInferShape(int*, int64_t** shapes, AotExtra*) {

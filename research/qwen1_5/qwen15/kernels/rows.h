@@ -130,6 +130,11 @@ inline V load_vector_part(Vector x, int64_t i, int n) {
   if (x.dtype == DType::f16) return v_load_part_f16((const uint16_t*)x.data + i, n);
   return v_load_part_bf16((const uint16_t*)x.data + i, n);
 }
+inline float load_scalar(Vector x, int64_t i) {
+  float first[W];
+  v_store(first, load_vector_part(x, i, 1));
+  return first[0];
+}
 // First n elements of v to p.
 inline void v_store_part(float* p, V v, int n) {
   float whole[W];
@@ -139,8 +144,7 @@ inline void v_store_part(float* p, V v, int n) {
 
 // First n (at most W) elements of y to column `col` of row t: of `act` when `out` is null, of out (T, stride)
 // otherwise.
-inline void write_output(float* out, int64_t stride, Activations act, int64_t t, int64_t col, V y, int n,
-                         bool round_bf16) {
+inline void write_output(float* out, int64_t stride, Activations act, int64_t t, int64_t col, V y, int n) {
   if (out != nullptr) {
     float* p = out + t * stride + col;
     if (n == W) v_store(p, y);
@@ -153,7 +157,7 @@ inline void write_output(float* out, int64_t stride, Activations act, int64_t t,
     memcpy(p, bits, n * sizeof(uint16_t));
   } else {
     float* p = (float*)act.data + t * act.stride + col;
-    if (round_bf16) y = v_rounded(y);
+    if (act.rounded) y = v_rounded(y);
     if (n == W) v_store(p, y);
     else v_store_part(p, y, n);
   }

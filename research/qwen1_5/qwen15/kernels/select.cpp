@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "layer.h"
 #include "team.h"
 
 #define QWEN15_API extern "C" __attribute__((visibility("default")))
@@ -17,7 +18,7 @@ using namespace qwen15;
 namespace {
 
 // Bumped whenever a function's arguments or an operator's inputs change.
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 struct Candidate {
   float value;
@@ -83,6 +84,8 @@ QWEN15_API int qwen15_can_run(const char* name) { return can_run(name); }
 QWEN15_API int qwen15_use_kernels(const char* name) { return use_kernels(name); }
 QWEN15_API int qwen15_threads() { return threads(); }
 QWEN15_API void qwen15_set_threads(int n) { set_threads(n); }
+QWEN15_API int qwen15_exact_activations() { return exact_activations(); }
+QWEN15_API void qwen15_set_exact_activations(int exact) { set_exact_activations(exact != 0); }
 
 // ids[b] = the first id of logits[b]'s largest value, logits (B, V); -1 where a logit is NaN.
 QWEN15_API void qwen15_argmax(const float* logits, int64_t rows, int64_t vocab, int32_t* ids) {

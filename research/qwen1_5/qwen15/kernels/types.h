@@ -7,8 +7,12 @@
 
 namespace qwen15 {
 
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, q8 = 3, q4 = 4 };  // q8, q4: quantised, see Matrix
 
+constexpr int64_t kQuantBlock = 32;  // columns of a quantised matrix come in such blocks
+
+static inline bool is_quantised(DType dtype) { return dtype == DType::q8 || dtype == DType::q4; }
+// Of one element; only for those that are not quantised.
 static inline int64_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 struct Vector {  // (n,)
@@ -16,10 +20,26 @@ struct Vector {  // (n,)
   DType dtype = DType::f32;
 };
 
-struct Matrix {  // (rows, cols), rows are outputs and cols are inputs, as checkpoints store linear layers
+// (rows, cols), rows are outputs and cols are inputs, as checkpoints store linear layers.
+//
+// A quantised one means scale (q - zero), with a scale and a zero point for each row and group of cols / groups columns.
+//   q8  data int8 (rows, cols)
+//   q4  data uint8 (rows, cols / 2): 32 columns are 16 bytes, eight little-endian words of 16 bits; bits 4k to 4k + 3 of
+//       word l are column 8k + l, 0 to 15
+// cols and the columns of a group are multiples of 32. Its columns may be stored in another order: stored column j
+// belongs to input order[j].
+struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::f32;
   int64_t rows = 0, cols = 0;
+  Vector scale;                    // (rows, groups)
+  const void* zero = nullptr;      // (rows, groups) int8 (q8) or uint8 (q4); null: 0 or 8 everywhere
+  int64_t groups = 0;
+  const int32_t* order = nullptr;  // (cols,)
+
+  int64_t row_bytes() const {
+    return dtype == DType::q8 ? cols : dtype == DType::q4 ? cols / 2 : cols * dtype_bytes(dtype);
+  }
 };
 
 // Left operand of a matmul, (T, stride) with the row's tail beyond the matrix' cols zero. Rounded to bf16 when the
@@ -27,8 +47,10 @@ struct Matrix {  // (rows, cols), rows are outputs and cols are inputs, as check
 // bf16 dot product keep it as 16 bits.
 struct Activations {
   void* data = nullptr;
-  int64_t stride = 0;  // in elements
-  bool pairs = false;  // true: uint16 bf16; false: float
+  int64_t stride = 0;    // in elements
+  bool rounded = false;  // to bf16
+  bool pairs = false;    // true: uint16 bf16; false: float
+  bool exact = false;    // when few meet quantised weights they keep 31 bits, not 16
 };
 
 // Elements per row that keep every vector load inside the row, whatever the instruction set. One cache line more, so
@@ -54,6 +76,12 @@ struct Job {
   Matrix up;
   Activations act;  // gated: written here unless `out` is given
 };
+
+// Whether the same activations meet both matrices, and their rows can be taken side by side.
+inline bool are_alike(const Matrix& a, const Matrix& b) {
+  return is_quantised(a.dtype) == is_quantised(b.dtype) && (is_quantised(a.dtype) || a.dtype == b.dtype) &&
+         a.order == b.order;
+}
 
 // The flat batch: T tokens of B sequences, one after the other.
 struct Batch {
@@ -83,10 +111,10 @@ struct Kernels {
 
   // out[t, :] = x[t, :] * rsqrt(mean(x[t]^2) + eps) * w, for t in [0, T); x (T, x_stride) float32
   void (*rmsnorm)(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Vector w, float eps,
-                  Activations out, bool round_bf16);
+                  Activations out);
   // out = x as activations
-  void (*prepare)(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Activations out,
-                  bool round_bf16);
+  void (*prepare)(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Activations out);
+  // The matrices of all jobs are alike, and in stored order.
   void (*matmul)(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens);
   // Prefetches the first weights that this thread reads in a matmul which begins with `job`.
   void (*ask)(Team& team, const Job& job, int64_t tokens);
@@ -95,7 +123,12 @@ struct Kernels {
                          const int32_t* positions, const int32_t* slots, const Cache& cache);
   // q (T, q_stride) holding H D columns, out as activations or float32 (T, H D). Waits for the team inside.
   void (*attention)(Team& team, const float* q, int64_t q_stride, int64_t heads, const Cache& cache,
-                    const Batch& batch, float* out, Activations act, bool round_bf16, AttentionScratch& scratch);
+                    const Batch& batch, float* out, Activations act, AttentionScratch& scratch);
+  // out[t, j] = x[t, order[j]] for both float
+  void (*gather)(Team& team, Activations x, int64_t tokens, int64_t cols, const int32_t* order, Activations out);
+  // silu(gate) * up (T, cols) float32, as activations or float32 (T, cols)
+  void (*combine)(Team& team, const float* gate, const float* up, int64_t tokens, int64_t cols, float* out,
+                  Activations act);
   void (*embed)(Team& team, const int32_t* ids, int64_t tokens, Matrix table, float* out);
 
   // Over one row of logits; see select.h.

@@ -99,6 +99,37 @@ inline void v_interleave(V* v) {
   v[1] = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
+// Integers: I, W of 32 bits, and S, 2 W of 16 bits.
+typedef __m256i I;
+typedef __m256i S;
+
+inline I i_zero() { return _mm256_setzero_si256(); }
+inline V i_float(I x) { return _mm256_cvtepi32_ps(x); }
+inline S s_load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline S s_load_bytes(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }  // 2 W int8
+inline S s_nibble(S v, int k) {  // bits 4k to 4k + 3 of each
+  if (k == 3) return _mm256_srli_epi16(v, 12);
+  return _mm256_and_si256(k == 0 ? v : _mm256_srli_epi16(v, 4 * k), _mm256_set1_epi16(15));
+}
+// acc + products of a and b, those of neighbours in one lane
+inline I i_madd(I acc, S a, S b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+// Whole numbers a and b as 2 W int16 to p; total + a + b
+inline I s_store(int16_t* p, V a, V b, I total) {
+  I x = _mm256_cvtps_epi32(a), y = _mm256_cvtps_epi32(b);
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x, y), 0xd8));
+  return _mm256_add_epi32(total, _mm256_add_epi32(x, y));
+}
+// Lane i is p[i / 4].
+inline V v_spread(const float* p) { return _mm256_set_m128(_mm_broadcast_ss(p + 1), _mm_broadcast_ss(p)); }
+inline V v_load_bytes(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+// Columns [column, column + W) of a block of 4-bit ones
+inline V v_load_nibbles(const uint8_t* block, int column) {
+  __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)block));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, column / 2), _mm256_set1_epi32(15)));
+}
+
 inline void v_transpose(V r[W]) {
   V t[W];
 #pragma GCC unroll 8

@@ -109,6 +109,50 @@ inline V v_repeat(const void* p) {
   return _mm512_castsi512_ps(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p)));
 }
 
+// Integers: I, W of 32 bits, and S, 2 W of 16 bits.
+typedef __m512i I;
+typedef __m512i S;
+
+inline I i_zero() { return _mm512_setzero_si512(); }
+inline V i_float(I x) { return _mm512_cvtepi32_ps(x); }
+inline S s_load(const void* p) { return _mm512_loadu_si512(p); }
+inline S s_load_bytes(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }  // 2 W int8
+inline S s_nibble(S v, int k) {  // bits 4k to 4k + 3 of each
+  if (k == 3) return _mm512_srli_epi16(v, 12);
+  return _mm512_and_si512(k == 0 ? v : _mm512_srli_epi16(v, 4 * k), _mm512_set1_epi16(15));
+}
+// acc + products of a and b, those of neighbours in one lane
+inline I i_madd(I acc, S a, S b) {
+#ifdef __AVX512VNNI__
+  return _mm512_dpwssd_epi32(acc, a, b);
+#else
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+// Whole numbers a and b as 2 W int16 to p; total + a + b
+inline I s_store(int16_t* p, V a, V b, I total) {
+  I x = _mm512_cvtps_epi32(a), y = _mm512_cvtps_epi32(b);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(x));
+  _mm256_storeu_si256((__m256i*)(p + W), _mm512_cvtsepi32_epi16(y));
+  return _mm512_add_epi32(total, _mm512_add_epi32(x, y));
+}
+// Lane i is p[i / 4].
+inline V v_spread(const float* p) {
+  __m512i fourth = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(fourth, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+inline V v_load_bytes(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+// Columns [column, column + W) of a block of 4-bit ones
+inline V v_load_nibbles(const uint8_t* block, int column) {
+  __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)block));
+  __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
+  __m512i shift = column == 0 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4)
+                              : _mm512_setr_epi32(8, 8, 8, 8, 8, 8, 8, 8, 12, 12, 12, 12, 12, 12, 12, 12);
+  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(words, shift), _mm512_set1_epi32(15)));
+}
+
 // 16 vectors of 16 dwords, transposed in place.
 inline void v_transpose(V r[W]) {
   V t[16];

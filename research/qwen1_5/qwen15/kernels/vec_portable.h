@@ -151,6 +151,48 @@ inline void v_interleave(V* v) {
   v[1] = V{a[2], b[2], a[3], b[3]};
 }
 
+// Integers: I, W of 32 bits, and S, 2 W of 16 bits.
+typedef int16_t S __attribute__((vector_size(16)));
+typedef uint16_t SU __attribute__((vector_size(16)));
+
+inline I i_zero() { return I{0, 0, 0, 0}; }
+inline V i_float(I x) { return __builtin_convertvector(x, V); }
+inline S s_load(const void* p) {
+  S v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline S s_load_bytes(const void* p) {  // 2 W int8
+  typedef int8_t B __attribute__((vector_size(8)));
+  B v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, S);
+}
+inline S s_nibble(S v, int k) { return (S)(((SU)v >> (4 * k)) & 15); }  // bits 4k to 4k + 3 of each
+// acc + products of a and b, each product added to some lane
+inline I i_madd(I acc, S a, S b) {
+  typedef int16_t Half __attribute__((vector_size(8)));
+  Half a0, a1, b0, b1;
+  memcpy(&a0, &a, 8), memcpy(&a1, (const char*)&a + 8, 8);
+  memcpy(&b0, &b, 8), memcpy(&b1, (const char*)&b + 8, 8);
+  acc += __builtin_convertvector(a0, I) * __builtin_convertvector(b0, I);
+  return acc + __builtin_convertvector(a1, I) * __builtin_convertvector(b1, I);
+}
+// Whole numbers a and b as 2 W int16 to p; total + a + b
+inline I s_store(int16_t* p, V a, V b, I total) {
+  I x = __builtin_convertvector(a, I), y = __builtin_convertvector(b, I);
+  for (int i = 0; i < W; ++i) p[i] = (int16_t)x[i], p[W + i] = (int16_t)y[i];
+  return total + x + y;
+}
+inline V v_spread(const float* p) { return v_set(p[0]); }  // lane i is p[i / 4]
+inline V v_load_bytes(const int8_t* p) { return V{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
+// Columns [column, column + W) of a block of 4-bit ones
+inline V v_load_nibbles(const uint8_t* block, int column) {
+  H words;
+  memcpy(&words, block + column % 8 * 2, sizeof words);
+  return __builtin_convertvector((widen(words) >> (4 * (column / 8))) & 15, V);
+}
+
 inline void v_transpose(V r[W]) {
   V t[W];
   for (int i = 0; i < W; ++i) t[i] = V{r[0][i], r[1][i], r[2][i], r[3][i]};

@@ -31,6 +31,7 @@ class CpuNetwork(Network):
             self.rank, _ = cluster.join()
         self.vocab_size = model.dims.vocab_size
         split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
+        operators.compute_in(model.compute_dtype)
         held_dtype = operators.weight_dtype(model.param_init_type)
         self._weights = weights.Loader(checkpoint, model, held_dtype, self.rank, self.ranks,
                                        config.parallel.vocab_emb_dp, whole=config.auto_trans_ckpt or self.ranks == 1)

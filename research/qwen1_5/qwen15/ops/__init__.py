@@ -1,27 +1,33 @@
 """The operators our network is made of, behind one interface: fused C++ kernels, or plain MindSpore.
 
 An operator set is a module with one `nn.Cell` class per operator. Activations between operators are float32; T is the
-number of tokens in the flat batch (all sequences' new tokens one after another, without padding), B the number of sequences.
+number of tokens in the flat batch (all sequences' new tokens one after another, without padding), B the number of
+sequences.
 
-A matrix (table, wq, wk, wv, w, w1, w3) is a tuple of Parameters: `(weight,)`.
+A matrix (table, wq, wk, wv, w, w1, w3) is a tuple of Parameters: `(weight,)`, or where it is quantised
+`(integers, scale)` with `zero` and then `order` after them where it has them; `checkpoint/quantized.py` says what each
+holds. Matrices of one network may be quantised each in its own way, or not. A table has 8 bits and no order.
 
 | class | construct | result |
 |---|---|---|
 | `Embed()` | ids (T,) int32, table (V, E) | (T, E) |
-| `Qkv(eps, num_heads, num_kv_heads, head_dim)` | x (T, E), norm (E,), wq, bq, wk, bk, wv, bv, cos (P, D), sin (P, D), positions (T,), slots (T,), key_cache, value_cache | q (T, H*D); keys and values are written to the caches |
-| `Attention(num_heads, num_kv_heads, head_dim)` | q (T, H*D), key_cache, value_cache, query_lens (B,), context_lens (B,), block_tables (B, M) | (T, H*D) |
+| `Qkv(eps, num_heads, num_kv_heads, head_dim)` | x (T, E), norm (E,), wq, bq, wk, bk, wv, bv, and \
+cos (P, D), sin (P, D), positions (T,), slots (T,), key_cache, value_cache \
+| q (T, H*D); keys and values are written to the caches |
+| `Attention(num_heads, num_kv_heads, head_dim)` | q (T, H*D), key_cache, value_cache, query_lens (B,), \
+context_lens (B,), block_tables (B, M) | (T, H*D) |
 | `Project()` | x (T, I), w (O, I) | (T, O) |
 | `ProjectAdd()` | x (T, I), w (O, I), residual (T, O) | (T, O) |
 | `GateUp(eps)` | x (T, E), norm (E,), w1 (F, E), w3 (F, E) | (T, F) |
 | `Head(eps)` | x (T, E), query_lens (B,), norm (E,), w (V, E) | logits (B, V) of each sequence's last token |
 
-and two functions, `weight_dtype(param_init_type)` and `cache_dtype(compute_dtype)`: the dtype in which this set keeps weights
-and the KV cache. A set may also offer `Decoder`, the whole stack as one operator, its plain twin being the composition in
-model.py; with it come `Decode`, the same for one new token of each sequence without passing the parameters again, and the
-`Binding` between the two.
+and three functions: `weight_dtype(param_init_type)` and `cache_dtype(compute_dtype)` give the dtype in which this set
+keeps weights and the KV cache, and `compute_in(compute_dtype)` is told what accuracy is wanted. A set may also offer `Decoder`, the whole stack as one operator, its plain twin being the
+composition in model.py; with it come `Decode`, the same for one new token of each sequence without passing the
+parameters again, and the `Binding` between the two.
 
-The KV cache of a layer is two Parameters [num_blocks, block_size, K, D]; slot = block * block_size + offset. All int inputs are
-int32; block tables are padded with -1.
+The KV cache of a layer is two Parameters [num_blocks, block_size, K, D]; slot = block * block_size + offset. All int
+inputs are int32; block tables are padded with -1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""The operators as fused C++ kernels (qwen15/kernels), called through MindSpore's `ops.Custom` on the parameters' own memory."""
+"""The operators as fused C++ kernels (qwen15/kernels), called by MindSpore's `ops.Custom` on the parameters' memory.
+
+The tensors of a matrix follow one another among an operator's inputs; the kernels see by dtype and shape which is
+which.
+"""
+
+from __future__ import annotations
 
 from typing import List
 
@@ -19,6 +25,11 @@ def cache_dtype(compute_dtype: str) -> str:
     return compute_dtype
 
 
+def compute_in(compute_dtype: str) -> None:
+    """Few activations keep 31 bits where they meet quantised weights in float32; in shorter dtypes 16, which is faster."""
+    library.load().exact_activations = compute_dtype == "float32"
+
+
 def _operator(name: str) -> ops.Custom:
     """The C function qwen15_<name> as a MindSpore operator with one float32 output."""
     function = f"qwen15_{name}"
@@ -31,7 +42,7 @@ def _operator(name: str) -> ops.Custom:
 
 
 def _eps(value: float) -> ms.Tensor:
-    """RMSNorm's epsilon as an operator's input: MindSpore hands attributes only to C++ that includes its own headers."""
+    """RMSNorm's epsilon as an operator's input: MindSpore hands attributes only to C++ that includes its headers."""
     return ms.Tensor([value], ms.float32)
 
 
@@ -55,7 +66,8 @@ class Qkv(nn.Cell):
         self.eps = _eps(eps)
 
     def construct(self, x, norm, wq, bq, wk, bk, wv, bv, cos, sin, positions, slots, key_cache, value_cache):
-        return self.run(x, norm, *wq, bq, *wk, bk, *wv, bv, cos, sin, positions, slots, key_cache, value_cache, self.eps)
+        return self.run(x, norm, *wq, bq, *wk, bk, *wv, bv, cos, sin, positions, slots, key_cache, value_cache,
+                        self.eps)
 
 
 class Attention(nn.Cell):
@@ -118,9 +130,10 @@ class Head(nn.Cell):
 class Decoder(nn.Cell):
     """The whole stack as one operator: ids (T,) -> logits (B, V). Its plain twin is the composition in model.py.
 
-    `construct` takes ids, positions, slots (T,), query_lens, context_lens (B,), block_tables (B, M), and `held`, everything that
-    is the same at each call: cos and sin (P, D), the embedding (V, E), the final norm (E,), the head (V, E), and for every layer,
-    one after another, attention_norm, wq, bq, wk, bk, wv, bv, wo, ffn_norm, w1, w3, w2, key_cache, value_cache.
+    `construct` takes ids, positions, slots (T,), query_lens, context_lens (B,), block_tables (B, M), and `held`,
+    everything that is the same at each call: cos and sin (P, D), the embedding (V, E), the final norm (E,), the head
+    (V, E), and for every layer, one after another, attention_norm, wq, bq, wk, bk, wv, bv, wo, ffn_norm, w1, w3, w2,
+    key_cache, value_cache; every tensor of a matrix in its place.
 
     Args:
         eps: RMSNorm's epsilon.
@@ -141,7 +154,8 @@ class Decode(nn.Cell):
     """`Decoder` with one new token for each sequence, on what it was last given: the logits (B, V).
 
     MindSpore's preparation of a call costs some microseconds for each input, and `held` has 14 for every layer.
-    `construct` takes rows (B, 3 + M) int32, each the token's id, context_len, slot and the block table, and the head (V, E).
+    `construct` takes rows (B, 3 + M) int32, each the token's id, context_len, slot and the block table, and the head
+    (V, E).
 
     Args:
         binding: the Decoder's. Whoever calls makes sure that it `holds` what the network has now.

@@ -1,9 +1,12 @@
 """The operators in plain MindSpore, in float32 or better: the definition of right for the fused kernels.
 
 Weights and KV cache are held in float32 because MindSpore's CPU backend has no bfloat16 operators but Cast (and reads
-float16 weights seven times slower than float32). Holding a bfloat16 or float16 weight in float32 is exact; a cache kept in
-less than float32 is imitated by rounding what is written to it.
+float16 weights seven times slower than float32). Holding a bfloat16 or float16 weight in float32 is exact; a cache kept
+in less than float32 is imitated by rounding what is written to it. A quantised weight is dequantised to float32 each
+time.
 """
+
+from __future__ import annotations
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -19,30 +22,71 @@ def cache_dtype(compute_dtype: str) -> str:
     return "float32"
 
 
+def compute_in(compute_dtype: str) -> None:
+    """Always as accurate as can be."""
+
+
 class Embed(nn.Cell):
     """Rows of the embedding: (T,) -> (T, E)."""
 
+    def __init__(self):
+        super().__init__()
+        self.dense = _Dense()
+
     def construct(self, ids, table):
-        return ops.gather(table[0], ids, 0)
+        if len(table) == 1:
+            return ops.gather(table[0], ids, 0)
+        return self.dense(tuple([ops.gather(part, ids, 0) for part in table]))
+
+
+class _Dense(nn.Cell):
+    """A matrix as one float32 tensor (O, I): scale * (q - zero) where it is quantised, columns as they are stored.
+
+    4 bits (uint8): of every 16 bytes, eight little-endian 16-bit words, bits 4k to 4k + 3 of word l are value 8k + l;
+    their zero point is 8 where none is stored, that of 8 bits (int8) 0.
+    """
+
+    def construct(self, parts):
+        if len(parts) == 1:
+            return parts[0]
+        q, scale = ops.cast(parts[0], ms.int32), ops.cast(parts[1], ms.float32)  # (O, I) or (O, I/2); (O, G)
+        rows, groups = scale.shape
+        middle = 0
+        if parts[0].dtype == ms.uint8:
+            middle = 8
+            words = q.reshape(rows, -1, 8, 2)
+            low, high = words[:, :, :, 0], words[:, :, :, 1]  # (O, I/32, 8)
+            q = ops.stack((low % 16, low // 16, high % 16, high // 16), 2).reshape(rows, -1)  # (O, I)
+        q = q.reshape(rows, groups, -1)
+        if len(parts) > 2 and parts[2].dtype != ms.int32:
+            q = q - ops.cast(parts[2], ms.int32).expand_dims(2)
+        else:
+            q = q - middle
+        return (ops.cast(q, ms.float32) * scale.expand_dims(2)).reshape(rows, -1)
 
 
 class _Linear(nn.Cell):
-    """x (T, I) times w ((O, I),) transposed -> (T, O), summed in float64 and rounded once.
+    """x (T, I) times w (O, I) transposed -> (T, O), summed in float64 and rounded once.
 
-    A first token's MLP has single activations thousands of times the others (Sun et al., 2024, arXiv:2402.17762): MatMul's own
-    float32 sums over them moved the logits of a small real model by 1.5e-4. Right comes before fast here: this takes twice as long.
+    A first token's MLP has single activations thousands of times the others (Sun et al., 2024, arXiv:2402.17762):
+    MatMul's own float32 sums over them moved the logits of a small real model by 1.5e-4. Right comes before fast here:
+    this takes twice as long.
     """
 
     def __init__(self):
         super().__init__()
+        self.dense = _Dense()
         self.matmul = ops.MatMul(transpose_b=True)
 
     def construct(self, x, w):
-        return ops.cast(self.matmul(ops.cast(x, ms.float64), ops.cast(w[0], ms.float64)), ms.float32)
+        if len(w) > 2 and w[-1].dtype == ms.int32:  # stored column j belongs to input order[j]
+            x = ops.gather(x, w[-1], 1)
+        return ops.cast(self.matmul(ops.cast(x, ms.float64), ops.cast(self.dense(w), ms.float64)), ms.float32)
 
 
 class _RMSNorm(nn.Cell):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in float64 (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in float64 (Zhang and Sennrich, 2019,
+    arXiv:1910.07467)."""
 
     def __init__(self, eps: float):
         super().__init__()
@@ -92,8 +136,8 @@ class Qkv(nn.Cell):
 class Attention(nn.Cell):
     """softmax(q k^T / sqrt(D)) v over each token's own sequence, read from the paged cache, in float64.
 
-    Every token is scored against every cached token of the batch, and a mask leaves those of its own sequence up to its own
-    position: wasteful, and impossible to get subtly wrong.
+    Every token is scored against every cached token of the batch, and a mask leaves those of its own sequence up to its
+    own position: wasteful, and impossible to get subtly wrong.
     """
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
@@ -110,8 +154,9 @@ class Attention(nn.Cell):
         capacity = block_tables.shape[1] * block_size  # cached tokens a block table has room for
         blocks = ops.maximum(block_tables.reshape(-1), 0)
         q = ops.cast(q, ms.float64)
-        k = ops.cast(ops.gather(key_cache, blocks, 0).reshape(-1, self.kv_heads, self.dim), ms.float64)  # (B * capacity, K, D)
-        v = ops.cast(ops.gather(value_cache, blocks, 0).reshape(-1, self.kv_heads, self.dim), ms.float64)
+        shape = (-1, self.kv_heads, self.dim)  # (B * capacity, K, D)
+        k = ops.cast(ops.gather(key_cache, blocks, 0).reshape(shape), ms.float64)
+        v = ops.cast(ops.gather(value_cache, blocks, 0).reshape(shape), ms.float64)
 
         ends = ops.cumsum(query_lens, 0)
         token = ops.arange(0, tokens, 1).astype(ms.int32)
@@ -122,7 +167,8 @@ class Attention(nn.Cell):
         past = position.expand_dims(1) >= (cached % capacity).expand_dims(0)
         visible = ops.logical_and(own, past)  # (T, B * capacity)
 
-        q = q.reshape(-1, self.kv_heads, self.group, self.dim).transpose(1, 0, 2, 3).reshape(self.kv_heads, -1, self.dim)
+        q = q.reshape(-1, self.kv_heads, self.group, self.dim).transpose(1, 0, 2, 3)
+        q = q.reshape(self.kv_heads, -1, self.dim)
         s = self.scores(q, k.transpose(1, 0, 2)) * self.scale  # (K, T * group, B * capacity)
         s = s.reshape(self.kv_heads, -1, self.group, k.shape[0])
         s = ops.where(visible.expand_dims(0).expand_dims(2), s, ms.Tensor(-1e30, ms.float64))
