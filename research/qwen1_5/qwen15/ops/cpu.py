@@ -26,7 +26,7 @@ def cache_dtype(compute_dtype: str) -> str:
 
 
 def compute_in(compute_dtype: str) -> None:
-    """Few activations keep 31 bits where they meet quantised weights in float32; in shorter dtypes 16, which is faster."""
+    """Few activations that meet quantised weights keep 31 bits in float32; in shorter dtypes 16, which is faster."""
     library.load().exact_activations = compute_dtype == "float32"
 
 
