@@ -1,4 +1,4 @@
-"""The reference operators' quantised matrices are what NumPy makes of them: the definition that the kernels are held to."""
+"""The reference operators' quantised matrices are what NumPy makes of them: what the kernels are held to."""
 
 from __future__ import annotations
 

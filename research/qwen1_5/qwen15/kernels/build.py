@@ -28,8 +28,8 @@ X86_SOURCES: Dict[str, Sequence[str]] = {
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "isa_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c",
                        "-mprefer-vector-width=512"),
-    "isa_avx512_bf16.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni", "-mavx2", "-mfma",
-                            "-mf16c", "-mprefer-vector-width=512"),
+    "isa_avx512_bf16.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni",
+                            "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
 }
 """Sources of one instruction set each, with the flags no other source may be compiled with."""
 SOURCES: Sequence[str] = ("team.cpp", "dispatch.cpp", "layer.cpp", "operators.cpp", "select.cpp", "probe.cpp",
