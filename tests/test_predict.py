@@ -185,7 +185,7 @@ class TestMistakes:
         for name in ("config.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
             shutil.copy(random_folder / name, folder)
         line = error_line(run("--load_checkpoint", folder, "--predict_data", "a", config=random_yaml))
-        assert "model.layers.1.attention.wo.weight" in line and "missing" in line
+        assert "model.layers.1.self_attn.o_proj.weight" in line and "missing" in line
 
     def test_weights_with_nan(self, run, random_folder, random_yaml, tmp_path):
         from safetensors.numpy import load_file, save_file

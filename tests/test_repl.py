@@ -65,7 +65,7 @@ def test_a_session_in_a_terminal(chat, tmp_path):
     assert "cannot be read" in ask(terminal, "/load /nowhere/talk.json")
     assert "/quit" in ask(terminal, "/help")
     assert re.search(r"max_new_tokens +12", ask(terminal, "/set"))
-    assert "max_new_tokens is 3" in ask(terminal, "/set max_new_tokens 3")
+    assert "max_new_tokens is 9" in ask(terminal, "/set max_new_tokens 9")
     assert "Madrid" in ask(terminal, "/edit What is the capital of Spain? One word.")
     assert "the answer is the same again" in ask(terminal, "/regen")
     terminal.type("/ed\t\n")

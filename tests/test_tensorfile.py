@@ -395,6 +395,25 @@ def test_files_that_claim_to_be_huge_allocate_nothing(tmp_path):
     bomb = tmp_path / "bomb.bin"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", bytes(2 ** 28))
+    flood = tmp_path / "flood.bin"
+    with zipfile.ZipFile(flood, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"}" * (50 * 2 ** 20) + b".")
+    with pytest.raises(UserError, match="for so few tensors"):
+        open_checkpoint(flood)
+    with zipfile.ZipFile(flood, "w") as archive:
+        for number in range(400):
+            archive.writestr(f"a/data/{number}", b"")
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"}" * 2 ** 20 + b".")
+    with pytest.raises(UserError, match="more than 140[0-9]{3} instructions"):
+        open_checkpoint(flood)
+    with zipfile.ZipFile(flood, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+    sealed = bytearray(flood.read_bytes())
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        sealed[sealed.index(mark) + place] |= 1
+    flood.write_bytes(sealed)
+    with pytest.raises(UserError, match="is compressed or encrypted"):
+        open_checkpoint(flood)
     memo = tmp_path / "memo.bin"
     with zipfile.ZipFile(memo, "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")

@@ -6,13 +6,15 @@ file can neither run code nor ask for memory it does not itself contain. The ten
 read from there, never the archive as a whole.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import pickletools
 import struct
 import zipfile
 import zlib
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple, cast
 
 from ..errors import UserError
 from .tensors import (
@@ -34,6 +36,9 @@ STORAGES = {"F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage",
             "BOOL": "BoolStorage"}
 _DTYPES = {torch: ours for ours, torch in STORAGES.items()}
 _LARGEST_PICKLE_BYTES = 64 * 2 ** 20
+# A tensor takes about 25 instructions and 200 bytes; reading a million instructions takes about a second.
+_OPERATORS_EACH, _BYTES_EACH = 100, 4096
+_OPERATORS_BESIDE, _BYTES_BESIDE = 100_000, 2 ** 20
 _FIX = "Download it again, or save it as safetensors with the program that made it."
 
 
@@ -49,7 +54,7 @@ class _Global(NamedTuple):
 class _Storage(NamedTuple):
     dtype: str
     key: str
-    count: int
+    elements: int
 
 
 class _Tensor(NamedTuple):
@@ -121,7 +126,8 @@ def _scan(fd: int) -> Scan:
         order = by_name.get(root + "byteorder")
         if order is not None and _small(archive, order, 16).strip() != b"little":
             raise _Refused("its numbers are big-endian")
-        state = _read_state(_small(archive, by_name[pickles[0]], _LARGEST_PICKLE_BYTES))
+        most_bytes = min(_LARGEST_PICKLE_BYTES, _BYTES_BESIDE + _BYTES_EACH * len(entries))
+        state = _read_state(_small(archive, by_name[pickles[0]], most_bytes), _OPERATORS_BESIDE + _OPERATORS_EACH * len(entries))
     tensors, others = {}, {}
     spans: Dict[str, Tuple[int, int]] = {}
     for name, value in state.items():
@@ -140,8 +146,10 @@ def _scan(fd: int) -> Scan:
 
 
 def _small(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most_bytes: int) -> bytes:
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > most_bytes:
-        raise _Refused(f"{entry.filename} has {entry.file_size} bytes, or is compressed")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise _Refused(f"{entry.filename} is compressed or encrypted")
+    if entry.file_size > most_bytes:
+        raise _Refused(f"{entry.filename} has {entry.file_size} bytes, for so few tensors {most_bytes} are the most")
     return archive.read(entry)
 
 
@@ -164,8 +172,8 @@ def _span(fd: int, entry: zipfile.ZipInfo, size: int) -> Tuple[int, int]:
 
 def _stored(name: str, tensor: _Tensor, span: Tuple[int, int]) -> Stored:
     storage, width = tensor.storage, itemsize(tensor.storage.dtype)
-    if storage.count * width != span[1]:
-        raise _Refused(f"the contents of {name} have {span[1]} bytes where {storage.count * width} belong")
+    if storage.elements * width != span[1]:
+        raise _Refused(f"the contents of {name} have {span[1]} bytes where {storage.elements * width} belong")
     info = TensorInfo.of(name, storage.dtype, tensor.shape)
     if tensor.offset * width + info.nbytes > span[1]:
         raise _Refused(f"{name} runs over the end of its contents")
@@ -180,8 +188,13 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT"}
 
 
-def _read_state(pickle: bytes) -> Dict[Any, Any]:
-    """What the pickle of a state dict builds, with `_Tensor` where tensors belong. Executes nothing."""
+def _read_state(pickle: bytes, most_operators: int) -> Dict[Any, Any]:
+    """What the pickle of a state dict builds, with `_Tensor` where tensors belong. Executes nothing.
+
+    Args:
+        pickle: protocol 2 or later.
+        most_operators: instructions to look at; a longer one is refused.
+    """
     stack: List[Any] = []
     memo: Dict[int, Any] = {}
     operators = 0
@@ -199,9 +212,11 @@ def _read_state(pickle: bytes) -> Dict[Any, Any]:
                 return items
         raise _Refused("a pickle without a mark")
 
-    for opcode, argument, _ in pickletools.genops(pickle):
-        name = opcode.name
+    for opcode, found, _ in pickletools.genops(pickle):
+        name, argument = opcode.name, cast(Any, found)
         operators += 1
+        if operators > most_operators:
+            raise _Refused(f"its pickle has more than {most_operators} instructions, which its tensors do not need")
         if name in ("PROTO", "FRAME"):
             continue
         if name == "STOP":
@@ -353,7 +368,7 @@ class _Archive:
         self._head(name, info.nbytes, info.name)
         self._add(Body(info.name, info.nbytes))
         length = len(_descriptor(0, info.nbytes))
-        self._add(Tail(length, lambda crcs, info=info: _descriptor(crcs[info.name], info.nbytes)))
+        self._add(Tail(length, lambda crcs: _descriptor(crcs[info.name], info.nbytes)))
 
     def finish(self) -> List[Step]:
         entries, at = list(self._entries), self._at
