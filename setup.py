@@ -13,7 +13,8 @@ SOURCE = "research/qwen1_5"
 class BuildWithKernels(build_py):
     """Copies the Python files as usual, then compiles the kernel library beside them.
 
-    Without a compiler, or when compiling fails, the installation goes on and says so: the reference operators need no library.
+    Without a compiler, or when compiling fails, the installation goes on and says so: the reference operators need no
+    library.
     """
 
     def run(self):
@@ -36,6 +37,8 @@ TRANSFORMERS = "transformers>=4.51,<6"
 with open("README.md", encoding="utf-8") as readme:
     LONG_DESCRIPTION = readme.read()
 
+SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus_client>=0.20", "llguidance>=1.0"]
+
 setup(
     name="qwen15-mindspore",
     version="0.1.0",
@@ -46,7 +49,8 @@ setup(
     package_dir={"": SOURCE},
     packages=find_packages(SOURCE),
     py_modules=["convert_reversed", "convert_weight", "qwen1_5_tokenizer", "run_qwen1_5", "transform_ckpt"],
-    package_data={"qwen15": ["py.typed"], "qwen15.kernels": ["*.cpp", "*.h", "_lib/*.so"]},
+    package_data={"qwen15": ["py.typed"], "qwen15.serve": ["page.html"],
+                  "qwen15.kernels": ["*.cpp", "*.h", "_lib/*.so"]},
     data_files=[("share/qwen1_5", sorted(glob.glob(f"{SOURCE}/*.yaml")))],
     cmdclass={"build_py": BuildWithKernels},
     install_requires=[
@@ -62,16 +66,18 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        # Cards, and `type: Qwen2Tokenizer` in MindFormers' own programs. It brings the transformers that it goes with, and ends at 3.11.
+        # Cards, and `type: Qwen2Tokenizer` in MindFormers' own programs. It brings the transformers that it goes with,
+        # and ends at 3.11.
         "ascend": [MINDFORMERS],
         "quickstart": ["gguf>=0.10"],
+        "serve": SERVE,
         "modelscope": ["modelscope>=1.20"],
         "bench": ["matplotlib>=3.7", TRANSFORMERS],
         # .bin files only. Take a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu
         "torch": ["torch>=2.4"],
         # torch is left out: scripts/test.sh installs a CPU build where one is offered.
-        "test": [MINDFORMERS, TRANSFORMERS, "gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7", "mypy>=1.11",
-                 "pytest>=7", "pytest-timeout", "pytest-xdist"],
+        "test": [MINDFORMERS, TRANSFORMERS, *SERVE, "gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7", "mypy>=1.11",
+                 "openai>=1.40", "pytest>=7", "pytest-timeout", "pytest-xdist"],
     },
     entry_points={"console_scripts": ["qwen15 = qwen15.__main__:run"]},
 )

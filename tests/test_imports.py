@@ -23,6 +23,7 @@ BELOW = {
     "network": ["checkpoint", "config", "ops"],
     "ascend": ["network", "config", "checkpoint"],
     "generation": ["text", "network", "config", "checkpoint", "ops", "kernels"],
+    "serve": ["generation", "network", "text", "config", "checkpoint"],
     "commands": ["generation", "network", "conversion", "launch", "text", "config", "checkpoint", "ops", "kernels"],
     "bench": ["commands", "generation", "network", "conversion", "launch", "text", "config", "checkpoint", "ops",
               "kernels"],

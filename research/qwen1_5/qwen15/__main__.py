@@ -21,6 +21,7 @@ class Verb(NamedTuple):
 GROUPS: Dict[str, Dict[str, Verb]] = {
     "generate": {
         "predict": Verb("qwen15.commands.predict", "continue texts, or chat (run_qwen1_5.py)"),
+        "serve": Verb("qwen15.serve.command", "an OpenAI-compatible server"),
         "launch": Verb("qwen15.launch.plan", "start the workers of a multi-card run (msrun_launcher.sh)"),
     },
     "checkpoints": {

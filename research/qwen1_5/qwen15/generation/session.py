@@ -18,7 +18,7 @@ from ..text import chat
 from ..text.stream import TextStream
 from . import memory_check, sampling
 from .engine import Engine
-from .request import STOP, Limits, Request, Step, Usage
+from .request import STOP, Limits, LogProbs, Request, Step, Usage
 from .sampling import SamplingParams, Selection
 
 _KEY_OF = {"seed": "seed", "max_length": MODEL + "max_decode_length",
@@ -37,6 +37,7 @@ class Settings:
         max_new_tokens: most new tokens; whichever limit comes first ends it.
         stop: the answer ends before the first of these strings.
         logprobs: report the log probabilities of this many likeliest tokens at each step, 0 for none.
+        prompt_logprobs: report those of the prompt's own tokens, with this many likeliest ones beside each; None for none.
     """
 
     do_sample: bool
@@ -49,6 +50,7 @@ class Settings:
     max_new_tokens: Optional[int]
     stop: Tuple[str, ...] = ()
     logprobs: int = 0
+    prompt_logprobs: Optional[int] = None
 
     @classmethod
     def of(cls, config: Config) -> "Settings":
@@ -71,7 +73,7 @@ class Settings:
                         continue
                 elif name == "stop":
                     value = _stop_strings(value)
-                elif name == "logprobs":
+                elif name == "logprobs" or name == "prompt_logprobs" and value is not None:
                     value = _logprobs(value)
             except ValueError as error:
                 raise ValueError(f"{name} {error}") from None
@@ -200,13 +202,22 @@ class Session:
         return Prompt(tuple(self.tokenizer.encode(text, control_tokens=control_tokens)), settings,
                       frozenset(self.config.model.eos_token_id), label)
 
-    def chat_prompt(self, messages: Sequence[chat.Message], settings: Settings, label: str = "the message") -> Prompt:
+    def chat_prompt(self, messages: Sequence[chat.Message], settings: Settings, label: str = "the message",
+                    tools: Optional[Sequence[Any]] = None, variables: Optional[Mapping[str, Any]] = None) -> Prompt:
         """A conversation that asks for the assistant's next answer.
+
+        Args:
+            messages: oldest first.
+            settings: how the answer is generated.
+            label: what messages call it.
+            tools: descriptions of callable functions, for templates that know them.
+            variables: whatever else the template may use, e.g. `enable_thinking`.
 
         Raises:
             UserError: the chat template refuses the messages.
         """
-        return Prompt(tuple(chat.prompt_ids(self.tokenizer, messages)), settings, self.chat_stop_ids, label)
+        ids = chat.prompt_ids(self.tokenizer, messages, tools=tools, **(variables or {}))
+        return Prompt(tuple(ids), settings, self.chat_stop_ids, label)
 
     @property
     def chat_stop_ids(self) -> FrozenSet[int]:
@@ -225,7 +236,7 @@ class Session:
             params = SamplingParams(s.do_sample, s.temperature, s.top_k, s.top_p, s.repetition_penalty,
                                     sampling.pick_seed(s.seed), prompt.stream)
             made.append(Request(prompt.ids, s.max_length, s.max_new_tokens, prompt.stop_ids, params, s.logprobs,
-                                label=prompt.label))
+                                s.prompt_logprobs, label=prompt.label))
             self.limits.check(made[-1])
         return made
 
@@ -283,13 +294,16 @@ class Answer:
             if step.token not in self._stop_ids:
                 piece = self._stream.feed(step.token)
             if step.logprobs is not None:
-                self.logprobs.append({**self._probability(step.token, step.logprobs.chosen),
-                                      "top": [self._probability(*pair) for pair in step.logprobs.top]})
+                self.logprobs.append(self.entry(step.token, step.logprobs))
         if step.finish_reason is not None:
             piece += self._stream.end()
             self.finish_reason = STOP if self.stopped else step.finish_reason
         self.pieces.append(piece)
         return piece
+
+    def entry(self, token: int, logprobs: LogProbs) -> Dict[str, Any]:
+        """A token's log probability and those of the likeliest in its place: token_id, token, logprob, top."""
+        return {**self._probability(token, logprobs.chosen), "top": [self._probability(*pair) for pair in logprobs.top]}
 
     def _probability(self, token: int, logprob: float) -> Dict[str, Any]:
         text = self._tokenizer.token_bytes(token).decode("utf-8", "replace")

@@ -1,0 +1,232 @@
+"""The server beside the engine alone: many clients, the first token beside a long prompt, a shared beginning."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+from ..command_line import Parser
+from ..errors import EXIT_FAILED, UserError
+from . import options, report
+from .report import Column, number, text
+
+WHAT = "serve"
+_SHARED_TOKENS = 1000
+_PIECE_TOKENS = 512
+"""What the scheduler takes of a prompt between two steps of those that decode."""
+
+
+class Job(NamedTuple):
+    """One request: token ids and how many tokens to generate."""
+
+    prompt: List[int]
+    new_tokens: int
+
+
+def parser() -> Parser:
+    """The flags."""
+    made = Parser(f"qwen15 bench {WHAT}", __doc__ or "",
+                  [f"qwen15 bench {WHAT} --checkpoint models/SmolLM2-135M-Instruct"])
+    made.add_argument("--checkpoint", required=True, metavar="FOLDER", help="with its tokenizer's files")
+    made.add_argument("--clients", type=options.positive, default=16, metavar="N", help="at once (default 16)")
+    made.add_argument("--requests", type=options.positive, default=64, metavar="N", help="in all (default 64)")
+    made.add_argument("--long", type=options.positive, default=4096, metavar="N",
+                      help="tokens of the long prompt (default 4096)")
+    made.add_argument("--dtype", choices=options.DTYPES, default="bfloat16",
+                      help="of weights and KV cache (default bfloat16)")
+    options.add_run(made, WHAT, rounds=3, against=False)
+    return made
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Start a server on the checkpoint and measure it.
+
+    Raises:
+        UserError: arguments that cannot be, or the server did not start.
+    """
+    argv = list(argv or ())
+    args = parser().parse_args(argv)
+    plot = options.plot_path(args, WHAT)
+    own = options.Checkpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype)
+    vocab_size = own.config().model.dims.vocab_size
+    jobs = _jobs(args.requests, vocab_size)
+    longest = -(-max(args.long, _SHARED_TOKENS) // 128) * 128 + 128
+    with _server(args.checkpoint, args.dtype, longest, args.clients, args.threads) as port:
+        rows = _throughput(own, port, jobs, args.clients, args.rounds, args.threads)
+        rows += _first_token(port, args.long, vocab_size, args.rounds)
+        rows += _shared_beginning(port, vocab_size, args.rounds)
+    report.show(WHAT, argv, {"model": own.label, "dtype": args.dtype, "rounds": args.rounds}, COLUMNS, rows,
+                _bars(own, rows), plot)
+    return 0
+
+
+COLUMNS = (Column("what", text("what")), Column("server", number("server", ".3g")),
+           Column("beside", number("beside", ".3g")),
+           Column("unit", text("unit")), Column("ratio", number("ratio", ".2f")))
+
+
+def _jobs(count: int, vocab_size: int) -> List[Job]:
+    """Requests of mixed lengths, the same at every call: 16 to 400 tokens in, 16 to 128 out."""
+    random = np.random.default_rng(7)
+    return [Job(random.integers(100, vocab_size, int(random.integers(16, 400))).tolist(), int(random.integers(16, 128)))
+            for _ in range(count)]
+
+
+@contextmanager
+def _server(checkpoint: str, dtype: str, longest: int, batch: int, threads: Optional[int]) -> Iterator[int]:
+    """A server in a process of its own; gives its port."""
+    model = {"seq_length": longest, "max_decode_length": longest, "block_size": 32, "num_blocks": longest // 32 * batch,
+             "param_init_type": dtype, "compute_dtype": dtype}
+    command = [sys.executable, "-m", "qwen15", "serve", "--load_checkpoint", os.path.abspath(checkpoint),
+               "--device_target", "CPU",
+               "--port", "0", "--max_batch", str(batch), *(["--threads", str(threads)] if threads else []),
+               "--options", *(f"model.model_config.{key}={value}" for key, value in model.items())]
+    root = str(Path(__file__).resolve().parents[2])
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=root)
+    try:
+        said: List[str] = []
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line.rstrip())
+            found = re.search(r"is served at http://[^:]+:(\d+)/", line)
+            if found:
+                break
+        else:
+            raise UserError(f"the server did not start: {said[-1] if said else 'it said nothing'}",
+                            exit_code=EXIT_FAILED)
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield int(found[1])
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _ask(port: int, job: Job, stream: bool = False) -> float:
+    """Run a request; seconds until it was complete, or with `stream` until its first token came."""
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    start_s = time.perf_counter()
+    link.request("POST", "/v1/completions", json.dumps({
+        "prompt": job.prompt, "max_tokens": job.new_tokens, "min_tokens": job.new_tokens, "temperature": 0,
+        "stream": stream,
+    }), {"Content-Type": "application/json"})
+    answer = link.getresponse()
+    if stream:
+        answer.readline()
+        spent_s = time.perf_counter() - start_s
+        answer.read()
+    else:
+        made = json.loads(answer.read())
+        spent_s = time.perf_counter() - start_s
+        if answer.status != 200 or made["usage"]["completion_tokens"] != job.new_tokens:
+            raise UserError(f"the server answered {answer.status}: {str(made)[:200]}", exit_code=EXIT_FAILED)
+    link.close()
+    return spent_s
+
+
+def _throughput(own: options.Checkpoint, port: int, jobs: Sequence[Job], clients: int, rounds: int,
+                threads: Optional[int]
+                ) -> List[Dict[str, Any]]:
+    """Tokens per second of so many clients, each asking when its last answer has come; beside the engine alone on the
+    same."""
+    from ..generation.request import Request
+    from .ours import Ours
+
+    longest = max(len(job.prompt) + job.new_tokens for job in jobs)
+    ours = Ours(own, threads or len(os.sched_getaffinity(0)), longest, clients)
+    ours.engine.scheduler.max_batch = clients
+    made = sum(job.new_tokens for job in jobs)
+    served: List[float] = []
+    alone: List[float] = []
+    for _ in range(rounds):
+        ours.engine.pool.forget_all()
+        start_s = time.perf_counter()
+        for _step in ours.engine.generate([Request(tuple(job.prompt), len(job.prompt) + job.new_tokens)
+                                           for job in jobs]):
+            pass
+        alone.append(made / (time.perf_counter() - start_s))
+        # Every round's prompts begin with another token: the server's prefix cache would know them.
+        fresh = [Job([100 + len(served), *job.prompt[1:]], job.new_tokens) for job in jobs]
+        served.append(made / _closed_loop(port, fresh, clients))
+    return [{"what": f"{clients} clients, {len(jobs)} requests; beside: the engine alone", "unit": "tokens/s",
+             "server": statistics.median(served), "beside": statistics.median(alone),
+             "ratio": statistics.median(s / a for s, a in zip(served, alone)),
+             "samples": {"server": served, "beside": alone}}]
+
+
+def _closed_loop(port: int, jobs: Sequence[Job], clients: int) -> float:
+    waiting, failures = list(jobs), []
+    lock = threading.Lock()
+
+    def client() -> None:
+        try:
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    job = waiting.pop(0)
+                _ask(port, job)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    start_s = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return time.perf_counter() - start_s
+
+
+def _first_token(port: int, long: int, vocab_size: int, rounds: int) -> List[Dict[str, Any]]:
+    """Seconds to a short prompt's first token while a long prompt is taken in; beside one piece of such a prompt
+    alone."""
+    random = np.random.default_rng(11)
+    beside: List[float] = []
+    piece: List[float] = []
+    for _ in range(rounds):
+        piece.append(_ask(port, Job(random.integers(100, vocab_size, _PIECE_TOKENS).tolist(), 1)))
+        other = threading.Thread(target=_ask, args=(port, Job(random.integers(100, vocab_size, long).tolist(), 1)))
+        other.start()
+        time.sleep(piece[-1] * 1.5)  # it is being taken in
+        beside.append(_ask(port, Job(random.integers(100, vocab_size, 8).tolist(), 2), stream=True))
+        other.join()
+    return [{"what": f"first token beside a prompt of {long} tokens; beside: {_PIECE_TOKENS} tokens alone", "unit": "s",
+             "server": statistics.median(beside), "beside": statistics.median(piece),
+             "ratio": statistics.median(b / p for b, p in zip(beside, piece)),
+             "samples": {"server": beside, "beside": piece}}]
+
+
+def _shared_beginning(port: int, vocab_size: int, rounds: int) -> List[Dict[str, Any]]:
+    """Seconds to the first token where the server knows the first 1000 tokens already; beside a prompt that it does
+    not."""
+    random = np.random.default_rng(13)
+    first: List[float] = []
+    again: List[float] = []
+    for _ in range(rounds):
+        shared = random.integers(100, vocab_size, _SHARED_TOKENS).tolist()
+        first.append(_ask(port, Job([*shared, 101, 102], 2), stream=True))
+        again.append(_ask(port, Job([*shared, 103, 104], 2), stream=True))
+    return [{"what": f"first token, {_SHARED_TOKENS} shared tokens known; beside: not known", "unit": "s",
+             "server": statistics.median(again), "beside": statistics.median(first),
+             "ratio": statistics.median(a / f for a, f in zip(again, first)),
+             "samples": {"server": again, "beside": first}}]
+
+
+def _bars(own: options.Checkpoint, rows: Sequence[Dict[str, Any]]) -> report.Bars:
+    return report.Bars(f"Server, {own.label}, {own.dtype}", "ratio",
+                       ["clients : engine", "first token : piece", "known : unknown"],
+                       {"qwen15": [row["ratio"] for row in rows]}, {})
