@@ -55,7 +55,6 @@ def test_what_transformers_writes_is_accepted():
     ({"layer_types": ["sliding_attention"]}, "layer_types"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"hidden_size": -1}, "hidden_size -1"),

@@ -108,8 +108,6 @@ def test_the_number_of_ranks_can_be_chosen(folder, capsys):
     ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, "rope_scaling"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling"),
     ({"use_mrope": True}, "use_mrope"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
-    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantized"),
     ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "qwen2_vl"),
     ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
     ({"eos_token_id": None}, "eos_token_id"),

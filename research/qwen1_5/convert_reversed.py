@@ -23,6 +23,8 @@ def parser():
                       help="the model's config.json or its folder, if it is not beside the checkpoint")
     made.add_argument("--vocab_emb_dp", type=boolean, metavar="True|False",
                       help="how slices hold embedding and head; found out if not given")
+    made.add_argument("--dequantize", action="store_true",
+                      help="bfloat16 weights of a quantised checkpoint, also where its original tensors can be made again")
     add_common_flags(made)
     return made
 

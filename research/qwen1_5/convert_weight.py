@@ -24,6 +24,12 @@ def parser():
     made.add_argument("--model_parallel", type=whole, metavar="N", help="write rank_0 .. rank_N-1, cut for N devices")
     made.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
                       help="with --model_parallel: every rank keeps embedding and head whole (default True)")
+    made.add_argument("--quantize", choices=("int8", "int4"),
+                      help="store matrices as integers; below 2 billion weights int8 is the choice")
+    made.add_argument("--group_size", type=whole, choices=(32, 64, 128), metavar="32|64|128",
+                      help="inputs that share a scale (default: 128 for int8, 64 for int4)")
+    made.add_argument("--keep_head", action="store_true",
+                      help="with --quantize: leave embedding and head as they are (default: int8 in groups of 32)")
     add_common_flags(made)
     return made
 

@@ -108,7 +108,7 @@ def _match(checkpoint: Checkpoint, weights: Mapping[str, Weight], expected: Expe
             name = naming.hf_to_ms(found)
         if name is None and expected.names == "either":
             name = found
-        if name not in weights:
+        if name is None or name not in weights:
             surplus.append(found)
         elif name in stored:
             raise UserError(f"holds both {stored[name]} and {found}, names of the same weight", checkpoint.path)

@@ -19,7 +19,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _OURS = re.compile(r"^(model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json|"
                    r"generation_config\.json|vocab\.json|merges\.txt|tokenizer_config\.json|tokenizer\.json|"
-                   r"special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
+                   r"special_tokens_map\.json|added_tokens\.json|quantize_config\.json|quant_config\.json|source_layout\.json|chat_template\.jinja|"
                    r"rank_\d+/[^/]+\.(ckpt|safetensors)|strategy/ckpt_strategy_rank_\d+\.ckpt|\.lock)$")
 """What a folder that this program wrote can hold; only such a folder is replaced by `--overwrite`."""
 

@@ -51,7 +51,7 @@ def dims_from_hf_config(source: Union[str, "os.PathLike[str]", Mapping[str, Any]
 
     Raises:
         UserError: the file is missing or damaged, a size is missing or absurd, or the model needs something that the
-            network here does not do (experts, sliding window, RoPE scaling, quantized weights, another architecture).
+            network here does not do (experts, sliding window, RoPE scaling, another architecture).
     """
     if isinstance(source, Mapping):
         return _parse(source, CONFIG_FILE)
@@ -114,9 +114,6 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
         if config.get(key):
             raise UserError(f"{key} {config[key]!r}: mixture-of-experts models are not supported", where,
                             "Use a dense Qwen1.5 checkpoint.")
-    if config.get("quantization_config"):
-        raise UserError("quantization_config: quantized weights (GPTQ, AWQ, ...) are not supported", where,
-                        "Use the unquantized checkpoint.")
     scaling = config.get("rope_scaling")
     if scaling and not _is_default_rope(scaling):
         raise UserError(f"rope_scaling {scaling!r} is not supported", where,

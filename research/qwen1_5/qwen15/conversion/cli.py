@@ -31,7 +31,22 @@ def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = N
     if parts is not None and parts < 1:
         raise UserError(f"{parts} is no number of ranks", "--model_parallel", "Give 1, 2, 4, ...")
     return Options(target=target, form=args.format, dtype=args.dtype, shard_bytes=parse_size(args.max_shard_size),
-                   slicing=None if parts is None else Slicing(parts, vocab_emb_dp))
+                   slicing=None if parts is None else Slicing(parts, vocab_emb_dp), recipe=_recipe(args),
+                   dequantise=getattr(args, "dequantize", False))
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    """The `quantise.Recipe` that the flags say, None where nothing is quantised on the way."""
+    from .quantise import DEFAULT_GROUPS, Recipe
+
+    kind = getattr(args, "quantize", None)
+    if kind is None:
+        for flag in ("group_size", "keep_head"):
+            if getattr(args, flag, None):
+                raise UserError("means nothing without --quantize", f"--{flag}", "Give --quantize int8 or int4 as well.")
+        return None
+    bits = {"int8": 8, "int4": 4}[kind]
+    return Recipe(bits, args.group_size or DEFAULT_GROUPS[bits], args.keep_head)
 
 
 def carry_out(plan: Any, args: argparse.Namespace) -> bool:
@@ -72,6 +87,8 @@ def carry_out(plan: Any, args: argparse.Namespace) -> bool:
     _tell(f"{plan.target}: {len(plan.moves)} tensors, {human_bytes(plan.write_bytes)} in {result.seconds:.2f} s ({rate}/s)")
     if args.verify:
         _tell(f"verified: {result.compared} tensors read back, equal bit for bit")
+    for line in result.errors:
+        _tell(line)
     return True
 
 

@@ -1,24 +1,34 @@
 """Plan conversions between Hugging Face and MindSpore checkpoints, every weight accounted for before a byte is written."""
 
+from __future__ import annotations
+
 import os
 import re
-from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Sequence
+from dataclasses import dataclass, replace
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .. import naming
 from ..checkpoint.account import Account, Expected, same_contents, take_account
 from ..checkpoint.casting import FLOATS
+from ..checkpoint.quantized import ORDER, Scheme, companion_of
+from ..checkpoint.quantized_settings import CONFIG_KEY, Settings, settings_of
+from ..checkpoint.quantized_source import read_quantised
 from ..checkpoint.reader import Checkpoint, format_of, open_checkpoint
-from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo
+from ..checkpoint.regrouped import finer, regrouped
+from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo, element_count
 from ..config.hf_config import CONFIG_FILE, HfConfig, dims_from_hf_config
 from ..errors import UserError
-from ..naming import Dims, Weight
-from .plan import OutFile, Plan, aligned, index_of, shape_files, shard_names, sidecars
+from ..naming import Weight
+from .plan import LAYOUT_FILE, OutFile, Plan, aligned, index_of, shape_files, shard_names, sidecars
+from .quantise import Recipe, error_of, quantised
 from .slices import Slicing, infer_dims, open_slices
-from .strategy import strategy_files
+from .strategy import layout_of, strategy_files
 from .strips import Destination, Move, Part, region_of, whole
+from .unquantise import dequantised, describe_layout, merged, original
 
 DEFAULT_SHARD_BYTES = 4 * 10 ** 9
+SMALL_MODEL_VALUES = 2 * 10 ** 9
+"""Below so many weights 4 bits cost too much (see docs/numerics.md)."""
 _UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "TB": 10 ** 12,
           "KIB": 2 ** 10, "MIB": 2 ** 20, "GIB": 2 ** 30, "TIB": 2 ** 40}
 
@@ -34,6 +44,8 @@ class Options:
         shard_bytes: most bytes of a shard of a folder.
         slicing: how to cut over ranks; None leaves the weights whole.
         prefix: start of the slices' file names, before the rank.
+        recipe: how to quantise on the way; None leaves weights as they are.
+        dequantise: make floats of a quantised MindSpore checkpoint, though what it was converted from is known.
     """
 
     target: str
@@ -42,6 +54,8 @@ class Options:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     slicing: Optional[Slicing] = None
     prefix: str = "checkpoint_"
+    recipe: Optional[Recipe] = None
+    dequantise: bool = False
 
 
 def parse_size(text: str) -> int:
@@ -59,7 +73,7 @@ def parse_size(text: str) -> int:
 # ---- Hugging Face -> MindSpore ----
 
 def plan_to_mindspore(source_path: str, options: Options) -> Plan:
-    """Plan the conversion of a Hugging Face checkpoint.
+    """Plan the conversion of a Hugging Face checkpoint, quantised ones (GPTQ, AWQ, compressed-tensors) among them.
 
     Args:
         source_path: folder of a model, or a weight file with config.json beside it.
@@ -69,25 +83,124 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
         UserError: anything missing, surplus, misshapen or not supported; nothing is written.
     """
     folder = source_path if os.path.isdir(source_path) else os.path.dirname(os.path.abspath(source_path))
+    config = dims_from_hf_config(folder)
+    settings = settings_of(folder)
     source = open_checkpoint(source_path, ("safetensors", "bin"))
     try:
-        config = dims_from_hf_config(folder)
         weights = list(naming.weights(config.dims))
         plan = Plan(options.target, False, [source], [], [], notes=list(source.notes))
-        account = take_account(source, Expected(config.dims, config.where, "hf"))
-        _told(source, account, config, plan)
-        dtypes = _dtypes(source, account, weights, options.dtype)
-        moves = [Move(weight.hf, weight.shape, source.infos[weight.hf].dtype, dtypes[weight.ms],
-                      (Part(source, weight.hf, whole(weight.shape)),), ()) for weight in weights]
+        view, small = _stored_form(source, settings, weights, config, options, plan)
+        account = take_account(view, Expected(config.dims, config.where, "hf"))
+        _told(view, account, config, plan)
+        cut, schemes = view, dict(account.schemes)
+        if options.slicing is not None:
+            options.slicing.check(config.dims)
+            cut, schemes = cut_finer(view, weights, schemes, account.stored, options.slicing)
+        tensors = _tensors(cut, account, weights, schemes, options.dtype)
+        moves = [Move(tensor.name("hf"), tensor.shape, tensor.dtype, tensor.target_dtype,
+                      (Part(cut, tensor.name("hf"), whole(tensor.shape)),), ()) for tensor in tensors]
         if options.slicing is None:
-            _whole_files(plan, options, weights, moves, dtypes, "ms")
+            _whole_files(plan, options, tensors, moves, "ms")
         else:
-            _sliced_files(plan, options, config.dims, weights, moves, dtypes)
-        plan.small.update(sidecars(folder, _one_dtype(dtypes) if options.dtype != "auto" else None))
+            _sliced_files(plan, options, tensors, moves)
+        changes = dict(options.recipe.changes()) if options.recipe is not None else {}
+        if options.dtype != "auto":
+            changes["torch_dtype"] = _one_dtype(tensors)
+        plan.small.update(sidecars(folder, changes))
+        plan.small.update(small)
+        if schemes:
+            plan.source_bytes = sum(info.nbytes for info in source.infos.values())
+        if options.recipe is not None:
+            made = dict(account.schemes)
+            plan.errors = lambda: (str(error_of(source, weight, view, weight.hf, made[weight.ms]))
+                                   for weight in weights if weight.ms in made)
         return plan
     except BaseException:
         source.close()
         raise
+
+
+def _stored_form(source: Checkpoint, settings: Optional[Settings], weights: Sequence[Weight], config: HfConfig,
+                 options: Options, plan: Plan) -> Tuple[Checkpoint, Dict[str, bytes]]:
+    """The source with quantised matrices in the stored form, and the small files that tell how they lay."""
+    if settings is not None:
+        found = read_quantised(source, settings, weights)
+        if options.recipe is not None:
+            raise UserError(f"is quantised already ({settings.layout}, {settings.bits} bits)", source.path,
+                            "Quantise the unquantised model, or convert this one without --quantize.")
+        if found.linears:
+            plan.notes.append(f"{settings.layout}, {settings.bits} bits: {len(found.linears)} linear layers keep their integers "
+                              "and scales bit for bit" + (f", {len(found.zero_biases)} biases that are zero are left out"
+                                                          if found.zero_biases else ""))
+            return found.view, {LAYOUT_FILE: describe_layout(source, settings, found)}
+        plan.notes.append(f"{settings.where} says {settings.layout}, and no tensor is quantised")
+    if options.recipe is None:
+        return source, {}
+    take_account(source, Expected(config.dims, config.where, "hf"))  # before what is missing is asked for
+    if sum(element_count(weight.shape) for weight in weights) < SMALL_MODEL_VALUES and options.recipe.bits == 4:
+        plan.notes.append("below 2 billion weights int8 is the choice: 4 bits cost a small model much of what it knows")
+    return quantised(source, weights, options.recipe), {}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a result, whole: a weight, or the scales, zero points or order of a quantised one.
+
+    Attributes:
+        weight: that it is or belongs to.
+        suffix: after the weight's name; empty for the weight itself.
+        shape: as it is stored.
+        dtype: of the source.
+        target_dtype: of the result.
+    """
+
+    weight: Weight
+    suffix: str
+    shape: Tuple[int, ...]
+    dtype: str
+    target_dtype: str
+
+    def name(self, side: str) -> str:
+        """Its name on Hugging Face's ('hf') or MindSpore's ('ms') side."""
+        return getattr(self.weight, side) + self.suffix
+
+    def axis(self, slicing: Slicing) -> Optional[int]:
+        """The axis it is cut along; every rank has the whole order of columns."""
+        return None if self.suffix == ORDER else slicing.axis(self.weight)
+
+
+def _tensors(source: Checkpoint, account: Account, weights: Sequence[Weight], schemes: Mapping[str, Scheme], dtype: str
+             ) -> List[Tensor]:
+    """Every tensor of the result. `dtype` is for weights that are not quantised."""
+    tensors = []
+    for weight in weights:
+        if weight.ms in schemes:
+            tensors += [Tensor(weight, info.name[len(weight.ms):], info.shape, info.dtype, info.dtype)
+                        for info in schemes[weight.ms].infos(weight.ms, weight.shape)]
+            continue
+        name = account.stored[weight.ms]
+        have = source.infos[name].dtype
+        if have not in FLOATS:
+            raise UserError(f"{name} is {have}, weights are {', '.join(FLOATS)}", source.path,
+                            "Take it in bfloat16, or save it so.")
+        tensors.append(Tensor(weight, "", weight.shape, have, have if dtype == "auto" else SHORT_NAMES[dtype]))
+    return tensors
+
+
+def cut_finer(source: Checkpoint, weights: Sequence[Weight], schemes: Mapping[str, Scheme], stored: Mapping[str, str],
+              slicing: Slicing) -> Tuple[Checkpoint, Dict[str, Scheme]]:
+    """The source with groups so fine that a cut between ranks falls between them, and how its matrices are stored then.
+
+    Raises:
+        UserError: a quantised matrix cannot be cut there.
+    """
+    changed, result = {}, dict(schemes)
+    for weight in weights:
+        if weight.ms in schemes and slicing.axis(weight) == 1:
+            old = schemes[weight.ms]
+            result[weight.ms] = finer(old, stored[weight.ms], weight.shape[1], slicing.parts, source.path)
+            changed[stored[weight.ms]] = (old, result[weight.ms])
+    return regrouped(source, changed), result
 
 
 def _told(source: Checkpoint, account: Account, config: HfConfig, plan: Plan) -> Account:
@@ -101,22 +214,9 @@ def _told(source: Checkpoint, account: Account, config: HfConfig, plan: Plan) ->
     return account
 
 
-def _dtypes(source: Checkpoint, account: Account, weights: Sequence[Weight], dtype: str) -> Dict[str, str]:
-    """MindSpore name -> dtype of the result."""
-    result = {}
-    for weight in weights:
-        name = account.stored[weight.ms]
-        have = source.infos[name].dtype
-        if have not in FLOATS:
-            raise UserError(f"{name} is {have}, weights are {', '.join(FLOATS)}", source.path,
-                            "Take it in bfloat16, or save it so.")
-        result[weight.ms] = have if dtype == "auto" else SHORT_NAMES[dtype]
-    return result
-
-
-def _one_dtype(dtypes: Mapping[str, str]) -> str:
-    """The dtype that most weights have, in the words of configurations."""
-    names = list(dtypes.values())
+def _one_dtype(tensors: Sequence[Tensor]) -> str:
+    """The dtype that most weights have that are not quantised, in the words of configurations."""
+    names = [tensor.target_dtype for tensor in tensors if not tensor.suffix and tensor.target_dtype in FLOATS]
     return LONG_NAMES[max(sorted(set(names)), key=names.count)]
 
 
@@ -129,17 +229,22 @@ def _form(options: Options, side: str) -> str:
     form = options.form or format_of(options.target) or "folder"
     other = {"ms": "bin", "hf": "ckpt"}[side]
     if form == other:
-        raise UserError(f"a .{other} file is not what {'MindSpore' if side == 'ms' else 'Hugging Face'} reads", options.target,
-                        f"Name a {'.ckpt' if side == 'ms' else '.bin'} or .safetensors file, or a folder.")
+        raise UserError(f"a .{other} file is not what {'MindSpore' if side == 'ms' else 'Hugging Face'} reads",
+                        options.target, f"Name a {'.ckpt' if side == 'ms' else '.bin'} or .safetensors file, or a folder.")
     return form
 
 
-def _whole_files(plan: Plan, options: Options, weights: Sequence[Weight], moves: Sequence[Move], dtypes: Mapping[str, str],
-                 side: str) -> None:
+def _whole_files(plan: Plan, options: Options, tensors: Sequence[Tensor], moves: Sequence[Move], side: str) -> None:
     """One file or a folder of shards, every weight whole; fills the plan."""
+    named = [TensorInfo.of(tensor.name(side), tensor.target_dtype, tensor.shape) for tensor in tensors]
+    _files_of(plan, options, named, moves, side)
+
+
+def _files_of(plan: Plan, options: Options, named: Sequence[TensorInfo], moves: Sequence[Move], side: str) -> None:
+    """As `_whole_files`, of tensors under the names of the result, in the order of their moves."""
     form = _form(options, side)
-    names = {getattr(weight, side): move for weight, move in zip(weights, moves)}
-    infos = aligned([TensorInfo.of(getattr(weight, side), dtypes[weight.ms], weight.shape) for weight in weights])
+    by_name = {info.name: move for info, move in zip(named, moves)}
+    infos = aligned(named)
     if form == "folder":
         shards = shape_files(infos, options.shard_bytes)
         plan.is_folder = True
@@ -150,38 +255,37 @@ def _whole_files(plan: Plan, options: Options, weights: Sequence[Weight], moves:
         plan.files = [OutFile("", form, tuple(infos), _metadata(side) if form == "safetensors" else {})]
     for number, file in enumerate(plan.files):
         for info in file.infos:
-            move = names[info.name]
-            plan.moves.append(Move(move.label, move.shape, move.dtype, move.target_dtype, move.parts,
-                                   (Destination(number, info.name, whole(move.shape)),)))
+            plan.moves.append(replace(by_name[info.name], destinations=(Destination(number, info.name, whole(info.shape)),)))
 
 
-def _sliced_files(plan: Plan, options: Options, dims: Dims, weights: Sequence[Weight], moves: Sequence[Move],
-                  dtypes: Mapping[str, str]) -> None:
+def _sliced_files(plan: Plan, options: Options, tensors: Sequence[Tensor], moves: Sequence[Move]) -> None:
     """`rank_x` folders, every weight cut on the way; fills the plan."""
     slicing = options.slicing
-    slicing.check(dims)
+    assert slicing is not None
     form = options.form or "safetensors"
     if form not in ("ckpt", "safetensors"):
         raise UserError(f"slices are .ckpt or .safetensors files, not {form}", "--format")
     plan.is_folder = True
-    by_name = {weight.ms: (weight, move) for weight, move in zip(weights, moves)}
-    infos = aligned([TensorInfo.of(weight.ms, dtypes[weight.ms], slicing.shape(weight)) for weight in weights])
+    by_name = {tensor.name("ms"): (tensor, move) for tensor, move in zip(tensors, moves)}
+    layouts = {tensor.name("ms"): layout_of(len(tensor.shape), tensor.axis(slicing), slicing.parts) for tensor in tensors}
+    infos = aligned([TensorInfo.of(name, tensor.target_dtype, layouts[name].slice_shape(tensor.shape))
+                     for name, (tensor, _) in by_name.items()])
     plan.files = [OutFile(f"rank_{rank}/{options.prefix}{rank}.{form}", form, tuple(infos),
                           _metadata("ms") if form == "safetensors" else {}) for rank in range(slicing.parts)]
     for info in infos:
-        weight, move = by_name[info.name]
-        axis = slicing.axis(weight)
-        destinations = tuple(Destination(rank, info.name, region_of(weight.shape, axis, rank, slicing.parts))
+        tensor, move = by_name[info.name]
+        destinations = tuple(Destination(rank, info.name, layouts[info.name].region(tensor.shape, rank))
                              for rank in range(slicing.parts))
-        plan.moves.append(Move(move.label, move.shape, move.dtype, move.target_dtype, move.parts, destinations))
-    plan.small.update(strategy_files({weight.ms: (weight.shape, slicing.axis(weight)) for weight in weights}, slicing.parts))
+        plan.moves.append(replace(move, destinations=destinations))
+    plan.small.update(strategy_files({tensor.name("ms"): (tensor.shape, tensor.axis(slicing)) for tensor in tensors},
+                                     slicing.parts))
 
 
 # ---- MindSpore -> Hugging Face ----
 
 def plan_to_hugging_face(source_path: str, options: Options, config_path: Optional[str] = None,
                          vocab_emb_dp: Optional[bool] = None) -> Plan:
-    """Plan the conversion of a MindSpore checkpoint.
+    """Plan the conversion of a MindSpore checkpoint. Quantised ones become what they were converted from, or bfloat16.
 
     Args:
         source_path: a .ckpt or .safetensors file, a folder of shards, or a folder of `rank_x` slices, merged on the way.
@@ -207,17 +311,50 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
             slicing.check(config.dims)
             plan.notes.append(f"{source_path}: {slicing.parts} slices with vocab_emb_dp {slicing.vocab_emb_dp} are merged")
         account = account_slices(ranks, slicing, config, plan)
-        dtypes = _dtypes(ranks[0], account, weights, options.dtype)
-        moves = [Move(weight.ms, weight.shape, ranks[0].infos[weight.ms].dtype, dtypes[weight.ms],
-                      tuple(Part(rank, weight.ms, region_of(weight.shape, slicing.axis(weight), number, slicing.parts))
-                            for number, rank in enumerate(ranks)), ()) for weight in weights]
-        _whole_files(plan, options, weights, moves, dtypes, "hf")
-        plan.small.update(_hf_sidecars(folder, config_path, options, dtypes))
+        changes: Dict[str, object] = {}
+        if account.schemes:
+            changes = _plan_quantised_back(plan, ranks, slicing, account, weights, folder, options)
+        else:
+            tensors = _tensors(ranks[0], account, weights, {}, options.dtype)
+            moves = [Move(tensor.name("ms"), tensor.shape, tensor.dtype, tensor.target_dtype,
+                          tuple(Part(rank, tensor.name("ms"),
+                                     region_of(tensor.shape, tensor.axis(slicing), number, slicing.parts))
+                                for number, rank in enumerate(ranks)), ()) for tensor in tensors]
+            _whole_files(plan, options, tensors, moves, "hf")
+            if options.dtype != "auto":
+                changes["torch_dtype"] = _one_dtype(tensors)
+        plan.small.update(_hf_sidecars(folder, config_path, changes))
         return plan
     except BaseException:
         for rank in ranks:
             rank.close()
         raise
+
+
+def _plan_quantised_back(plan: Plan, ranks: Sequence[Checkpoint], slicing: Slicing, account: Account,
+                         weights: Sequence[Weight], folder: str, options: Options) -> Dict[str, object]:
+    """Fill the plan for a quantised checkpoint; returns the changes to config.json."""
+    source, schemes = merged(ranks, slicing, account, weights)
+    plan.source_bytes = sum(info.nbytes for rank in ranks for info in rank.infos.values())
+    layout_path = os.path.join(folder, LAYOUT_FILE)
+    if os.path.isfile(layout_path) and options.dtype == "auto" and not options.dequantise:
+        view, infos = original(source, schemes, weights, layout_path)
+        moves = []
+        for info in infos:
+            ours = naming.hf_to_ms(info.name)
+            part = Part(view, info.name if info.name in view.made else str(ours), whole(info.shape))
+            moves.append(Move(info.name, info.shape, info.dtype, info.dtype, (part,), ()))
+        _files_of(plan, options, infos, moves, "hf")
+        plan.notes.append("the original quantised tensors, bit for bit; --dequantize makes bfloat16 of them")
+        return {}
+    dtype = "BF16" if options.dtype == "auto" else SHORT_NAMES[options.dtype]
+    view = dequantised(source, schemes, weights, dtype)
+    tensors = _tensors(view, account, weights, {}, options.dtype)
+    moves = [Move(tensor.name("ms"), tensor.shape, tensor.dtype, tensor.target_dtype,
+                  (Part(view, tensor.name("ms"), whole(tensor.shape)),), ()) for tensor in tensors]
+    _whole_files(plan, options, tensors, moves, "hf")
+    plan.notes.append(f"{len(schemes)} quantised matrices are dequantised to {LONG_NAMES[dtype]}")
+    return {CONFIG_KEY: None, "torch_dtype": _one_dtype(tensors)}
 
 
 def check_contents(ranks: Sequence[Checkpoint]) -> None:
@@ -227,14 +364,12 @@ def check_contents(ranks: Sequence[Checkpoint]) -> None:
             file.check_contents()
 
 
-def _hf_sidecars(folder: str, config_path: Optional[str], options: Options, dtypes: Mapping[str, str]) -> Dict[str, bytes]:
-    torch_dtype = _one_dtype(dtypes) if options.dtype != "auto" else None
-    if config_path is None:
-        return sidecars(folder, torch_dtype)
-    found = sidecars(folder)
-    given = config_path if os.path.isdir(config_path) else os.path.dirname(os.path.abspath(config_path))
-    found.update(sidecars(given, torch_dtype))
-    return found
+def _hf_sidecars(folder: str, config_path: Optional[str], changes: Mapping[str, object]) -> Dict[str, bytes]:
+    found = sidecars(folder, changes if config_path is None else {})
+    if config_path is not None:
+        given = config_path if os.path.isdir(config_path) else os.path.dirname(os.path.abspath(config_path))
+        found.update(sidecars(given, changes))
+    return {name: content for name, content in found.items() if name != LAYOUT_FILE}
 
 
 def account_slices(ranks: Sequence[Checkpoint], slicing: Slicing, config: HfConfig, plan: Plan) -> Account:
@@ -246,11 +381,14 @@ def account_slices(ranks: Sequence[Checkpoint], slicing: Slicing, config: HfConf
     expected = Expected(config.dims, config.where, "ms", slicing.parts, slicing.vocab_emb_dp)
     first = _told(ranks[0], take_account(ranks[0], expected), config, plan)
     for rank in ranks[1:]:
-        take_account(rank, expected)
+        other = take_account(rank, expected)
+        if other.schemes != first.schemes:
+            raise UserError(f"is quantised in another way than {ranks[0].path}", rank.path,
+                            "The slices are not of one checkpoint.")
         for name in first.stored:
             if rank.infos[name].dtype != ranks[0].infos[name].dtype:
-                raise UserError(f"{name} is {rank.infos[name].dtype}, in {ranks[0].path} it is {ranks[0].infos[name].dtype}",
-                                rank.path, "The slices are not of one checkpoint.")
+                raise UserError(f"{name} is {rank.infos[name].dtype}, in {ranks[0].path} it is "
+                                f"{ranks[0].infos[name].dtype}", rank.path, "The slices are not of one checkpoint.")
     return first
 
 
@@ -258,13 +396,14 @@ def yaml_lines(plan: Plan, options: Options) -> List[str]:
     """The lines of a predict YAML that make it use the result."""
     folder = os.path.abspath(options.target if plan.is_folder else os.path.dirname(os.path.abspath(options.target)))
     parallel = options.slicing is not None and options.slicing.parts > 1
-    float_dtypes = {move.label: move.target_dtype for move in plan.moves}
+    names = [move.target_dtype for move in plan.moves if move.target_dtype in FLOATS and not companion_of(move.label)]
+    most = LONG_NAMES[max(sorted(set(names)), key=names.count)]
     lines = [f"load_checkpoint: '{os.path.abspath(options.target)}'", "auto_trans_ckpt: False"]
     if options.slicing is not None:
         lines += [f"use_parallel: {parallel}", "parallel_config:", "  data_parallel: 1",
                   f"  model_parallel: {options.slicing.parts}", "  pipeline_stage: 1",
                   f"  vocab_emb_dp: {options.slicing.vocab_emb_dp}"]
-    lines += ["model:", "  model_config:", f"    param_init_type: '{_one_dtype(float_dtypes)}'"]
+    lines += ["model:", "  model_config:", f"    param_init_type: '{most}'"]
     tokenizer = [(key, name) for key, name in (("vocab_file", "vocab.json"), ("merges_file", "merges.txt"))
                  if name in plan.small]
     if tokenizer:

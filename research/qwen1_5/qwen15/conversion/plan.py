@@ -1,11 +1,14 @@
 """A conversion as a plan of moves into files, which can be shown before a byte is written."""
 
+from __future__ import annotations
+
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from ..checkpoint.file_writer import Blocks
+from ..checkpoint.quantized_settings import CONFIG_KEY, SETTINGS_FILES
 from ..checkpoint.reader import FORMATS, INDEX_FILES, Checkpoint, write_index
 from ..checkpoint.tensors import TensorInfo, itemsize, total_bytes
 from ..errors import UserError
@@ -13,10 +16,15 @@ from ..json_file import read_json
 from ..progress import human_bytes
 from .strips import STRIP_BYTES, Move
 
+LAYOUT_FILE = "source_layout.json"
+"""Beside a checkpoint that was converted from a quantised one: what that one's tensors were, so that it can be made again."""
 _SIDECARS = ("config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-             "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+             "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", *SETTINGS_FILES,
+             LAYOUT_FILE)
 _LARGEST_SIDECAR_BYTES = 64 * 2 ** 20
 _INTERPRETER_BYTES = 60 * 10 ** 6
+MADE_BYTES = 120 * 10 ** 6
+"""Memory for making tensors of others, a few rows at a time: quantising, packing anew."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class Plan:
         small: name -> contents of small files beside the weights (in the folder, or beside the file).
         notes: what the user should know.
         left_out: kind -> names of entries that are not carried over.
+        source_bytes: of the source's tensors, where the result is made of other tensors than those; 0 where it is not.
+        errors: what quantising cost, a line for each matrix; asked with `--verify`, after the result has been compared.
     """
 
     target: str
@@ -63,6 +73,8 @@ class Plan:
     small: Dict[str, bytes] = field(default_factory=dict)
     notes: List[str] = field(default_factory=list)
     left_out: Dict[str, List[str]] = field(default_factory=dict)
+    source_bytes: int = 0
+    errors: Callable[[], Iterator[str]] = lambda: iter(())
 
     @property
     def read_bytes(self) -> int:
@@ -77,10 +89,12 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """Memory that running the plan takes, about: Python itself, strips on their way, and blocks that are being written."""
+        making = MADE_BYTES if self.source_bytes else 0
         casting = any(move.dtype != move.target_dtype for move in self.moves)
         slicing = any(len(move.parts) > 1 or len(move.destinations) > 1 for move in self.moves)
         at_once = max(len(numbers) for numbers, _ in groups(self))
-        return _INTERPRETER_BYTES + STRIP_BYTES * (2 + (4 if casting else 0) + (2 if slicing else 0)) + Blocks(at_once).all_bytes
+        strips = STRIP_BYTES * (2 + (4 if casting else 0) + (2 if slicing else 0))
+        return _INTERPRETER_BYTES + strips + making + Blocks(at_once).all_bytes
 
     def path_of(self, file: OutFile, folder: str) -> str:
         """Where a file is, in the folder or as the target."""
@@ -101,7 +115,7 @@ class Plan:
             yield f"{self.path_of(file, self.target)}: {len(file.infos)} tensors, {human_bytes(total_bytes(file.steps()))}"
         for name in sorted(self.small):
             yield f"{os.path.join(self._small_folder, name)}: {human_bytes(len(self.small[name]))}"
-        yield (f"{len(self.moves)} tensors; reads {human_bytes(self.read_bytes)}, writes {human_bytes(self.write_bytes)}, "
+        yield (f"{len(self.moves)} tensors; reads {human_bytes(self.source_bytes or self.read_bytes)}, writes {human_bytes(self.write_bytes)}, "
                f"needs about {human_bytes(self.memory_bytes)} of memory")
 
     @property
@@ -148,12 +162,13 @@ def index_of(files: Sequence[OutFile]) -> Dict[str, bytes]:
     return {INDEX_FILES["safetensors"]: write_index(weight_map, nbytes)}
 
 
-def sidecars(folder: str, torch_dtype: Optional[str] = None) -> Dict[str, bytes]:
+def sidecars(folder: str, changes: Mapping[str, Any]) -> Dict[str, bytes]:
     """The small files that predicting needs, from the folder of the source.
 
     Args:
         folder: where they are looked for; those that are missing are not in the result.
-        torch_dtype: what config.json shall say about the weights; None leaves the file as it is.
+        changes: keys of config.json and what they shall be, None for those that shall go; nothing leaves the file as it
+            is, byte for byte. Without a `quantization_config` the other files that tell of one go as well.
     """
     found: Dict[str, bytes] = {}
     for name in _SIDECARS:
@@ -163,12 +178,18 @@ def sidecars(folder: str, torch_dtype: Optional[str] = None) -> Dict[str, bytes]
                 raise UserError(f"{human_bytes(os.path.getsize(path))} are too many for such a file", path)
             with open(path, "rb") as file:
                 found[name] = file.read()
-    if torch_dtype is not None and "config.json" in found:
+    if changes and "config.json" in found:
         config = read_json(os.path.join(folder, "config.json"))
-        key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-        if config.get(key) != torch_dtype:
-            config[key] = torch_dtype
-            found["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+        changed = {key: value for key, value in config.items() if changes.get(key, value) is not None or value is None}
+        for key, value in changes.items():
+            if key == "torch_dtype" and "dtype" in config and "torch_dtype" not in config:
+                key = "dtype"
+            if value is not None:
+                changed[key] = value
+        if changed != config:
+            found["config.json"] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    if changes.get(CONFIG_KEY, "") is None:
+        found = {name: content for name, content in found.items() if name not in SETTINGS_FILES}
     return found
 
 

@@ -1,12 +1,18 @@
 """Plan the splitting, merging and cutting anew of MindSpore checkpoints over ranks, with or without strategy files."""
 
+from __future__ import annotations
+
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from .. import naming
+from ..checkpoint.account import Account
 from ..checkpoint.leftovers import kind_of
+from ..checkpoint.quantized import ORDER, SCALE, ZERO, companion_of
+from ..checkpoint.quantized_settings import group_size_of
 from ..checkpoint.reader import Checkpoint, format_of
+from ..checkpoint.regrouped import coarser, finer, regrouped
 from ..checkpoint.tensors import TensorInfo
 from ..config.hf_config import CONFIG_FILE, HfConfig
 from ..errors import UserError
@@ -15,7 +21,8 @@ from .hugging_face import account_slices, check_contents
 from .plan import OutFile, Plan, aligned, sidecars
 from .slices import Slicing, open_slices
 from .strategy import Layout, layout_of, read_strategy, write_strategy
-from .strips import Destination, Move, Part
+from .strips import Destination, Move, Part, whole
+from .unquantise import merged
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,12 @@ class Request:
 
 @dataclass(frozen=True)
 class _Cut:
-    """One parameter: its whole shape, and how it lies before and after."""
+    """One parameter: its whole shape, how it lies before and after, and where it is read whole if not from the ranks."""
 
     shape: Tuple[int, ...]
     before: Layout
     after: Layout
+    view: Optional[Checkpoint] = None
 
 
 def plan_transform(request: Request) -> Plan:
@@ -70,14 +78,14 @@ def plan_transform(request: Request) -> Plan:
         check_contents(ranks)
         plan = Plan(request.target, False, ranks, [], [], notes=[note for rank in ranks for note in rank.notes])
         if before is None and after is None:
-            cuts = _cuts_by_table(request, ranks, slicing, config, plan)
+            cuts = _cuts_by_table(request, ranks, slicing, config, folder, plan)
         else:
             cuts = _cuts_by_strategy(request, ranks, slicing, config, before, after, plan)
         _fill(plan, request, ranks, cuts)
-        plan.small.update(sidecars(folder))
+        plan.small.update(sidecars(folder, {}))
         if request.config_path is not None:
             given = request.config_path
-            plan.small.update(sidecars(given if os.path.isdir(given) else os.path.dirname(os.path.abspath(given))))
+            plan.small.update(sidecars(given if os.path.isdir(given) else os.path.dirname(os.path.abspath(given)), {}))
         return plan
     except BaseException:
         for rank in ranks:
@@ -86,7 +94,7 @@ def plan_transform(request: Request) -> Plan:
 
 
 def _cuts_by_table(request: Request, ranks: Sequence[Checkpoint], slicing: Slicing, config: Optional[HfConfig],
-                   plan: Plan) -> Dict[str, _Cut]:
+                   folder: str, plan: Plan) -> Dict[str, _Cut]:
     """Every weight of the model, cut as MindFormers' network cuts it."""
     config = _needed(config, request)
     target = Slicing(request.parts, request.vocab_emb_dp)
@@ -97,11 +105,43 @@ def _cuts_by_table(request: Request, ranks: Sequence[Checkpoint], slicing: Slici
         raise UserError("is whole already" if target.parts == 1 else f"is cut for {target.parts} ranks already",
                         request.source, "Give --model_parallel to cut it for another number of ranks.")
     weights = list(naming.weights(config.dims))
-    account_slices(ranks, slicing, config, plan)
+    account = account_slices(ranks, slicing, config, plan)
     if target.parts > 1 and not target.vocab_emb_dp and config.dims.vocab_size % target.parts:
         plan.notes.append(f"vocab_size {config.dims.vocab_size} is not divisible by {target.parts}: embedding and head stay "
                           "whole on every rank")
-    return {weight.ms: _Cut(weight.shape, _by_table(weight, slicing), _by_table(weight, target)) for weight in weights}
+    if not account.schemes:
+        return {weight.ms: _Cut(weight.shape, _by_table(weight, slicing), _by_table(weight, target)) for weight in weights}
+    return _quantised_cuts(ranks, slicing, target, account, weights, folder, plan)
+
+
+def _quantised_cuts(ranks: Sequence[Checkpoint], slicing: Slicing, target: Slicing, account: Account,
+                    weights: Sequence[Weight], folder: str, plan: Plan) -> Dict[str, _Cut]:
+    """As `_cuts_by_table`; scales and zero points are read through a view where their groups become finer, or whole again."""
+    source, schemes = merged(ranks, slicing, account, weights)
+    group_size = group_size_of(folder)
+    cuts: Dict[str, _Cut] = {}
+    changed, made = {}, []
+    for weight in weights:
+        scheme = schemes.get(weight.ms)
+        if scheme is None:
+            cuts[weight.ms] = _Cut(weight.shape, _by_table(weight, slicing), _by_table(weight, target))
+            continue
+        new = scheme
+        if slicing.axis(weight) == 1 and group_size is not None:
+            new = coarser(scheme, weight.shape[1], group_size)
+        if target.axis(weight) == 1:
+            new = finer(new, weight.ms, weight.shape[1], target.parts, source.path)
+        if new != scheme:
+            changed[weight.ms] = (scheme, new)
+        for info in new.infos(weight.ms, weight.shape):
+            whole_order = info.name.endswith(ORDER)
+            before = layout_of(len(info.shape), None if whole_order else slicing.axis(weight), slicing.parts)
+            after = layout_of(len(info.shape), None if whole_order else target.axis(weight), target.parts)
+            is_made = new != scheme and info.name.endswith((SCALE, ZERO))
+            made += [info.name] if is_made else []
+            cuts[info.name] = _Cut(info.shape, before, after)
+    view = regrouped(source, changed)
+    return {name: replace(cut, view=view) if name in made else cut for name, cut in cuts.items()}
 
 
 def _by_table(weight: Weight, slicing: Slicing) -> Layout:
@@ -125,6 +165,10 @@ def _cuts_by_strategy(request: Request, ranks: Sequence[Checkpoint], slicing: Sl
     if config is not None and after is None:
         target.check(config.dims)
     _check_ranks(before, len(ranks), request)
+    packed = next((name for name, info in ranks[0].infos.items() if companion_of(name) or info.dtype in ("I8", "U8")), None)
+    if packed is not None:
+        raise UserError(f"{packed} is of a quantised matrix, which strategy files do not cut", request.source,
+                        "Leave the strategy files out; --model_parallel cuts it.")
     cuts: Dict[str, _Cut] = {}
     for name, info in ranks[0].infos.items():
         kind = kind_of(name)
@@ -221,7 +265,8 @@ def _fill(plan: Plan, request: Request, ranks: Sequence[Checkpoint], cuts: Dict[
                   for rank in range(parts)]
     for info in infos:
         cut = cuts[info.name]
-        sources = tuple(Part(rank, info.name, cut.before.region(cut.shape, number)) for number, rank in enumerate(ranks))
+        sources = ((Part(cut.view, info.name, whole(cut.shape)),) if cut.view is not None else
+                   tuple(Part(rank, info.name, cut.before.region(cut.shape, number)) for number, rank in enumerate(ranks)))
         targets = tuple(Destination(rank, info.name, cut.after.region(cut.shape, rank)) for rank in range(parts))
         plan.moves.append(Move(info.name, cut.shape, info.dtype, info.dtype, sources, targets))
     if parts > 1:

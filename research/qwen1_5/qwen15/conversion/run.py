@@ -4,7 +4,7 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence
+from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 from ..checkpoint.atomic import (
     AtomicFolder,
@@ -36,6 +36,7 @@ class Result:
         seconds: that it took.
         resumed, resumed_bytes: whole files, and bytes of the source, that an interrupted run had done.
         compared: tensors that were read back.
+        errors: what quantising cost, a line for each matrix.
     """
 
     account: Account
@@ -43,6 +44,7 @@ class Result:
     resumed: int
     resumed_bytes: int
     compared: int
+    errors: Tuple[str, ...] = ()
 
 
 def run(plan: Plan, verify: bool = False, overwrite: bool = False, allow_overflow: bool = False) -> Result:
@@ -101,11 +103,12 @@ def _run_file(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
                 transfer(plan.moves, {0: writer}, account, allow_overflow, bar.update)
                 writer.finish()
         compared = _verify(plan, {0: path}) if verify else 0
+        errors = tuple(plan.errors()) if verify else ()
         for name, content in plan.small.items():
             beside = os.path.join(plan._small_folder, name)
             if _read(beside) != content:
                 write_small(beside, content)
-    return Result(account, time.monotonic() - begin, 0, 0, compared)
+    return Result(account, time.monotonic() - begin, 0, 0, compared, errors)
 
 
 def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
@@ -128,8 +131,9 @@ def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
             write_small(os.path.join(folder.path, name), content)
         paths = {number: os.path.join(folder.path, file.name) for number, file in enumerate(plan.files)}
         compared = _verify(plan, paths) if verify else 0
+        errors = tuple(plan.errors()) if verify else ()
         folder.publish()
-        return Result(record.account, time.monotonic() - begin, resumed, resumed_bytes, compared)
+        return Result(record.account, time.monotonic() - begin, resumed, resumed_bytes, compared, errors)
     finally:
         folder.close()
 

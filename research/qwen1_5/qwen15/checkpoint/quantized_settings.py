@@ -1,0 +1,150 @@
+"""What a checkpoint says about its quantisation, in config.json or beside it; what is not read is refused by name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional
+
+from ..errors import UserError
+from ..json_file import read_json
+
+CONFIG_KEY = "quantization_config"
+SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
+OURS = "qwen15"
+"""`quant_method` of checkpoints that `--quantize` made."""
+_FIX = "Read are GPTQ and compressed-tensors of 4 and 8 bits, and AWQ GEMM of 4; or take the unquantised model."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a foreign checkpoint is quantised.
+
+    Attributes:
+        layout: 'gptq', 'awq' or 'compressed-tensors'.
+        bits: 4 or 8.
+        group_size: inputs of a group; 0 for whole rows.
+        version: of GPTQ: 1 stores zero points less one, 2 as they are.
+        where: the file that says so.
+    """
+
+    layout: str
+    bits: int
+    group_size: int
+    version: int
+    where: str
+
+
+def settings_of(folder: str) -> Optional[Settings]:
+    """The settings of the model in a folder, None for one that is not quantised.
+
+    Raises:
+        UserError: damaged settings, or a scheme that is not read.
+    """
+    where = os.path.join(folder, "config.json")
+    found: Any = None
+    if os.path.isfile(where):
+        config = read_json(where)
+        found = config.get(CONFIG_KEY) if isinstance(config, dict) else None
+    if found is None:
+        for name in SETTINGS_FILES:
+            if os.path.isfile(os.path.join(folder, name)):
+                where = os.path.join(folder, name)
+                found = read_json(where)
+                if isinstance(found, dict) and "quant_method" not in found:
+                    found = {**found, "quant_method": "awq" if "w_bit" in found else "gptq"}
+                break
+    if found is None or (isinstance(found, dict) and found.get("quant_method") == OURS):
+        return None
+    if not isinstance(found, dict):
+        raise UserError(f"{CONFIG_KEY} is not an object", where, "Download the file again.")
+    return _parse(found, where)
+
+
+def group_size_of(folder: str) -> Optional[int]:
+    """The group size of the quantised model in a folder, ours or foreign; 0 for whole rows, None where nothing says."""
+    path = os.path.join(folder, "config.json")
+    config = read_json(path) if os.path.isfile(path) else {}
+    found = config.get(CONFIG_KEY) if isinstance(config, dict) else None
+    if isinstance(found, dict) and found.get("quant_method") == OURS:
+        return _group(found.get("group_size"), path)
+    settings = settings_of(folder)
+    return None if settings is None else settings.group_size
+
+
+def _parse(found: Mapping[str, Any], where: str) -> Settings:
+    method = str(found.get("quant_method")).lower()
+    if method in ("auto-round", "intel/auto-round"):
+        method = _auto_round(found, where)
+    if method == "gptq":
+        return _gptq(found, where)
+    if method == "awq":
+        return _awq(found, where)
+    if method == "compressed-tensors":
+        return _compressed(found, where)
+    raise UserError(f"quant_method {found.get('quant_method')!r} is not supported", where, _FIX)
+
+
+def _auto_round(found: Mapping[str, Any], where: str) -> str:
+    packing = str(found.get("packing_format", "auto_round:auto_gptq"))
+    known = {"auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq"}
+    if packing not in known:
+        raise UserError(f"AutoRound's packing_format {packing!r} is not supported", where, _FIX)
+    return known[packing]
+
+
+def _gptq(found: Mapping[str, Any], where: str) -> Settings:
+    form = str(found.get("checkpoint_format") or found.get("format") or "gptq").lower()
+    if found.get("is_marlin_format") or "marlin" in form:
+        raise UserError("GPTQ weights in marlin's layout are not supported", where, _FIX)
+    if form not in ("gptq", "gptq_v2"):
+        raise UserError(f"GPTQ weights in checkpoint_format {form!r} are not supported", where, _FIX)
+    return Settings("gptq", _bits(found.get("bits"), (4, 8), "GPTQ", where), _group(found.get("group_size"), where),
+                    2 if form == "gptq_v2" else 1, where)
+
+
+def _awq(found: Mapping[str, Any], where: str) -> Settings:
+    version = str(found.get("version") or found.get("checkpoint_format") or found.get("format") or "gemm").lower()
+    if version != "gemm":
+        raise UserError(f"AWQ weights in version {version!r} are not supported, only gemm", where, _FIX)
+    bits = _bits(found.get("bits", found.get("w_bit")), (4,), "AWQ", where)
+    return Settings("awq", bits, _group(found.get("group_size", found.get("q_group_size")), where), 2, where)
+
+
+def _compressed(found: Mapping[str, Any], where: str) -> Settings:
+    groups = found.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1 or not all(isinstance(group, dict) for group in groups.values()):
+        raise UserError("compressed-tensors with other than one of config_groups is not supported", where, _FIX)
+    (group,) = groups.values()
+    form = group.get("format") or found.get("format")
+    if form != "pack-quantized":
+        raise UserError(f"compressed-tensors in format {form!r} is not supported, only pack-quantized", where, _FIX)
+    for key in ("input_activations", "output_activations"):
+        if group.get(key):
+            raise UserError(f"compressed-tensors with {key} is not supported: weights alone may be quantised", where, _FIX)
+    sparsity = found.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
+        raise UserError(f"compressed-tensors with sparsity {sparsity.get('format')!r} is not supported", where, _FIX)
+    weights = group.get("weights")
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int":
+        raise UserError("compressed-tensors whose weights are no integers are not supported", where, _FIX)
+    strategy = str(weights.get("strategy") or "group")
+    if strategy not in ("group", "channel"):
+        raise UserError(f"compressed-tensors with strategy {strategy!r} is not supported", where, _FIX)
+    size = -1 if strategy == "channel" else weights.get("group_size")
+    bits = _bits(weights.get("num_bits"), (4, 8), "compressed-tensors", where)
+    return Settings("compressed-tensors", bits, _group(size, where), 2, where)
+
+
+def _bits(value: Any, known: tuple[int, ...], method: str, where: str) -> int:
+    if isinstance(value, bool) or value not in known:
+        raise UserError(f"{method} with {value!r} bits is not supported, only {' and '.join(map(str, known))}", where, _FIX)
+    return int(value)
+
+
+def _group(value: Any, where: str) -> int:
+    if value == -1:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % 32:
+        raise UserError(f"group_size {value!r} is not supported: -1 for whole rows, or a multiple of 32", where, _FIX)
+    return value

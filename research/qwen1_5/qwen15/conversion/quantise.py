@@ -1,0 +1,206 @@
+"""Our own quantisation, round to nearest: a float checkpoint seen in the stored form of `checkpoint.quantized`.
+
+    int8   symmetric: scale = max |w| / 127 of a group, q = round(w / scale)
+    int4   with zero points: scale = (hi - lo) / 15 where lo <= 0 <= hi are a group's ends, zero = round(-lo / scale),
+           q = round(w / scale) + zero, kept within 0..15
+
+Scales are float16, rounded up so that no value falls outside. The embedding table and the head are int8 in groups of 32 or
+left as they are: they cost little there, and much in 4 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Iterable, Optional
+
+import numpy as np
+
+from .. import naming
+from ..checkpoint.casting import FLOATS, to_float32
+from ..checkpoint.quantized import BLOCK, SCALE, ZERO, Scheme, dequantise, pack
+from ..checkpoint.quantized_settings import CONFIG_KEY, OURS
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.tensors import LONG_NAMES
+from ..checkpoint.view import Made, View, block_of
+from ..errors import UserError
+from ..naming import Weight
+
+DEFAULT_GROUPS = {8: 128, 4: 64}
+VOCABULARY_GROUP = 32
+_LARGEST_SCALE = 65504.0
+_LARGEST_ERROR = {8: 0.5, 4: 1.0}
+"""What rounding can cost, in scales: half a step, and at 4 bits half a step more where a rounded zero point moves the ends."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantise.
+
+    Attributes:
+        bits: 8 or 4, of the linears.
+        group_size: inputs of a group; a matrix whose inputs it does not divide gets the largest group that does.
+        keep_head: leave embedding and head as they are.
+    """
+
+    bits: int
+    group_size: int
+    keep_head: bool = False
+
+    def scheme(self, weight: Weight) -> Optional[Scheme]:
+        """How a weight [O, I] is stored, None where it stays as it is.
+
+        Raises:
+            UserError: its inputs are not a multiple of 32.
+        """
+        if len(weight.shape) != 2:
+            return None
+        bits, group = self.bits, self.group_size
+        if weight.cut == naming.VOCAB:
+            if self.keep_head:
+                return None
+            bits, group = 8, VOCABULARY_GROUP
+        inputs = weight.shape[1]
+        if inputs % BLOCK:
+            raise UserError(f"{weight.hf} has {inputs} inputs; quantised are multiples of {BLOCK}", "--quantize",
+                            "Convert this model without --quantize.")
+        group = math.gcd(group, inputs)
+        return Scheme(bits, inputs // group, group, "F16", has_zero=bits == 4)
+
+    def changes(self) -> dict[str, object]:
+        """What config.json says about it, by key."""
+        return {CONFIG_KEY: {"quant_method": OURS, "bits": self.bits, "group_size": self.group_size,
+                             "sym": self.bits == 8, "embedding_bits": None if self.keep_head else 8}}
+
+
+def quantised(source: Checkpoint, weights: Iterable[Weight], recipe: Recipe) -> View:
+    """The checkpoint with its matrices quantised, under its own (Hugging Face's) names.
+
+    Raises:
+        UserError: a matrix cannot be quantised. Values that cannot be are found when they are read.
+    """
+    made: dict[str, Made] = {}
+    for weight in weights:
+        scheme = recipe.scheme(weight)
+        if scheme is None:
+            continue
+        rows = _Rows(source, weight, scheme)
+        functions = {"": rows.integers, SCALE: rows.scale, ZERO: rows.zero}
+        for info in scheme.infos(weight.hf, weight.shape):
+            made[info.name] = Made(info, functions[info.name[len(weight.hf):]])
+    return View(source, made)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one matrix, quantised."""
+
+    source: Checkpoint
+    weight: Weight
+    scheme: Scheme
+
+    def groups(self, first: int, last: int) -> np.ndarray:
+        """float32 [n, G, group]."""
+        info = self.source.infos[self.weight.hf]
+        if info.dtype not in FLOATS:
+            raise UserError(f"{info.name} is {info.dtype}, quantised are {', '.join(LONG_NAMES.values())}", self.source.path)
+        values = to_float32(block_of(self.source, info.name, (first, last), (0, info.shape[1])), info.dtype)
+        if not np.isfinite(values).all():
+            raise UserError(f"{info.name} holds NaN or infinite values, which no integer stands for", self.source.path,
+                            "The source is damaged, or was trained to pieces.")
+        return values.reshape(last - first, self.scheme.groups, self.scheme.group_size)
+
+    def scale(self, first: int, last: int) -> np.ndarray:
+        return self._scale(self.groups(first, last))
+
+    def _scale(self, groups: np.ndarray) -> np.ndarray:
+        """float16 [n, G]."""
+        if self.scheme.bits == 8:
+            exact = np.abs(groups).max(axis=2) / np.float32(127)
+        else:
+            exact = (np.maximum(groups.max(axis=2), 0) - np.minimum(groups.min(axis=2), 0)) / np.float32(15)
+        if (exact > _LARGEST_SCALE).any():
+            raise UserError(f"{self.weight.hf} holds values too large for scales in float16", self.source.path,
+                            "Convert this model without --quantize.")
+        scale = exact.astype(np.float16)
+        low = scale.astype(np.float32) < exact
+        scale[low] = np.nextafter(scale[low], np.float16(np.inf))
+        return scale
+
+    def _inverse(self, scale: np.ndarray) -> np.ndarray:
+        """float32 [n, G, 1]; 0 where the scale is: all values of the group are 0 then."""
+        wide = scale.astype(np.float32)[:, :, None]
+        return np.divide(1, wide, out=np.zeros_like(wide), where=wide > 0)
+
+    def zero(self, first: int, last: int) -> np.ndarray:
+        groups = self.groups(first, last)
+        return self._zero(groups, self._inverse(self._scale(groups)))
+
+    def _zero(self, groups: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+        low = np.minimum(groups.min(axis=2), 0)
+        return np.clip(np.rint(-low * inverse[:, :, 0]), 0, 15).astype(np.uint8)
+
+    def integers(self, first: int, last: int) -> np.ndarray:
+        groups = self.groups(first, last)
+        inverse = self._inverse(self._scale(groups))
+        zero = self._zero(groups, inverse)[:, :, None] if self.scheme.bits == 4 else None
+        values = groups * inverse
+        np.rint(values, out=values)
+        if zero is None:
+            return np.clip(values, -127, 127).astype(np.int8).reshape(last - first, -1)
+        values += zero
+        return pack(np.clip(values, 0, 15).astype(np.uint8).reshape(last - first, -1))
+
+
+@dataclass(frozen=True)
+class Error:
+    """What quantising one matrix cost.
+
+    Attributes:
+        name: Hugging Face's.
+        scheme: how it is stored.
+        largest: the largest error, against the largest value.
+        mean: the mean error, against the mean magnitude.
+    """
+
+    name: str
+    scheme: Scheme
+    largest: float
+    mean: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.scheme}: largest error {100 * self.largest:.3f} %, mean {100 * self.mean:.3f} %"
+
+
+def error_of(source: Checkpoint, weight: Weight, result: Checkpoint, name: str, scheme: Scheme) -> Error:
+    """Compare a stored quantised matrix with the one it was made from.
+
+    Args:
+        source: the floats, under Hugging Face's names.
+        weight: which.
+        result: the stored form: a checkpoint that was written, or what was compared with it bit for bit.
+        name: of the matrix in it.
+        scheme: how it is stored.
+
+    Raises:
+        UserError: an error is larger than rounding can make it: something is wrong with the result.
+    """
+    rows = _Rows(source, weight, scheme)
+    step = max(1, 2 ** 20 // weight.shape[1])
+    worst = largest = total = magnitude = 0.0
+    for first in range(0, weight.shape[0], step):
+        last = min(first + step, weight.shape[0])
+        wanted = rows.groups(first, last)
+        parts = [block_of(result, name + suffix, (first, last), (0, result.infos[name + suffix].shape[1]))
+                 for suffix in ("", SCALE) + ((ZERO,) if scheme.has_zero else ())]
+        found = dequantise(parts[0], parts[1], scheme.scale_dtype, *parts[2:]).reshape(wanted.shape)
+        off = np.abs(found - wanted)
+        allowed = to_float32(parts[1], scheme.scale_dtype)[:, :, None] * np.float32(_LARGEST_ERROR[scheme.bits] * 1.001)
+        if (off > allowed).any():
+            row, group, column = (int(at[0]) for at in np.nonzero(off > allowed))
+            raise UserError(f"{name} is off by {off[row, group, column]:.3g} in row {first + row}, rounding makes "
+                            f"{allowed[row, group, 0]:.3g} at most", result.path, "Nothing was put in place.")
+        worst, largest = max(worst, float(off.max())), max(largest, float(np.abs(wanted).max()))
+        total += float(off.sum(dtype=np.float64))
+        magnitude += float(np.abs(wanted).sum(dtype=np.float64))
+    return Error(weight.hf, scheme, worst / largest if largest else 0.0, total / magnitude if magnitude else 0.0)
