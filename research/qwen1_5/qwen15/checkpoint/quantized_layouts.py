@@ -1,8 +1,8 @@
-"""The layouts of GPTQ, AWQ GEMM and compressed-tensors: one linear's tensors, to the stored form of `quantized` and back.
+"""The layouts of GPTQ, AWQ GEMM and compressed-tensors: a linear's tensors to the stored form, and back.
 
-    GPTQ                int32 qweight [I b/32, O] along inputs, qzeros [G, O b/32] along outputs, scales [G, O], g_idx [I];
-                        w = s (q - z); version 1 stores z - 1
-    AWQ GEMM            int32 qweight [I, O/8], qzeros [G, O/8], scales [G, O]; the columns of a word in an order of their own
+    GPTQ                int32 qweight [I b/32, O] along inputs, qzeros [G, O b/32] along outputs, scales [G, O],
+                        g_idx [I]; w = s (q - z); version 1 stores z - 1
+    AWQ GEMM            int32 qweight [I, O/8], qzeros [G, O/8], scales [G, O]; a word's columns in an order of its own
     compressed-tensors  int32 weight_packed [O, I b/32] along inputs, weight_zero_point [O b/32, G] along outputs,
                         weight_scale [O, G], weight_shape [2], weight_g_idx [I]
 
@@ -34,8 +34,8 @@ INTEGERS = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_p
 SCALES = {"gptq": "scales", "awq": "scales", "compressed-tensors": "weight_scale"}
 ZEROS = {"gptq": "qzeros", "awq": "qzeros", "compressed-tensors": "weight_zero_point"}
 GROUP_INDEX = {"gptq": "g_idx", "awq": "", "compressed-tensors": "weight_g_idx"}
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape",
-            "weight_g_idx")
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point",
+            "weight_shape", "weight_g_idx")
 """Everything that a quantised linear can consist of, after its name and a dot."""
 
 
@@ -66,7 +66,8 @@ def shapes(settings: Settings, linear: Linear, groups: int) -> dict[str, tuple[i
         return {"qweight": (inputs // per_word, outputs), "qzeros": (groups, -(-outputs // per_word)),
                 "scales": (groups, outputs), "g_idx": (inputs,)}
     if settings.layout == "awq":
-        return {"qweight": (inputs, outputs // per_word), "qzeros": (groups, outputs // per_word), "scales": (groups, outputs)}
+        return {"qweight": (inputs, outputs // per_word), "qzeros": (groups, outputs // per_word),
+                "scales": (groups, outputs)}
     return {"weight_packed": (outputs, inputs // per_word), "weight_scale": (outputs, groups), "weight_shape": (2,),
             "weight_zero_point": (-(-outputs // per_word), groups), "weight_g_idx": (inputs,)}
 
@@ -124,7 +125,8 @@ class Reader:
             values = unpack_rows(self._block("weight_zero_point", words, (0, groups)), bits)[:last - first]
         else:
             block = self._block(ZEROS[self.settings.layout], (0, groups), words)
-            values = (unpack_awq(block) if self.settings.layout == "awq" else unpack_columns(block, bits)).T[:last - first]
+            values = unpack_awq(block) if self.settings.layout == "awq" else unpack_columns(block, bits)
+            values = values.T[:last - first]
         if self.settings.version == 1:
             values = (values + np.uint8(1)) & np.uint8(2 ** bits - 1)
         values = np.ascontiguousarray(values)
@@ -191,7 +193,8 @@ class Writer:
         bits, outputs, inputs = self.settings.bits, self.linear.outputs, self.linear.inputs
         per_word = 32 // bits
         if self.settings.layout == "gptq":
-            return pack_rows(np.ascontiguousarray(self._values((0, outputs), (first * per_word, last * per_word)).T), bits)
+            values = self._values((0, outputs), (first * per_word, last * per_word))
+            return pack_rows(np.ascontiguousarray(values.T), bits)
         if self.settings.layout == "awq":
             return pack_awq(np.ascontiguousarray(self._values((0, outputs), (first, last)).T))
         return pack_columns(np.ascontiguousarray(self._values((first, last), (0, inputs))), bits)

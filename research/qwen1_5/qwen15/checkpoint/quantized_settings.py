@@ -87,7 +87,8 @@ def _parse(found: Mapping[str, Any], where: str) -> Settings:
 
 def _auto_round(found: Mapping[str, Any], where: str) -> str:
     packing = str(found.get("packing_format", "auto_round:auto_gptq"))
-    known = {"auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq"}
+    known = {"auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq",
+             "auto_round:awq": "awq"}
     if packing not in known:
         raise UserError(f"AutoRound's packing_format {packing!r} is not supported", where, _FIX)
     return known[packing]
@@ -113,7 +114,7 @@ def _awq(found: Mapping[str, Any], where: str) -> Settings:
 
 def _compressed(found: Mapping[str, Any], where: str) -> Settings:
     groups = found.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1 or not all(isinstance(group, dict) for group in groups.values()):
+    if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(next(iter(groups.values())), dict):
         raise UserError("compressed-tensors with other than one of config_groups is not supported", where, _FIX)
     (group,) = groups.values()
     form = group.get("format") or found.get("format")
@@ -121,7 +122,7 @@ def _compressed(found: Mapping[str, Any], where: str) -> Settings:
         raise UserError(f"compressed-tensors in format {form!r} is not supported, only pack-quantized", where, _FIX)
     for key in ("input_activations", "output_activations"):
         if group.get(key):
-            raise UserError(f"compressed-tensors with {key} is not supported: weights alone may be quantised", where, _FIX)
+            raise UserError(f"compressed-tensors with {key} is not supported, only with quantised weights", where, _FIX)
     sparsity = found.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
         raise UserError(f"compressed-tensors with sparsity {sparsity.get('format')!r} is not supported", where, _FIX)
@@ -138,7 +139,8 @@ def _compressed(found: Mapping[str, Any], where: str) -> Settings:
 
 def _bits(value: Any, known: tuple[int, ...], method: str, where: str) -> int:
     if isinstance(value, bool) or value not in known:
-        raise UserError(f"{method} with {value!r} bits is not supported, only {' and '.join(map(str, known))}", where, _FIX)
+        raise UserError(f"{method} with {value!r} bits is not supported, only {' and '.join(map(str, known))}", where,
+                        _FIX)
     return int(value)
 
 

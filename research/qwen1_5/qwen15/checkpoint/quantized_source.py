@@ -1,4 +1,4 @@
-"""A GPTQ, AWQ or compressed-tensors checkpoint seen in the stored form, under Hugging Face's names; damage is told by name."""
+"""A GPTQ, AWQ or compressed-tensors checkpoint seen in the stored form, under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def read_quantised(source: Checkpoint, settings: Settings, weights: Iterable[Wei
         if not parts:
             continue
         if linear.weight in source.infos:
-            raise UserError(f"holds {linear.weight} and {linear.base}.{parts[0]}, the same weight twice", source.path, _FIX)
+            raise UserError(f"holds {linear.weight} and {linear.base}.{parts[0]}, the same weight twice", source.path,
+                            _FIX)
         for tensor in _made(source, settings, linear, parts):
             made[tensor.info.name] = tensor
         hidden.update(f"{linear.base}.{suffix}" for suffix in parts)
@@ -78,7 +79,8 @@ def read_quantised(source: Checkpoint, settings: Settings, weights: Iterable[Wei
         if bias in source.infos and bias not in needed:
             _refuse_bias(source, bias)
             zero_biases.append(bias)
-    return QuantisedSource(View(source, made, frozenset(hidden | set(zero_biases))), tuple(linears), tuple(zero_biases))
+    view = View(source, made, frozenset(hidden | set(zero_biases)))
+    return QuantisedSource(view, tuple(linears), tuple(zero_biases))
 
 
 def _made(source: Checkpoint, settings: Settings, linear: Linear, parts: list[str]) -> list[Made]:
@@ -95,17 +97,19 @@ def _made(source: Checkpoint, settings: Settings, linear: Linear, parts: list[st
     return [Made(info, rows[info.name[len(linear.weight):]]) for info in infos]
 
 
-def _scheme(source: Checkpoint, settings: Settings, linear: Linear, parts: list[str]) -> tuple[Scheme, Optional[np.ndarray]]:
+def _scheme(source: Checkpoint, settings: Settings, linear: Linear, parts: list[str]
+            ) -> tuple[Scheme, Optional[np.ndarray]]:
     layout = settings.layout
     required = [INTEGERS[layout], SCALES[layout]] + ([ZEROS[layout]] if layout != "compressed-tensors" else [])
     for suffix in required:
         if suffix not in parts:
-            raise UserError(f"{linear.base}.{suffix} is missing, {linear.base}.{parts[0]} is there ({settings.where} says "
-                            f"{layout})", source.path, _FIX)
+            raise UserError(f"{linear.base}.{suffix} is missing, {linear.base}.{parts[0]} is there "
+                            f"({settings.where} says {layout})", source.path, _FIX)
     group_size = settings.group_size or linear.inputs
     if linear.inputs % BLOCK or linear.inputs % group_size:
         raise UserError(f"{linear.weight} has {linear.inputs} inputs, not a multiple of "
-                        f"{group_size if linear.inputs % group_size else BLOCK} (group_size in {settings.where})", source.path, _FIX)
+                        f"{group_size if linear.inputs % group_size else BLOCK} (group_size in {settings.where})",
+                        source.path, _FIX)
     groups = linear.inputs // group_size
     wanted = shapes(settings, linear, groups)
     for suffix in parts:
@@ -113,8 +117,8 @@ def _scheme(source: Checkpoint, settings: Settings, linear: Linear, parts: list[
         if suffix not in wanted:
             raise UserError(f"{info.name} is no part of {layout}, which {settings.where} names", source.path, _FIX)
         if info.shape != wanted[suffix]:
-            raise UserError(f"{info.name} has shape {list(info.shape)}; {settings.bits} bits and groups of {group_size}, as "
-                            f"{settings.where} says, make it {list(wanted[suffix])}", source.path, _FIX)
+            raise UserError(f"{info.name} has shape {list(info.shape)}; {settings.bits} bits, groups of {group_size}, "
+                            f"as {settings.where} says, make it {list(wanted[suffix])}", source.path, _FIX)
         kinds = FLOATS if suffix == SCALES[layout] else ("I64", "I32") if suffix == "weight_shape" else ("I32",)
         if info.dtype not in kinds:
             raise UserError(f"{info.name} is {info.dtype}, not {' or '.join(kinds)}", source.path, _FIX)
@@ -134,8 +138,8 @@ def _check_declared_shape(source: Checkpoint, linear: Linear, parts: list[str]) 
     if "weight_shape" in parts:
         declared = source.read(f"{linear.base}.weight_shape").tolist()
         if declared != [linear.outputs, linear.inputs]:
-            raise UserError(f"{linear.base}.weight_shape says {declared}, the model makes it {[linear.outputs, linear.inputs]}",
-                            source.path, _FIX)
+            raise UserError(f"{linear.base}.weight_shape says {declared}, the model makes it "
+                            f"{[linear.outputs, linear.inputs]}", source.path, _FIX)
 
 
 def _all_middle(reader: Reader) -> bool:

@@ -1,4 +1,4 @@
-"""Quantised matrices whose groups are cut finer, so that a cut between ranks falls between groups; and whole ones of slices."""
+"""Quantised matrices with finer groups, so that a cut over ranks falls between groups; and the way back."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def finer(scheme: Scheme, name: str, inputs: int, parts: int, where: str) -> Sch
         UserError: the cut lands inside a block of 32 inputs, or the columns are stored in another order.
     """
     if scheme.has_order:
-        raise UserError(f"{name} stores its columns in another order (desc_act), so it cannot be cut along its inputs over "
-                        f"{parts} ranks", where, "Run it on one rank, or take a checkpoint made with desc_act false.")
+        raise UserError(f"{name} stores its columns in another order (desc_act), so it cannot be cut along its inputs "
+                        f"over {parts} ranks", where, "Run it on one rank, or take one made with desc_act false.")
     if inputs % parts or inputs // parts % BLOCK:
-        raise UserError(f"{name} is quantised and has {inputs} inputs; over {parts} ranks that is {inputs / parts:g}, not a "
-                        f"multiple of {BLOCK}", where, "Take fewer ranks, or the unquantised model.")
+        raise UserError(f"{name} is quantised and has {inputs} inputs; over {parts} ranks that is {inputs / parts:g}, "
+                        f"not a multiple of {BLOCK}", where, "Take fewer ranks, or the unquantised model.")
     group_size = math.gcd(scheme.group_size, inputs // parts)
     return replace(scheme, groups=inputs // group_size, group_size=group_size)
 
@@ -37,7 +37,8 @@ def coarser(scheme: Scheme, inputs: int, group_size: int) -> Scheme:
     Args:
         scheme: as the slices have it, taken together.
         inputs: I.
-        group_size: of the whole checkpoint, 0 for whole rows; where it does not divide I, the largest that does was taken.
+        group_size: of the whole checkpoint, 0 for whole rows; where it does not divide I, the largest that does was
+            taken.
     """
     size = math.gcd(group_size or inputs, inputs)
     return replace(scheme, groups=inputs // size, group_size=size) if size % scheme.group_size == 0 else scheme
@@ -57,7 +58,8 @@ def regrouped(source: Checkpoint, schemes: Mapping[str, tuple[Scheme, Scheme]]) 
         for suffix in (SCALE, ZERO) if old.has_zero else (SCALE,):
             info = source.infos[name + suffix]
             shape = (info.shape[0], new.groups)
-            made[info.name] = Made(TensorInfo.of(info.name, info.dtype, shape), _repeater(source, info, old.groups, new.groups))
+            made[info.name] = Made(TensorInfo.of(info.name, info.dtype, shape),
+                                   _repeater(source, info, old.groups, new.groups))
     return View(source, made) if made else source
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint seen in another form: tensors that are made from the stored ones, a few rows at a time, when they are read."""
+"""A checkpoint seen in another form: tensors that are made of the stored ones, some rows at a time, when read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class View(Checkpoint):
             view, offset = view[part.size:], offset + part.size
 
     def _rows(self, name: str, row: int) -> tuple[int, np.ndarray]:
-        """(first row, rows) of a block of a made tensor that holds `row`; the last block is kept, being asked for in strips."""
+        """(first row, rows) of a block of a made tensor that holds `row`; the last one is kept, for the next strip."""
         info = self.infos[name]
         if self._block is not None:
             kept, first, block = self._block

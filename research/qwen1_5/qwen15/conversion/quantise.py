@@ -4,8 +4,8 @@
     int4   with zero points: scale = (hi - lo) / 15 where lo <= 0 <= hi are a group's ends, zero = round(-lo / scale),
            q = round(w / scale) + zero, kept within 0..15
 
-Scales are float16, rounded up so that no value falls outside. The embedding table and the head are int8 in groups of 32 or
-left as they are: they cost little there, and much in 4 bits.
+Scales are float16, rounded up so that no value falls outside. The embedding table and the head are int8 in groups of 32
+or left as they are: they cost little there, and much in 4 bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT_GROUPS = {8: 128, 4: 64}
 VOCABULARY_GROUP = 32
 _LARGEST_SCALE = 65504.0
 _LARGEST_ERROR = {8: 0.5, 4: 1.0}
-"""What rounding can cost, in scales: half a step, and at 4 bits half a step more where a rounded zero point moves the ends."""
+"""What rounding can cost, in scales: half a step; at 4 bits half more, where a rounded zero point moves the ends."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class _Rows:
         """float32 [n, G, group]."""
         info = self.source.infos[self.weight.hf]
         if info.dtype not in FLOATS:
-            raise UserError(f"{info.name} is {info.dtype}, quantised are {', '.join(LONG_NAMES.values())}", self.source.path)
+            raise UserError(f"{info.name} is {info.dtype}; {', '.join(LONG_NAMES.values())} can be quantised",
+                            self.source.path)
         values = to_float32(block_of(self.source, info.name, (first, last), (0, info.shape[1])), info.dtype)
         if not np.isfinite(values).all():
             raise UserError(f"{info.name} holds NaN or infinite values, which no integer stands for", self.source.path,

@@ -44,13 +44,14 @@ def merged(ranks: Sequence[Checkpoint], slicing: Slicing, account: Account, weig
 
 
 def dequantised(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequence[Weight], dtype: str) -> View:
-    """A whole checkpoint with floats of `dtype` ('BF16', 'F16', 'F32') in place of quantised matrices, under the same names."""
+    """A whole checkpoint with floats of `dtype` ('BF16', 'F16', 'F32') in place of quantised matrices."""
     made: dict[str, Made] = {}
     hidden: set[str] = set()
     for weight in weights:
         if weight.ms in schemes:
             scheme = schemes[weight.ms]
-            made[weight.ms] = Made(TensorInfo.of(weight.ms, dtype, weight.shape), _floats(source, weight.ms, scheme, dtype))
+            made[weight.ms] = Made(TensorInfo.of(weight.ms, dtype, weight.shape),
+                                   _floats(source, weight.ms, scheme, dtype))
             hidden.update(info.name for info in scheme.infos(weight.ms, weight.shape)[1:])
     return View(source, made, frozenset(hidden))
 
@@ -83,14 +84,15 @@ def original(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequenc
     """A whole checkpoint seen as what it was converted from.
 
     Returns:
-        The view, in which tensors that were quantised have their own names and all others MindSpore's, and every tensor of
-        the original under its name.
+        The view, in which tensors that were quantised have their own names and all others MindSpore's, and every tensor
+        of the original under its name.
 
     Raises:
         UserError: the description is damaged, or of another checkpoint.
     """
     described = _read_description(layout_path)
-    settings = Settings(described["layout"], described["bits"], described["group_size"], described["gptq_version"], layout_path)
+    settings = Settings(described["layout"], described["bits"], described["group_size"], described["gptq_version"],
+                        layout_path)
     by_name = {weight.hf: weight for weight in weights}
     infos = [TensorInfo.of(name, dtype, tuple(shape)) for name, (dtype, shape) in described["tensors"].items()]
     grouped, coarse = _original_groups(source, schemes, weights, settings)
@@ -115,7 +117,8 @@ def original(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequenc
                 raise _other(layout_path, f"{info.name} {list(info.shape)}, the checkpoint has {list(stored.shape)}")
             info = TensorInfo.of(info.name, stored.dtype, stored.shape)
         kept.append(info)
-    integers = {f"{weight.hf[:-len('.weight')]}.{INTEGERS[settings.layout]}" for weight in weights if weight.ms in schemes}
+    integers = {f"{weight.hf[:-len('.weight')]}.{INTEGERS[settings.layout]}"
+                for weight in weights if weight.ms in schemes}
     if integers - set(made):
         raise _other(layout_path, f"nothing about {sorted(integers - set(made))[0]}")
     return View(grouped, made), kept
