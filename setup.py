@@ -15,6 +15,7 @@ class BuildWithKernels(build_py):
 
     Without a compiler, or when compiling fails, the installation goes on and says so: the reference operators need no
     library.
+    In a checkout (pip install -e) a library that is newer than its sources stays.
     """
 
     def run(self):
@@ -24,10 +25,19 @@ class BuildWithKernels(build_py):
         from qwen15.kernels import build
 
         target = None if self.editable_mode else os.path.join(self.build_lib, "qwen15", "kernels", "_lib")
+        if target is None and _is_newer(build.OUTPUT_DIR / build.LIBRARY_NAME, build.HERE):
+            return
         try:
             print("kernel library:", build.build(target))
         except UserError as error:
             print(f"kernel library not built: {error}", file=sys.stderr)
+
+
+
+def _is_newer(library, sources) -> bool:
+    """Whether the compiled library has been made after the last change of a source."""
+    changed = max(path.stat().st_mtime for pattern in ("*.cpp", "*.h", "build.py") for path in sources.glob(pattern))
+    return library.exists() and library.stat().st_mtime > changed
 
 
 MINDFORMERS = "mindformers>=1.8,<2; python_version < '3.12'"

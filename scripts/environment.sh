@@ -22,7 +22,10 @@ find_python() {
     exit 2
 }
 
-# install EXTRA: the package with this extra, editable; done again only when what it depends on has changed.
+kernels=$root/research/qwen1_5/qwen15/kernels
+
+# install EXTRA: the package with this extra, editable; again only when what it depends on has changed. A change of the kernels'
+# sources compiles them alone (find complains where no library is, which counts as a change).
 install() {
     if [ ! -x "$venv/bin/python" ]; then
         local python
@@ -31,13 +34,25 @@ install() {
         "$python" -m venv "$venv"
     fi
     local stamp=$venv/.qwen15-$1 wanted
-    wanted=$(cd "$root" && cat setup.py research/qwen1_5/qwen15/kernels/*.{py,cpp,h} | cksum; printf '%s' "$root")
+    wanted=$(cd "$root" && cat setup.py pyproject.toml | cksum; printf '%s' "$root")
+    export PATH=$venv/bin:$PATH
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         say "installing the package with its '$1' extra (MindSpore is 0.8 GB: this takes some minutes the first time)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[$1]"
+        pip_install --editable "$root[$1]"
         printf '%s' "$wanted" > "$stamp"
     fi
-    export PATH=$venv/bin:$PATH
+    if [ -n "$(find "$kernels" -maxdepth 1 \( -name '*.cpp' -o -name '*.h' -o -name build.py \) -newer "$kernels/_lib/libqwen15_kernels.so" \
+            2>&1)" ] && command -v "${CXX:-g++}" > /dev/null; then
+        say "compiling the kernels"
+        (cd "$kernels/../.." && python -m qwen15.kernels.build > /dev/null)
+    fi
+}
+
+# pip without its own notices; on a terminal it shows what it downloads.
+pip_install() {
+    local quiet=(--quiet)
+    [ -t 2 ] && quiet=()
+    python -m pip install "${quiet[@]}" --disable-pip-version-check --no-warn-script-location "$@" >&2
 }
 
 # torch is the judge of many tests, and only a CPU build will do: the default one brings gigabytes of CUDA.

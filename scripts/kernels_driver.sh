@@ -1,6 +1,6 @@
 # What test_sanitizers.sh and test_aarch64.sh share: the tools they need, a Python for the kernel tests, and a driver; sourced, not run.
 #
-#   QWEN15_PYTHON   the interpreter to use (3.9 to 3.11; default: the first that python3, python3.11, ... offers)
+#   QWEN15_PYTHON   the interpreter to use (3.9 to 3.12; default: the first that python3, python3.12, ... offers)
 #   QWEN15_VENV     virtual environment with numpy and pytest (default: .venv in the checkout when test.sh has made it,
 #                   else .venv-kernels, which is made)
 

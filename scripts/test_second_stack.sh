@@ -2,6 +2,7 @@
 # Runs the Ascend tests (emulation, compilation, slicing, plug-in) on the second supported pair: MindSpore 2.7.2 with MindFormers 1.8.0.
 #
 #   bash scripts/test_second_stack.sh [pytest arguments]     tests/test_ascend_*.py, unless the arguments name other files
+#   bash scripts/test_second_stack.sh --install              installs only
 #
 #   QWEN15_SECOND_VENV  its virtual environment (default: .venv-second in the checkout)
 #   QWEN15_PYTHON       the interpreter to make it with (Python 3.9 to 3.11)
@@ -53,6 +54,7 @@ if [ "$(have)" != "$pair" ]; then
     fi
 fi
 export PATH=$venv/bin:$PATH QWEN15_TEST_DATA=${QWEN15_TEST_DATA:-$root/models}
+[ "${1:-}" != --install ] || exit 0
 python "$root/scripts/get_vocabulary.py" "$QWEN15_TEST_DATA/qwen-vocabulary"
 say "$pair: tests"
 cd "$root"

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings would bury the tests' own output
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: each has one core
+    os.environ.setdefault("QWEN15_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts its background jobs with Ctrl-C ignored, and what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -18,6 +21,17 @@ MODULE = ROOT / "research" / "qwen1_5"
 DATA = Path(os.environ.get("QWEN15_TEST_DATA", ROOT / "models"))
 
 sys.path.insert(0, str(MODULE))
+
+
+ALONE = ("test_bench", "test_interrupts", "test_kernels_selection", "test_launch", "test_machines", "test_startup", "test_tokenizer_speed")
+"""Beginnings of the files whose tests measure time, count threads or start several ranks."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what wants the machine for itself."""
+    for item in items:
+        if item.path.stem.startswith(ALONE):
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session")
