@@ -6,7 +6,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from qwen15.command_line import Parser, boolean, program, whole  # noqa: E402
-from qwen15.conversion.cli import add_common_flags, carry_out, options_from  # noqa: E402
+from qwen15.conversion.cli import add_common_flags, add_hub_flag, carry_out, options_from  # noqa: E402
 from qwen15.errors import run_main  # noqa: E402
 
 
@@ -16,7 +16,9 @@ def parser():
         "qwen15 convert --torch_ckpt_dir models/Qwen1.5-0.5B --mindspore_ckpt_path models/qwen.safetensors",
         "qwen15 convert --torch_ckpt_dir models/Qwen1.5-72B --mindspore_ckpt_path models/slices --model_parallel 4"])
     made.add_argument("--torch_ckpt_dir", default="./", metavar="PATH",
-                      help="folder of the Hugging Face model, or one weight file with config.json beside it (default ./)")
+                      help="folder of the Hugging Face model, one weight file with config.json beside it, or the model's name on a "
+                           "hub: OWNER/NAME[@REVISION] (default ./)")
+    add_hub_flag(made)
     made.add_argument("--mindspore_ckpt_path", default="./transform.ckpt", metavar="PATH",
                       help="what to make: x.ckpt, x.safetensors, or a folder (default ./transform.ckpt)")
     made.add_argument("--format", choices=("ckpt", "safetensors", "folder"),
@@ -37,9 +39,10 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     from qwen15.conversion.hugging_face import plan_to_mindspore, yaml_lines
+    from qwen15.hub.resolve import resolve
 
     options = options_from(args, args.mindspore_ckpt_path, args.model_parallel, args.vocab_emb_dp)
-    plan = plan_to_mindspore(args.torch_ckpt_dir, options)
+    plan = plan_to_mindspore(resolve(args.torch_ckpt_dir, args.hub), options)
     if carry_out(plan, args):
         print("# Lines for the predict YAML:")
         print("\n".join(yaml_lines(plan, options)))

@@ -39,7 +39,8 @@ class FlagField:
 FLAG_FIELDS = (
     FlagField("--run_mode", "run_mode", str, "predict, the only mode of this module"),
     FlagField("--load_checkpoint", "load_checkpoint", str,
-              "checkpoint: a file, a folder, or a folder with rank_0, rank_1, ..."),
+              "checkpoint: a file, a folder, a folder with rank_0, rank_1, ..., or a hub name: OWNER/NAME[@REVISION]"),
+    FlagField("--hub", "hub", str, "where a hub name is looked up: hf (Hugging Face, or HF_ENDPOINT) or modelscope"),
     FlagField("--auto_trans_ckpt", "auto_trans_ckpt", boolean,
               "let every rank cut its own slice of a whole checkpoint"),
     FlagField("--use_parallel", "use_parallel", boolean, "spread the model over model_parallel workers"),

@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 from ..device import TARGETS
 from ..errors import did_you_mean
+from ..hub.names import HUBS
 
 USED, DEVICE, FIXED, INERT = "used", "device", "fixed", "inert"
 """What a key does. USED: this module reads it. DEVICE: handed to MindSpore or MindFormers on Ascend, no effect on CPU.
@@ -56,6 +57,7 @@ _ROWS = [
     Key("run_mode", "str", allowed=("predict", "train", "finetune", "eval", "export"), default="predict"),
     Key("seed", "int", low=0, high=2 ** 32 - 1),
     Key("load_checkpoint", "path"),
+    Key("hub", "str", allowed=HUBS, default="hf"),
     Key("auto_trans_ckpt", "bool", default=False),
     Key("src_strategy_path_or_dir", "path", DEVICE),
     Key("transform_process_num", "int", DEVICE, low=1),

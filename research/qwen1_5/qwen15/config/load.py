@@ -7,6 +7,7 @@ from typing import Mapping, Optional, Sequence, Tuple
 
 from .. import device
 from ..errors import UserError
+from ..hub.resolve import resolve
 from ..naming import Dims, indivisible
 from . import yaml_lines
 from .checkpoint_files import CheckpointFiles, read_beside
@@ -75,10 +76,10 @@ def _checkpoint(final: Final) -> Optional[str]:
     if not given:
         final.put(key, "", place)
         return None
-    path = os.path.expanduser(given)
+    path = os.path.expanduser(resolve(given, final.pick("hub")))
     if not os.path.exists(path):
         raise UserError(f"load_checkpoint {given!r} does not exist", place,
-                        "Give the converted checkpoint's file or folder.")
+                        "Give the converted checkpoint's file or folder, or a model's name on a hub: OWNER/NAME.")
     final.put(key, path, place)
     return path
 

@@ -5,6 +5,7 @@ import sys
 from typing import Any, Optional
 
 from ..errors import UserError
+from ..hub.names import HUBS
 
 
 def add_common_flags(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
@@ -21,6 +22,12 @@ def add_common_flags(parser: argparse.ArgumentParser, dtype: bool = True) -> Non
                         help="read the result back and compare every tensor before it is put in place")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_hub_flag(parser: argparse.ArgumentParser) -> None:
+    """For what reads Hugging Face folders, which may be given by their name on a hub."""
+    parser.add_argument("--hub", choices=HUBS, default="hf",
+                        help="where a name OWNER/NAME[@REVISION] is looked up: hf (Hugging Face, or HF_ENDPOINT; default) or modelscope")
 
 
 def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True) -> Any:
