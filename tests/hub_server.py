@@ -86,13 +86,9 @@ class Hub:
             self._refuse(request, 404, "RevisionNotFound")
         else:
             files = [self._entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-            if tree:
-                entries = [{"type": "file", "path": f["rfilename"], "size": f["size"], "oid": f["blobId"], **({"lfs": {
-                    "oid": f["lfs"]["sha256"], "size": f["size"], "pointerSize": 134}} if "lfs" in f else {})} for f in files]
-                self._reply(request, 200, json.dumps(entries).encode())
-            else:
-                about = {"id": model, "modelId": model, "sha": COMMIT, "private": False, "tags": [], "siblings": files, "downloads": 0}
-                self._reply(request, 200, json.dumps(about).encode())
+            about = {"id": model, "modelId": model, "sha": COMMIT, "private": False, "tags": [], "siblings": files,
+                     "downloads": 0}
+            self._reply(request, 200, json.dumps(list(map(_in_tree, files)) if tree else about).encode())
 
     def _entry(self, path, folder):
         content = path.read_bytes()
@@ -145,6 +141,14 @@ class Hub:
             request.connection.shutdown(2)
             return
         request.wfile.write(content)
+
+
+def _in_tree(entry):
+    """A file as /tree/ lists it."""
+    listed = {"type": "file", "path": entry["rfilename"], "size": entry["size"], "oid": entry["blobId"]}
+    if "lfs" in entry:
+        listed["lfs"] = {"oid": entry["lfs"]["sha256"], "size": entry["size"], "pointerSize": 134}
+    return listed
 
 
 def _git(content):

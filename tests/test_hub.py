@@ -1,5 +1,6 @@
-"""A model by its name on a hub: fetched from a real server on this machine, whole or not at all, whatever goes wrong on the way."""
+"""A model by its name on a hub: fetched from a real server on this machine, whole or not at all."""
 
+import json
 import os
 import re
 import shutil
@@ -26,9 +27,9 @@ WEIGHTS = os.urandom(300000)
 def hub(tmp_path):
     folder = tmp_path / "models" / "tiny" / "model"
     folder.mkdir(parents=True)
-    for name, content in {"config.json": b"{}", "vocab.json": b'{"a": 0}', "merges.txt": b"#\n", "README.md": b"hello",
-                          "model.safetensors": WEIGHTS, "pytorch_model.bin": WEIGHTS, "consolidated.safetensors": WEIGHTS,
-                          "onnx/model.onnx": WEIGHTS, "tokenizer_config.json": b"{ }"}.items():
+    for name, content in {"config.json": b"{}", "vocab.json": b'{"a": 0}', "merges.txt": b"#\n", "README.md": b"hi",
+                          "model.safetensors": WEIGHTS, "pytorch_model.bin": WEIGHTS,
+                          "consolidated.safetensors": WEIGHTS, "onnx/model.onnx": WEIGHTS, "tokenizer_config.json": b"{ }"}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     with Hub(tmp_path / "models") as server:
@@ -37,19 +38,21 @@ def hub(tmp_path):
 
 @pytest.fixture
 def user(hub, tmp_path):
-    """A user with an empty cache: `user(name)` gives the process that has looked `name` up; `user.start(name)` one that still runs."""
+    """A user with an empty cache: `user(name)` gives the process that has looked `name` up."""
     home = tmp_path / "home"
     home.mkdir()
 
     class User:
         cache = home / "hub"
-        environ = {**{name: text for name, text in os.environ.items() if not name.startswith("HF_")}, "HOME": str(home),
-                   "XDG_CACHE_HOME": str(home / "cache"), "HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1",
-                   "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "PYTHONPATH": str(MODULE), "no_proxy": "127.0.0.1"}
+        environ = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
+        environ.update(HOME=str(home), XDG_CACHE_HOME=str(home / "cache"), HF_HOME=str(home), HF_ENDPOINT=hub.url,
+                       HF_HUB_DISABLE_XET="1", HF_HUB_ETAG_TIMEOUT="5", HF_HUB_DOWNLOAD_TIMEOUT="5",
+                       PYTHONPATH=str(MODULE), no_proxy="127.0.0.1")
 
         def start(self, *names, **changes):
-            return subprocess.Popen([sys.executable, "-c", RESOLVE, *names], cwd=tmp_path, env={**self.environ, **changes},
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            return subprocess.Popen([sys.executable, "-c", RESOLVE, *names], cwd=tmp_path,
+                                    env={**self.environ, **changes}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                    text=True)
 
         def __call__(self, *names, **changes):
             process = self.start(*names, **changes)
@@ -132,7 +135,8 @@ def test_the_token_is_sent(hub, user):
 
 
 @pytest.mark.parametrize("sent, words", [
-    (WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]), "is damaged: its digest is"), (WEIGHTS[:-10], "could not be fetched whole")])
+    (WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]), "is damaged: its digest is"),
+    (WEIGHTS[:-10], "could not be fetched whole")])
 def test_weights_that_are_not_what_the_hub_says_are_never_used(sent, words, hub, user):
     hub.wrong["model.safetensors"] = sent
     assert words in user.refused("tiny/model", 1)
@@ -182,7 +186,8 @@ def test_predicting_and_converting_take_names(hub, user, small_model, tmp_path):
     shutil.copytree(made / "random", hub.folder / "tiny" / "random")
 
     def run(*words):
-        return subprocess.run([sys.executable, *words], cwd=MODULE, env=user.environ, capture_output=True, text=True, timeout=240)
+        return subprocess.run([sys.executable, *words], cwd=MODULE, env=user.environ, capture_output=True, text=True,
+                              timeout=240)
 
     options = ["--device_target", "CPU", "--predict_data", "hello", "--max_new_tokens", "4", "--options",
                "model.model_config.num_blocks=16"]
@@ -190,7 +195,8 @@ def test_predicting_and_converting_take_names(hub, user, small_model, tmp_path):
     assert by_name.returncode == 0, by_name.stderr
     by_folder = run("run_qwen1_5.py", "--load_checkpoint", str(hub.folder / "tiny" / "random"), *options)
     assert by_name.stdout == by_folder.stdout != ""
-    done = run("convert_weight.py", "--torch_ckpt_dir", "tiny/random@main", "--mindspore_ckpt_path", str(tmp_path / "out.safetensors"))
+    done = run("convert_weight.py", "--torch_ckpt_dir", "tiny/random@main", "--mindspore_ckpt_path",
+               str(tmp_path / "out.safetensors"))
     assert done.returncode == 0 and (tmp_path / "out.safetensors").exists(), done.stderr
 
 
@@ -199,7 +205,8 @@ def test_predicting_and_converting_take_names(hub, user, small_model, tmp_path):
 
 @pytest.mark.parametrize("text, expected", [
     ("Qwen/Qwen1.5-0.5B-Chat", ("Qwen/Qwen1.5-0.5B-Chat", None)), ("a/b@v1.0", ("a/b", "v1.0")),
-    ("a/b@refs/pr/3", ("a/b", "refs/pr/3")), ("a", None), ("a/b/c", None), ("./a/b", None), ("/a/b", None), ("../b", None),
+    ("a/b@refs/pr/3", ("a/b", "refs/pr/3")), ("a", None), ("a/b/c", None),
+    ("./a/b", None), ("/a/b", None), ("../b", None),
     ("a/model.safetensors", None), ("a/b@", None), ("~/b", None), ("a/b c", None), ("", None)])
 def test_what_is_a_name(text, expected):
     name = names.parse(text)
@@ -208,15 +215,18 @@ def test_what_is_a_name(text, expected):
 
 def test_one_kind_of_weights_is_taken():
     some = ["a.json", "x/y.json", "README.md", "merges.txt"]
-    assert files.needed([*some, "model.safetensors", "pytorch_model.bin"]) == ["a.json", "merges.txt", "model.safetensors"]
+    both = [*some, "model.safetensors", "pytorch_model.bin"]
+    assert files.needed(both) == ["a.json", "merges.txt", "model.safetensors"]
     assert files.needed([*some, "pytorch_model.bin", "x.ckpt"]) == ["a.json", "merges.txt", "pytorch_model.bin"]
-    assert files.needed(["rank_0/model.safetensors", "rank_1/model.safetensors"]) == ["rank_0/model.safetensors", "rank_1/model.safetensors"]
+    slices = ["rank_0/model.safetensors", "rank_1/model.safetensors"]
+    assert files.needed(slices) == slices
 
 
 def test_a_shard_that_the_index_names_and_the_folder_lacks(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert files.absent(tmp_path) == "model.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors"}}')
+    index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").write_bytes(b"")
     assert files.absent(tmp_path) == "model-2.safetensors"
 

@@ -1,1 +1,1 @@
-"""Models by name: found on Hugging Face or ModelScope, fetched into their caches, and never used before they are whole."""
+"""Models by name: fetched from Hugging Face or ModelScope, and never used before they are whole."""

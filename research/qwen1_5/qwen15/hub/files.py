@@ -14,7 +14,8 @@ from ..progress import byte_bar
 
 _SETTINGS = re.compile(r"[^/]+\.(json|jinja)|merges\.txt")
 _RANK = re.compile(r"rank_\d+/[^/]+")
-_WEIGHTS = (re.compile(r"(?!consolidated)[^/]+\.safetensors"), re.compile(r"pytorch_model[^/]*\.bin"), re.compile(r"[^/]+\.ckpt"))
+_WEIGHTS = (re.compile(r"(?!consolidated)[^/]+\.safetensors"), re.compile(r"pytorch_model[^/]*\.bin"),
+            re.compile(r"[^/]+\.ckpt"))
 """Weights in the order of preference: one kind is taken."""
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -57,7 +58,8 @@ def _files(folder: str) -> set:
 def verify(folder: str, repo: str) -> None:
     """Compare files of a cache that keeps contents under their own digest (as huggingface_hub does) with that digest.
 
-    A file is read once: what has been found right is noted in the user's cache folder, and read again only when it has changed.
+    A file is read once: what has been found right is noted in the user's cache folder, and read again only when it has
+    changed.
 
     Raises:
         UserError: a file is not what its digest says.

@@ -1,4 +1,4 @@
-"""A model from Hugging Face, by huggingface_hub: its cache, tokens, endpoint and offline mode are the ones that users know.
+"""A model from Hugging Face, by huggingface_hub: its cache, tokens, endpoint and offline mode are those users know.
 
 HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE are read by huggingface_hub itself.
 """
@@ -17,6 +17,7 @@ from .names import HubName
 
 _ANSWER_S = 15.0  # for the hub to say what a repository holds
 _AT_ONCE = 4  # files
+_HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 _PAUSES_S = (1.0, 2.0, 4.0)  # after a connection that was cut; the download goes on where it stopped
 
 
@@ -24,7 +25,8 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> str:
     """The folder of a model in huggingface_hub's cache; what is missing there is downloaded.
 
     Raises:
-        UserError: the hub has no such model, refuses it, cannot be reached and the cache has no whole copy, or sent something else.
+        UserError: the hub has no such model, refuses it or sent something else; or it cannot be reached and the cache has
+            no whole copy.
     """
     from huggingface_hub import HfApi, constants, utils
 
@@ -48,10 +50,12 @@ def _download(name: HubName, wanted: Dict[str, int], tell: Callable[[str], None]
     from huggingface_hub import constants, snapshot_download
 
     if not _have(name, wanted):
-        tell(f"{name}: {len(wanted)} files, {human_bytes(sum(wanted.values()))}, from {constants.ENDPOINT} to {constants.HF_HUB_CACHE}")
+        tell(f"{name}: {len(wanted)} files, {human_bytes(sum(wanted.values()))}, from {constants.ENDPOINT} to "
+             f"{constants.HF_HUB_CACHE}")
     for pause_s in (*_PAUSES_S, None):
         try:
-            folder = snapshot_download(name.repo, revision=name.revision, allow_patterns=sorted(wanted), max_workers=_AT_ONCE)
+            folder = snapshot_download(name.repo, revision=name.revision, allow_patterns=sorted(wanted),
+                                       max_workers=_AT_ONCE)
             break
         except Exception as error:
             if pause_s is None or not _is_network(error):
@@ -82,8 +86,8 @@ def _cached(name: HubName, why: str) -> str:
                         "Fetch it where there is a network (hf download), or give a folder.", EXIT_FAILED) from None
     missing = files.absent(folder)
     if missing is not None:
-        raise UserError(f"cannot be fetched ({why}), and its copy in the cache is not whole: {missing} is missing", name,
-                        "Run again with the network to get the rest.", EXIT_FAILED)
+        raise UserError(f"cannot be fetched ({why}), and its copy in the cache is not whole: {missing} is missing",
+                        name, "Run again with the network to get the rest.", EXIT_FAILED)
     files.verify(folder, str(name))
     return folder
 
@@ -96,7 +100,7 @@ def _is_network(error: Exception) -> bool:
     """No answer came, whichever library says so: huggingface_hub has changed from requests to httpx."""
     if _status(error) is not None:
         return False
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HTTP_LIBRARIES
 
 
 def _reason(error: Exception) -> str:
@@ -113,16 +117,19 @@ def _explained(error: Exception, name: HubName) -> Exception:
         error = error.__cause__
         status = _status(error)
     if isinstance(error, errors.GatedRepoError):
-        what, fix = "is for those who have accepted its terms", f"Accept them at {constants.ENDPOINT}/{name.repo}, then: hf auth login"
+        what = "is for those who have accepted its terms"
+        fix = f"Accept them at {constants.ENDPOINT}/{name.repo}, then: hf auth login"
     elif isinstance(error, errors.RevisionNotFoundError):
         what, fix = f"has no revision {name.revision!r}", "Branches, tags and commits count: OWNER/NAME@main"
     elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
-        what = f"is neither a file or folder here nor a model that {constants.ENDPOINT} shows us (status {status})"
-        fix = "Check the name; for a private model set HF_TOKEN or run: hf auth login. From ModelScope: --hub modelscope"
+        what = f"is neither a file or folder here nor a model that {constants.ENDPOINT} shows (status {status})"
+        fix = "Check the name; a private model needs HF_TOKEN or: hf auth login. From ModelScope: --hub modelscope"
     elif status == 429:
-        what, fix, code = f"{constants.ENDPOINT} takes no more requests for now (status 429)", "Try later, or with HF_TOKEN set.", EXIT_FAILED
+        what, code = f"{constants.ENDPOINT} takes no more requests for now (status 429)", EXIT_FAILED
+        fix = "Try later, or with HF_TOKEN set."
     elif status is not None:
-        what, fix, code = f"{constants.ENDPOINT} answers with status {status}", "Try later; the download goes on where it stopped.", EXIT_FAILED
+        what, code = f"{constants.ENDPOINT} answers with status {status}", EXIT_FAILED
+        fix = "Try later; the download goes on where it stopped."
     elif _is_network(error) or isinstance(error, RuntimeError):
         what, code = f"could not be fetched whole ({_reason(error)})", EXIT_FAILED
         fix = "Run again: the download goes on where it stopped. What is not whole is not used."

@@ -1,7 +1,7 @@
 """A model from ModelScope, by the package modelscope: its cache, token and domain are the ones that users know.
 
-MODELSCOPE_CACHE, MODELSCOPE_API_TOKEN and MODELSCOPE_DOMAIN are read by modelscope itself, which compares digests while it downloads.
-HF_HUB_OFFLINE keeps this from asking the hub, too.
+MODELSCOPE_CACHE, MODELSCOPE_API_TOKEN and MODELSCOPE_DOMAIN are read by modelscope itself, which compares digests while
+it downloads. HF_HUB_OFFLINE keeps this from asking the hub, too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> str:
     try:
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError:
-        raise UserError("the Python package modelscope is not installed", "--hub modelscope", "Run: pip install modelscope") from None
+        raise UserError("the Python package modelscope is not installed", "--hub modelscope",
+                        "Run: pip install modelscope") from None
 
     def get(patterns: List[str]) -> str:
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
         with contextlib.redirect_stdout(sys.stderr):  # modelscope prints there, and stdout is the answer's
-            return snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns, local_files_only=offline)
+            return snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns,
+                                     local_files_only=offline)
 
     tell(f"{name}: from ModelScope")
     try:
@@ -45,5 +47,7 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> str:
     except Exception as error:  # modelscope has many, and no common base
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise UserError(f"cannot be fetched from ModelScope ({reason})", name,
-                        "Check the name and the network; a private model needs MODELSCOPE_API_TOKEN.", EXIT_FAILED) from None
-    raise UserError(f"is not whole: {missing} is missing", name, "Run again with the network to get the rest.", EXIT_FAILED)
+                        "Check the name and the network; a private model needs MODELSCOPE_API_TOKEN.",
+                        EXIT_FAILED) from None
+    raise UserError(f"is not whole: {missing} is missing", name, "Run again with the network to get the rest.",
+                    EXIT_FAILED)

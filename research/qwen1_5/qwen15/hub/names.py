@@ -9,7 +9,8 @@ from typing import Optional
 
 HUBS = ("hf", "modelscope")
 """Hugging Face (or what HF_ENDPOINT names) and ModelScope."""
-_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII)
+_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[\w./-]{{1,200}}))?", re.ASCII)
 _FILES = (".ckpt", ".safetensors", ".bin", ".json", ".yaml", ".yml")
 
 
@@ -32,7 +33,8 @@ class HubName:
 def parse(text: str) -> Optional[HubName]:
     """The hub name that `text` is; None when it is a path.
 
-    What exists on this machine is a path, always. So is what cannot be a name: `./x`, `/x`, `a/b/c`, `models/x.safetensors`.
+    What exists on this machine is a path, always. So is what cannot be a name: `./x`, `/x`, `a/b/c`,
+    `models/x.safetensors`.
     """
     if os.path.exists(os.path.expanduser(text)) or text.endswith(_FILES):
         return None
