@@ -29,7 +29,8 @@ def hub(tmp_path):
     folder.mkdir(parents=True)
     for name, content in {"config.json": b"{}", "vocab.json": b'{"a": 0}', "merges.txt": b"#\n", "README.md": b"hi",
                           "model.safetensors": WEIGHTS, "pytorch_model.bin": WEIGHTS,
-                          "consolidated.safetensors": WEIGHTS, "onnx/model.onnx": WEIGHTS, "tokenizer_config.json": b"{ }"}.items():
+                          "consolidated.safetensors": WEIGHTS,
+                          "onnx/model.onnx": WEIGHTS, "tokenizer_config.json": b"{ }"}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     with Hub(tmp_path / "models") as server:

@@ -25,8 +25,8 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> str:
     """The folder of a model in huggingface_hub's cache; what is missing there is downloaded.
 
     Raises:
-        UserError: the hub has no such model, refuses it or sent something else; or it cannot be reached and the cache has
-            no whole copy.
+        UserError: the hub has no such model, refuses it or sent something else; or it cannot be reached and the cache
+            has no whole copy.
     """
     from huggingface_hub import HfApi, constants, utils
 
