@@ -1,0 +1,317 @@
+"""Quantised checkpoints arrive with every integer and scale, go back bit for bit, are cut and merged; damage is told."""
+
+import json
+
+import numpy as np
+import pytest
+from checkpoint_fixtures import model_contents, read_contents, run_script, write_model
+from quantized_fixtures import DIMS, Form, entry, write_quantised
+from qwen15 import naming
+from qwen15.checkpoint.account import Expected, take_account
+from qwen15.checkpoint.casting import to_float32
+from qwen15.checkpoint.quantized import ORDER, SCALE, ZERO, dequantise
+from qwen15.checkpoint.reader import open_checkpoint, open_ranks
+from qwen15.conversion.hugging_face import Options, plan_to_hugging_face, plan_to_mindspore
+from qwen15.conversion.quantise import Recipe
+from qwen15.conversion.reslice import Request, plan_transform
+from qwen15.conversion.run import run
+from qwen15.conversion.slices import Slicing
+from qwen15.errors import UserError
+
+FORMS = {
+    "gptq-4": Form(biases=True),
+    "gptq-4-asym": Form(sym=False),
+    "gptq-4-rows-no-g_idx": Form(group=-1, g_idx=False),
+    "gptq-4-v2-asym": Form(sym=False, version=2, group=32),
+    "gptq-4-desc_act": Form(sym=False, desc_act=True),
+    "gptq-8": Form(bits=8, settings_file="quantize_config.json"),
+    "gptq-8-asym-v2-float32-scales": Form(bits=8, sym=False, version=2, scale="F32"),
+    "awq-asym": Form("awq", sym=False),
+    "awq-without-zero-points": Form("awq", group=32),
+    "compressed-4": Form("compressed-tensors", scale="F32"),
+    "compressed-4-asym-rows": Form("compressed-tensors", sym=False, group=-1),
+    "compressed-8-asym-g_idx": Form("compressed-tensors", bits=8, sym=False, desc_act=True),
+}
+
+
+def convert(plan):
+    result = run(plan, verify=True)
+    plan.close()
+    return result
+
+
+def meaning(checkpoint, name, scheme):
+    """float32 [O, I] of a stored matrix."""
+    read = {
+        suffix: checkpoint.read(name + suffix)
+        for suffix in ("", SCALE, ZERO, ORDER)
+        if name + suffix in checkpoint.infos
+    }
+    return dequantise(read[""], read[SCALE], scheme.scale_dtype, read.get(ZERO), read.get(ORDER))
+
+
+def meanings(path, dims=DIMS):
+    """Hugging Face name -> float32 array of every quantised matrix of a stored checkpoint."""
+    with open_checkpoint(path) as checkpoint:
+        account = take_account(checkpoint, Expected(dims, "the test"))
+        by_ms = {weight.ms: weight.hf for weight in naming.weights(dims)}
+        return {by_ms[name]: meaning(checkpoint, name, scheme) for name, scheme in account.schemes.items()}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_quantised_checkpoint_means_the_same_here_and_goes_back_bit_for_bit(tmp_path, name):
+    contents, wanted = write_quantised(tmp_path / "hf", FORMS[name], shards=2)
+    for target in ("ms/x.safetensors", "ckpt/x.ckpt"):
+        convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / target))))
+        found = meanings(tmp_path / target)
+        assert set(found) == set(wanted) and all(np.array_equal(found[key], wanted[key]) for key in wanted)
+        back = tmp_path / f"{target[:2]}-back"
+        convert(plan_to_hugging_face(str(tmp_path / target), Options(str(back))))
+        assert read_contents(back) == contents
+        for sidecar in ("config.json", FORMS[name].settings_file):
+            assert (back / sidecar).read_bytes() == (tmp_path / "hf" / sidecar).read_bytes()
+        assert not (back / "source_layout.json").exists()
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-8", "awq-asym", "compressed-4-asym-rows"])
+@pytest.mark.parametrize("vocab_emb_dp", [True, False])
+def test_slices_mean_the_same_and_merge_into_the_whole_they_came_from(tmp_path, name, vocab_emb_dp):
+    contents, wanted = write_quantised(tmp_path / "hf", FORMS[name])
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "whole" / "x.safetensors"))))
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ranks"), slicing=Slicing(2, vocab_emb_dp))))
+    ranks = open_ranks(str(tmp_path / "ranks"))
+    for weight in naming.weights(DIMS):
+        if weight.hf in wanted:
+            parts = []
+            for rank in ranks:
+                account = take_account(rank, Expected(DIMS, "the test", "ms", 2, vocab_emb_dp))
+                parts.append(meaning(rank, weight.ms, account.schemes[weight.ms]))
+            assert np.array_equal(np.concatenate(parts, weight.axis(2, vocab_emb_dp)), wanted[weight.hf])
+    convert(plan_transform(Request(str(tmp_path / "ranks"), str(tmp_path / "merged" / "x.safetensors"))))
+    assert read_contents(tmp_path / "merged" / "x.safetensors") == read_contents(tmp_path / "whole" / "x.safetensors")
+    convert(
+        plan_transform(Request(str(tmp_path / "whole" / "x.safetensors"), str(tmp_path / "again"), 2, vocab_emb_dp))
+    )
+    for rank in (0, 1):
+        assert read_contents(tmp_path / f"again/rank_{rank}") == read_contents(tmp_path / f"ranks/rank_{rank}")
+    convert(plan_to_hugging_face(str(tmp_path / "ranks"), Options(str(tmp_path / "back"))))
+    assert read_contents(tmp_path / "back") == contents
+
+
+def test_a_cut_inside_a_group_repeats_its_scale(tmp_path):
+    write_quantised(tmp_path / "hf", Form(group=64))  # w2 has 192 inputs, 3 groups; 96 a rank
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ranks"), slicing=Slicing(2, True))))
+    shape = {
+        name: read_contents(tmp_path / "ranks/rank_0")[f"model.layers.0.{name}"][1]
+        for name in ("feed_forward.w2.weight", "feed_forward.w2.weight_scale", "attention.wo.weight_scale")
+    }
+    assert shape == {
+        "feed_forward.w2.weight": (128, 48),
+        "feed_forward.w2.weight_scale": (128, 3),
+        "attention.wo.weight_scale": (128, 1),
+    }
+
+
+def test_dequantised_weights_are_bfloat16_and_config_no_longer_says_quantised(tmp_path):
+    _, wanted = write_quantised(tmp_path / "hf", FORMS["gptq-4-desc_act"])
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ms" / "x.ckpt"))))
+    plan = plan_to_hugging_face(str(tmp_path / "ms" / "x.ckpt"), Options(str(tmp_path / "back"), dequantise=True))
+    assert any("14 quantised matrices are dequantised to bfloat16" in note for note in plan.notes)
+    convert(plan)
+    found = read_contents(tmp_path / "back")
+    for name, values in wanted.items():
+        dtype, shape, data = found[name]
+        made = to_float32(np.frombuffer(data, np.uint16).reshape(shape), "BF16")
+        assert dtype == "BF16" and (np.abs(made - values) <= np.abs(values) / 256).all()
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+# ---- our own ----
+
+
+@pytest.mark.parametrize("bits, group, most", [(8, 128, 0.01), (4, 64, 0.12), (4, 32, 0.11)])
+def test_our_own_integers_are_the_nearest_and_the_error_is_told(tmp_path, bits, group, most):
+    rng = np.random.default_rng(0)
+    contents = model_contents(DIMS, "F32")
+    for name, (_, shape, _) in contents.items():
+        contents[name] = entry((rng.standard_normal(shape) * 0.05).astype(np.float32))
+    contents["model.layers.0.mlp.up_proj.weight"] = entry(np.zeros((192, 128), np.float32))
+    write_model(tmp_path / "hf", DIMS, contents)
+    plan = plan_to_mindspore(
+        str(tmp_path / "hf"), Options(str(tmp_path / "ms" / "x.safetensors"), recipe=Recipe(bits, group))
+    )
+    lines = convert(plan).errors
+    assert len(lines) == 16 and all("largest error" in line and "mean" in line for line in lines)
+    found = meanings(tmp_path / "ms" / "x.safetensors")
+    for name, made in found.items():
+        wanted = np.frombuffer(contents[name][2], np.float32).reshape(made.shape)
+        assert (
+            np.abs(made - wanted).sum() <= (0.01 if "embed" in name or "head" in name else most) * np.abs(wanted).sum()
+        )
+    stored = read_contents(tmp_path / "ms" / "x.safetensors")
+    assert stored["lm_head.weight"][0] == stored["model.tok_embeddings.embedding_weight"][0] == "I8"
+    assert stored["lm_head.weight_scale"][1] == (96, 4)
+    settings = json.loads((tmp_path / "ms" / "config.json").read_text())["quantization_config"]
+    assert (settings["quant_method"], settings["bits"], settings["group_size"]) == ("qwen15", bits, group)
+
+
+def test_what_our_own_int8_stores_is_rounded_as_the_definition_says(tmp_path):
+    rng = np.random.default_rng(1)
+    contents = {
+        name: entry(rng.standard_normal(shape).astype(np.float32))
+        for name, (_, shape, _) in model_contents(DIMS).items()
+    }
+    write_model(tmp_path / "hf", DIMS, contents)
+    convert(
+        plan_to_mindspore(
+            str(tmp_path / "hf"), Options(str(tmp_path / "ms/x.safetensors"), recipe=Recipe(8, 128, True))
+        )
+    )
+    stored = read_contents(tmp_path / "ms/x.safetensors")
+    assert stored["lm_head.weight"][0] == "F32"
+    name = "model.layers.1.feed_forward.w2.weight"
+    values = np.frombuffer(contents["model.layers.1.mlp.down_proj.weight"][2], np.float32).reshape(128, 192)
+    scale = np.frombuffer(stored[name + "_scale"][2], np.float16).reshape(
+        128, 3
+    )  # 128 does not divide 192: groups of 64
+    q = np.frombuffer(stored[name][2], np.int8).reshape(128, 192)
+    for row, column in ((0, 0), (5, 70), (127, 191)):
+        group = values[row, column // 64 * 64 : column // 64 * 64 + 64]
+        exact = np.abs(group).max() / 127
+        assert exact <= scale[row, column // 64] <= exact * 1.001
+        assert q[row, column] == round(float(values[row, column]) / float(scale[row, column // 64]))
+
+
+def test_quantised_on_the_way_into_slices_equals_cut_afterwards(tmp_path, module_dir):
+    write_model(
+        tmp_path / "hf",
+        DIMS,
+        {
+            name: entry(np.random.default_rng(2).standard_normal(shape).astype(np.float16))
+            for name, (_, shape, _) in model_contents(DIMS).items()
+        },
+    )
+    done = run_script(
+        module_dir,
+        "convert_weight.py",
+        "--torch_ckpt_dir",
+        tmp_path / "hf",
+        "--mindspore_ckpt_path",
+        tmp_path / "ranks",
+        "--quantize",
+        "int4",
+        "--model_parallel",
+        2,
+        "--verify",
+    )
+    assert done.returncode == 0 and "below 2 billion weights int8 is the choice" in done.stderr, done.stderr
+    assert "model.layers.1.mlp.down_proj.weight int4, groups of 64: largest error" in done.stderr
+    convert(
+        plan_to_mindspore(
+            str(tmp_path / "hf"), Options(str(tmp_path / "whole" / "x.safetensors"), recipe=Recipe(4, 64))
+        )
+    )
+    convert(plan_transform(Request(str(tmp_path / "whole" / "x.safetensors"), str(tmp_path / "cut"), 2)))
+    for rank in (0, 1):
+        assert read_contents(tmp_path / f"ranks/rank_{rank}") == read_contents(tmp_path / f"cut/rank_{rank}")
+
+
+# ---- what is refused ----
+
+
+def changed(name, array):
+    return lambda contents: {**contents, name: entry(array)}
+
+
+def without(name):
+    return lambda contents: {key: value for key, value in contents.items() if key != name}
+
+
+BASE = "model.layers.1.mlp.down_proj"
+INDEX = np.arange(192, dtype=np.int32) // 64
+DAMAGE = {
+    "scales are missing": (without(f"{BASE}.scales"), {}, f"{BASE}.scales is missing"),
+    "integers are missing": (without(f"{BASE}.qweight"), {}, f"{BASE}.qweight is missing"),
+    "a whole layer is missing": (
+        lambda c: {k: v for k, v in c.items() if not k.startswith(BASE)},
+        {},
+        f"{BASE}.weight is missing",
+    ),
+    "packing has the wrong shape": (changed(f"{BASE}.qweight", np.zeros((24, 64), np.int32)), {}, "make it [24, 128]"),
+    "bits contradict the tensor": (None, {"bits": 8}, "8 bits, groups of 64"),
+    "zero points of another group size": (
+        changed(f"{BASE}.qzeros", np.zeros((6, 16), np.int32)),
+        {},
+        "make it [3, 16]",
+    ),
+    "group does not divide": (None, {"group_size": 96}, "not a multiple of 96"),
+    "g_idx out of range": (changed(f"{BASE}.g_idx", INDEX + 1), {}, f"{BASE}.g_idx names group 3, there are 3"),
+    "g_idx uneven": (
+        changed(f"{BASE}.g_idx", np.minimum(INDEX, 1)),
+        {},
+        "puts 128 columns into group 1, a group has 64",
+    ),
+    "mixed": (changed(f"{BASE}.weight", np.zeros((128, 192), np.float16)), {}, "the same weight twice"),
+    "scales are integers": (changed(f"{BASE}.scales", np.zeros((3, 128), np.int32)), {}, "is I32"),
+    "a bias that is not zero": (changed(f"{BASE}.bias", np.ones(128, np.float16)), {}, f"{BASE}.bias is not zero"),
+    "tensors of another layout": (
+        changed(f"{BASE}.weight_packed", np.zeros((128, 24), np.int32)),
+        {},
+        "is no part of gptq",
+    ),
+    "2 bits": (None, {"bits": 2}, "GPTQ with 2 bits is not supported"),
+    "marlin": (None, {"checkpoint_format": "marlin"}, "marlin's layout"),
+    "bitsandbytes": (None, {"quant_method": "bitsandbytes"}, "'bitsandbytes' is not supported"),
+    "FP8": (None, {"quant_method": "fp8"}, "'fp8' is not supported"),
+    "AWQ GEMV": (None, {"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not supported"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_or_foreign_quantised_checkpoint_gets_one_line(tmp_path, name):
+    change, settings, said = DAMAGE[name]
+    write_quantised(tmp_path / "hf", Form(), change=change, quantization_config={**Form().settings(), **settings})
+    with pytest.raises(UserError) as error:
+        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.ckpt")))
+    assert said in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 2
+    assert not (tmp_path / "x.ckpt").exists()
+
+
+def test_truncated_quantised_weights_are_told_as_a_user_sees_it(tmp_path, module_dir):
+    write_quantised(tmp_path / "hf", Form())
+    path = tmp_path / "hf" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    done = run_script(
+        module_dir,
+        "convert_weight.py",
+        "--torch_ckpt_dir",
+        tmp_path / "hf",
+        "--mindspore_ckpt_path",
+        tmp_path / "x.ckpt",
+    )
+    assert done.returncode == 2 and "truncated" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_columns_in_another_order_cannot_be_cut_along_inputs(tmp_path):
+    write_quantised(tmp_path / "hf", Form(desc_act=True))
+    with pytest.raises(UserError, match="desc_act.*Run it on one rank"):
+        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ranks"), slicing=Slicing(2, True)))
+
+
+def test_a_cut_inside_a_block_of_32_is_refused_with_the_numbers(tmp_path):
+    dims = naming.Dims(64, 96, 1, 4, 4, 16, 96, False)
+    write_quantised(tmp_path / "hf", Form(group=32), dims)
+    with pytest.raises(UserError, match="96 inputs; over 2 ranks that is 48, not a multiple of 32"):
+        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ranks"), slicing=Slicing(2, True)))
+
+
+def test_a_quantised_model_is_not_quantised_again_and_nan_never(tmp_path):
+    write_quantised(tmp_path / "hf", Form())
+    with pytest.raises(UserError, match="is quantised already"):
+        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.ckpt"), recipe=Recipe(8, 128)))
+    contents = model_contents(DIMS, "F32")
+    contents["lm_head.weight"] = entry(np.full((96, 128), np.nan, np.float32))
+    write_model(tmp_path / "nan", DIMS, contents)
+    with pytest.raises(UserError, match="lm_head.weight holds NaN"):
+        run(plan_to_mindspore(str(tmp_path / "nan"), Options(str(tmp_path / "x.ckpt"), recipe=Recipe(8, 128))))
+    assert not (tmp_path / "x.ckpt").exists()
