@@ -106,7 +106,7 @@ def entry(array: np.ndarray) -> tuple:
 def quantised_linear(
     base: str, outputs: int, inputs: int, form: Form, rng: np.random.Generator
 ) -> tuple[dict, np.ndarray]:
-    """One linear of random integers, scales of either sign, and zero points: its tensors, and float32 [O, I] that they mean."""
+    """One linear of random integers, scales and zero points: its tensors, and float32 [O, I] that they mean."""
     group = form.group if form.group > 0 else inputs
     groups = inputs // group
     top = 2**form.bits

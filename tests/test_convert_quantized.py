@@ -1,4 +1,4 @@
-"""Quantised checkpoints arrive with every integer and scale, go back bit for bit, are cut and merged; damage is told."""
+"""Quantised checkpoints arrive with every integer and scale, go back bit for bit, and damage is told."""
 
 import json
 
