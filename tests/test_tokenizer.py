@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import unicodedata
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import MODULE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from qwen15.errors import UserError
-from qwen15.text import sharing
+from qwen15.text import matching, sharing
 from qwen15.text.tokenizer import Qwen2Tokenizer
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS, NEWER_MARKS, corpus
 
@@ -432,3 +433,64 @@ def test_contradicting_settings_are_named(copies, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer_config.json: cannot be read"):
         Qwen2Tokenizer.from_pretrained(tmp_path)
+
+
+# -- hostile files ----------------------------------------------------------------------------------------------------
+
+@given(tokens=st.sets(st.text(alphabet="ab<|.*", min_size=1, max_size=6), min_size=1, max_size=12), text=st.text(alphabet="ab<|.*x", max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_added_tokens_are_found_as_by_trying_each_the_longest_first(tokens, text):
+    assert matching.one_of(tokens).split(text) == matching.plain_one_of(tokens).split(text)
+
+
+def test_a_hundred_thousand_added_tokens_cost_no_time_for_each():
+    found = matching.one_of(f"<|audio_{number}|>" for number in range(100_000))
+    begin_s = time.perf_counter()
+    assert len(found.split("<|audio_99999|>" * 1000 + "<|audio_" * 20_000)) == 2001
+    assert time.perf_counter() - begin_s < 2  # trying each takes minutes
+    chain = ["a" * length for length in range(1, 1000)]
+    assert matching.one_of(chain).split("b" + "a" * 1500 + "b")[1] == "a" * 999
+
+
+CONFIGS = {
+    '{"added_tokens_decoder": {"first": {"content": "<x>"}}}': "the key 'first', a token's id",
+    '{"added_tokens_decoder": {"1.5": {"content": "<x>"}}}': "the key '1.5'",
+    '{"added_tokens_decoder": {"-1": {"content": "<x>"}}}': "the key '-1'",
+    '{"added_tokens_decoder": {"100000000": {"content": "<x>"}}}': "far beyond the 151643",
+    '{"added_tokens_decoder": {"' + "9" * 30 + '": {"content": "<x>"}}}': "a token's id is wanted",
+    '{"added_tokens_decoder": {"151646": {"content": "' + "a" * 5000 + '"}}}': "5000 characters",
+    '{"added_tokens_decoder": {"151646": {"content": "\\ud800"}}}': "half a character",
+    '{"added_tokens_decoder": {"151646": null}}': "is null",
+    '{"added_tokens_decoder": [1]}': "an object of ids and tokens is wanted",
+    '{"additional_special_tokens": [null]}': "holds a null", '{"additional_special_tokens": 5}': "a list of tokens is wanted",
+    '{"chat_template": [{"template": "x"}]}': "chat_template", '{"chat_template": 5}': "a text is wanted",
+    '{"errors": "nosuch"}': "errors is 'nosuch'", '{"model_max_length": "many"}': "a number is wanted",
+    '{"model_max_length": 1e999}': "holds 1e999", '{"model_max_length": NaN}': "NaN is not JSON",
+    '{"model_max_length": ' + "1" * 5000 + "}": "5000 digits", '{"padding_side": "up"}': "left or right is wanted",
+    "[" * 100_000: "nested too deeply", "[]": "not a JSON object", '{"eos_token": ["a"]}': "a token's text is wanted"}
+
+
+@pytest.mark.parametrize("contents", CONFIGS, ids=lambda contents: contents[:50])
+def test_a_hostile_tokenizer_config_is_one_clear_line(contents, files, tmp_path):
+    for path in files:
+        os.symlink(path, tmp_path / os.path.basename(path))
+    (tmp_path / "tokenizer_config.json").write_text(contents)
+    with pytest.raises(UserError) as caught:
+        Qwen2Tokenizer.from_pretrained(str(tmp_path))
+    assert CONFIGS[contents] in str(caught.value) and len(str(caught.value)) <= 500
+
+
+def test_a_config_cannot_name_other_files(files, tmp_path):
+    for path in files:
+        os.symlink(path, tmp_path / os.path.basename(path))
+    (tmp_path / "tokenizer_config.json").write_text('{"vocab_file": "/etc/passwd", "merges_file": 5, "self": 1, "": 2}')
+    assert Qwen2Tokenizer.from_pretrained(str(tmp_path)).encode("Hello world") == [9707, 1879]
+
+
+@pytest.mark.parametrize("contents, said", [
+    ("[" * 100_000, "nested too deeply"), ('{"a": ' * 100_000, "nested too deeply"), ('{"a": 0, "b": 4000000000}', "are missing"),
+    ('{"a": ' + "1" * 5000 + "}", "vocab.json"), ('{"a": 1e400}', "not a vocabulary")])
+def test_a_hostile_vocabulary_is_one_clear_line(contents, said, files, tmp_path):
+    (tmp_path / "vocab.json").write_text(contents)
+    with pytest.raises(UserError, match=said):
+        Qwen2Tokenizer(str(tmp_path / "vocab.json"), files[1])

@@ -39,6 +39,7 @@ LONGEST_BLANK_RUN = 1 << 16
 _ENGINE_LOOKUPS = 8000
 _LOOKUPS_PER_TOKEN = 4
 
+_MOST_BYTES = 128 * 2 ** 20  # of a file; Qwen's have 3 MB and 2 MB
 _LOOKS_LIKE_CONTROL = re.compile(r"<\|?[^\s<>]+\|?>$")
 
 
@@ -316,7 +317,10 @@ def _is_symbol(character: str) -> bool:
 def _read_text(path: str, what: str) -> str:
     try:
         with open(path, "rb") as file:
-            return file.read().decode()
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise UserError(f"has more than {_MOST_BYTES} bytes, too many for {what}", path, "Is this the right file?")
+        return data.decode()
     except FileNotFoundError:
         raise UserError(f"there is no such file ({what})", path,
                         "vocab.json and merges.txt come with the Hugging Face checkpoint.") from None
@@ -341,6 +345,8 @@ def _read_vocab(vocab_file: str, merges_file: str, added: Mapping[str, Optional[
         raise UserError("is empty", vocab_file, "Fetch vocab.json again.")
     try:
         vocab = json.loads(text)
+    except RecursionError:
+        raise UserError("is nested too deeply for a vocabulary", vocab_file, "Fetch vocab.json again.") from None
     except ValueError as error:
         if _looks_like_merges(text):
             raise UserError(f"is a merges file, vocab.json is wanted (and {merges_file} was given as the merges)",
@@ -360,7 +366,7 @@ def _read_vocab(vocab_file: str, merges_file: str, added: Mapping[str, Optional[
         raise UserError(f"{len(vocab)} tokens share {len(indices)} ids, or an id is negative" if indices
                         else "has no tokens", vocab_file, "The file was changed: fetch vocab.json again.")
     holes = max(indices) + 1 - len(indices)
-    if holes and set(range(max(indices))) - indices - set(added.values()):
+    if holes > len(added) or holes and set(range(max(indices))) - indices - set(added.values()):
         raise UserError(f"has {len(vocab)} tokens but ids up to {max(indices)}: {holes} are missing", vocab_file,
                         "The file is truncated or was changed: fetch vocab.json again.")
     return vocab
@@ -372,7 +378,7 @@ def _read_merges(merges_file: str, vocab: Dict[str, int], vocab_file: str) -> Tu
     if text.lstrip()[:1] == "{":
         try:
             json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         else:
             raise UserError(f"is JSON, merges.txt is wanted (and {vocab_file} was given as the vocabulary)",

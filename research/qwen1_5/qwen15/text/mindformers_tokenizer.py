@@ -10,7 +10,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from . import tokenizer
 from .tokenizer import ROLES
-from .tokenizer_config import AddedToken
+from .tokenizer_config import AddedToken, default_template
 
 _plain = tokenizer.Qwen2Tokenizer
 
@@ -44,7 +44,7 @@ class Qwen2Tokenizer(tokenization_utils.PreTrainedTokenizer, _plain):
         super().__init__(**{
             **given, **specials, "additional_special_tokens": [_flagged(AddedToken(token)) for token in extra],
             "added_tokens_decoder": {index: _flagged(token) for index, token in self._added.items()},
-            "chat_template": self._default_template(options.get("chat_template")),
+            "chat_template": default_template(options.get("chat_template"), vocab_file),
             "clean_up_tokenization_spaces": False})
 
     def _add_tokens(self, new_tokens: Sequence[Any], special_tokens: bool = False) -> int:

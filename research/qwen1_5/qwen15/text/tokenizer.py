@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import os
-import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
@@ -14,9 +13,20 @@ from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequ
 from ..errors import UserError
 from ..whole_file import write_whole
 from .bpe import BytePairEncoder
+from .matching import one_of
 from .sharing import SLICE, even_groups, processors, sliced
 from .template import CHATML, render
-from .tokenizer_config import CONFIG_NAME, AddedToken, added_tokens, read_config, token_content
+from .tokenizer_config import (
+    CONFIG_NAME,
+    AddedToken,
+    added_tokens,
+    check_ids,
+    check_options,
+    default_template,
+    read_config,
+    token_content,
+    token_contents,
+)
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 UNBOUNDED = int(1e30)  # model_max_length when nobody has set one, as in Hugging Face's and MindFormers' tokenizers
@@ -75,13 +85,10 @@ class Qwen2Tokenizer:
             setattr(self, role, content)
         self.additional_special_tokens: List[str] = extra
         self.model_max_length = options.get("model_max_length") or UNBOUNDED
-        self.padding_side = options.get("padding_side", "right")
-        self.truncation_side = options.get("truncation_side", "right")
+        self.padding_side = options.get("padding_side") or "right"
+        self.truncation_side = options.get("truncation_side") or "right"
         self.split_special_tokens = bool(options.get("split_special_tokens", False))
-        self.chat_template = self._default_template(options.get("chat_template"))
-        for side in ("padding_side", "truncation_side"):
-            if getattr(self, side) not in ("left", "right"):
-                raise UserError(f"{side} is {getattr(self, side)!r}", vocab_file, "Use left or right.")
+        self.chat_template = default_template(options.get("chat_template"), vocab_file)
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -109,18 +116,19 @@ class Qwen2Tokenizer:
                 raise UserError(f"the tokenizer needs {name}, got {path!r}", None,
                                 "Give --vocab_file and --merges_file, or set processor.tokenizer in the YAML.")
         self.vocab_file, self.merges_file = str(vocab_file), str(merges_file)
+        check_options(options, self.vocab_file)
         self._options = dict(options)
         self.errors = options.get("errors", "replace")
         roles = {role: token_content(options.get(role, END_OF_TEXT if role in ("unk_token", "eos_token", "pad_token")
                                             else None), role, self.vocab_file) for role in ROLES}
-        extra = [token_content(token, "additional_special_tokens", self.vocab_file)
-                 for token in options.get("additional_special_tokens") or ()]
+        extra = token_contents(options.get("additional_special_tokens"), "additional_special_tokens", self.vocab_file)
         listed = added_tokens(options.get("added_tokens_decoder"), self.vocab_file)
         wanted = [*(() if listed else (END_OF_TEXT, IM_START, IM_END)), *filter(None, roles.values()), *extra]
         known = {token.content: index for index, token in listed.items()}
         self._bpe = BytePairEncoder(self.vocab_file, self.merges_file,
                                     {**dict.fromkeys(wanted), **known}, roles["unk_token"])
         vocab = self._bpe.vocab
+        check_ids(listed, len(self._bpe.tokens), self.vocab_file)
         self._added: Dict[int, AddedToken] = {}
         for index, token in listed.items():
             there = self._token_at(index)
@@ -130,11 +138,12 @@ class Qwen2Tokenizer:
                     f"{vocab.get(token.content)} and {there!r} at {index}", self.vocab_file,
                     "tokenizer_config.json and vocab.json belong to different models.")
             self._added[index] = token
-        self._index_added()
+        next_id = 1 + max([len(self._bpe.tokens) - 1, *self._added])
         for content in dict.fromkeys(wanted):
-            index = self._added_ids.get(content, vocab.get(content))
-            self._added[self._size if index is None else index] = AddedToken(content, special=True)
-            self._index_added()
+            index = known.get(content, vocab.get(content))
+            self._added[next_id if index is None else index] = AddedToken(content, special=True)
+            next_id += index is None
+        self._index_added()
         padded = options.get("padded_vocab_size")
         if padded is not None and padded < self._size:
             raise UserError(f"the model has {padded} embedding rows, the tokenizer {self._size} ids", self.vocab_file,
@@ -148,9 +157,9 @@ class Qwen2Tokenizer:
         self._size = 1 + max([len(self._bpe.tokens) - 1, *self._added])
         self._bytes_by_id: List[bytes] = []
         self.control_token_ids: FrozenSet[int] = frozenset(i for i, token in self._added.items() if token.special)
-        self._any_added = _one_of(self._added_ids)
-        self._any_text_added = _one_of(token.content for token in self._added.values() if not token.special)
-        self._any_control = _one_of(token.content for token in self._added.values() if token.special)
+        self._any_added = one_of(self._added_ids)
+        self._any_text_added = one_of(token.content for token in self._added.values() if not token.special)
+        self._any_control = one_of(token.content for token in self._added.values() if token.special)
 
     @property
     def _bytes(self) -> List[bytes]:
@@ -165,13 +174,6 @@ class Qwen2Tokenizer:
     def _token_at(self, index: int) -> str:
         """The token of vocab.json with this id, "" where it has none."""
         return self._bpe.tokens[index] if 0 <= index < len(self._bpe.tokens) else ""
-
-    def _default_template(self, template: Any) -> Optional[str]:
-        """The template to use; a checkpoint may have several by name, of which `default` is the one for chat."""
-        if template is None or isinstance(template, str):
-            return template
-        named = template if isinstance(template, dict) else {item["name"]: item["template"] for item in template}
-        return named.get("default")
 
     def __reduce__(self):
         return functools.partial(type(self), **self._options), (self.vocab_file, self.merges_file)
@@ -541,12 +543,6 @@ class Qwen2Tokenizer:
     def __repr__(self) -> str:
         return (f"Qwen2Tokenizer(vocab_file={self.vocab_file!r}, vocab_size={self.vocab_size}, length={len(self)}, "
                 f"control_tokens={self.all_special_tokens})")
-
-
-def _one_of(contents: Iterable[str]):
-    """A regular expression that captures any of the tokens, the longest first; None when there are none."""
-    ordered = sorted(contents, key=lambda content: (-len(content), content))
-    return re.compile(f"({'|'.join(map(re.escape, ordered))})") if ordered else None
 
 
 def _normalized(text: str) -> str:
