@@ -80,6 +80,7 @@ setup(
         # and ends at 3.11.
         "ascend": [MINDFORMERS],
         "quickstart": ["gguf>=0.10"],
+        "gguf": ["gguf>=0.10"],
         "serve": SERVE,
         "modelscope": ["modelscope>=1.20"],
         "bench": ["matplotlib>=3.7", TRANSFORMERS],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -10,12 +11,15 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 from .. import naming
 from ..checkpoint.account import Account, Expected, same_contents, take_account
 from ..checkpoint.casting import FLOATS
+from ..checkpoint.gguf_file import GgufFile
 from ..checkpoint.quantized import ORDER, Scheme, companion_of
 from ..checkpoint.quantized_settings import CONFIG_KEY, Settings, settings_of
 from ..checkpoint.quantized_source import read_quantised
 from ..checkpoint.reader import Checkpoint, format_of, open_checkpoint
 from ..checkpoint.regrouped import finer, regrouped
+from ..checkpoint.source import is_gguf, open_source
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo, element_count
+from ..checkpoint.view import View
 from ..config.hf_config import CONFIG_FILE, HfConfig, dims_from_hf_config
 from ..errors import UserError
 from ..naming import Weight
@@ -76,16 +80,22 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
     """Plan the conversion of a Hugging Face checkpoint, quantised ones (GPTQ, AWQ, compressed-tensors) among them.
 
     Args:
-        source_path: folder of a model, or a weight file with config.json beside it.
+        source_path: folder of a model, a weight file with config.json beside it, or a .gguf file.
         options: what to make.
 
     Raises:
         UserError: anything missing, surplus, misshapen or not supported; nothing is written.
     """
     folder = source_path if os.path.isdir(source_path) else os.path.dirname(os.path.abspath(source_path))
-    config = dims_from_hf_config(folder)
-    settings = settings_of(folder)
-    source = open_checkpoint(source_path, ("safetensors", "bin"))
+    if is_gguf(source_path):
+        floats = SHORT_NAMES["bfloat16" if options.dtype == "auto" else options.dtype]
+        source, settings = open_source(source_path, floats=floats), None
+        assert isinstance(source, View) and isinstance(source.source, GgufFile)
+        contents = source.source.config
+        config = replace(dims_from_hf_config(contents), where=source_path)
+    else:
+        contents, config, settings = None, dims_from_hf_config(folder), settings_of(folder)
+        source = open_checkpoint(source_path, ("safetensors", "bin"))
     try:
         weights = list(naming.weights(config.dims))
         plan = Plan(options.target, False, [source], [], [], notes=list(source.notes))
@@ -106,7 +116,7 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
         changes = dict(options.recipe.changes()) if options.recipe is not None else {}
         if options.dtype != "auto":
             changes["torch_dtype"] = _one_dtype(tensors)
-        plan.small.update(sidecars(folder, changes))
+        plan.small.update(sidecars(folder, changes) if contents is None else _gguf_sidecars(folder, contents, changes, plan))
         plan.small.update(small)
         if schemes:
             plan.source_bytes = sum(info.nbytes for info in source.infos.values())
@@ -140,6 +150,18 @@ def _stored_form(source: Checkpoint, settings: Optional[Settings], weights: Sequ
     if sum(element_count(weight.shape) for weight in weights) < SMALL_MODEL_VALUES and options.recipe.bits == 4:
         plan.notes.append("below 2 billion weights int8 is the choice: 4 bits cost a small model much of what it knows")
     return quantised(source, weights, options.recipe), {}
+
+
+def _gguf_sidecars(folder: str, contents: Mapping[str, object], changes: Mapping[str, object], plan: Plan
+                   ) -> Dict[str, bytes]:
+    """config.json made of a GGUF file's metadata, and the tokenizer's files if they lie beside it."""
+    found = {name: content for name, content in sidecars(folder, {}).items() if name not in (CONFIG_FILE, LAYOUT_FILE)}
+    absent = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if name not in found]
+    if absent:
+        plan.notes.append(f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not beside the .gguf file: copy the "
+                          "tokenizer's files from the model's Hugging Face folder")
+    found[CONFIG_FILE] = (json.dumps({**contents, **changes}, indent=2) + "\n").encode("utf-8")
+    return found
 
 
 @dataclass(frozen=True)

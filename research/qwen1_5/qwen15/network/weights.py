@@ -10,7 +10,8 @@ import numpy as np
 from .. import naming
 from ..checkpoint import casting, leftovers
 from ..checkpoint.account import Expected, take_account
-from ..checkpoint.reader import all_ranks, open_checkpoint
+from ..checkpoint.reader import all_ranks
+from ..checkpoint.source import open_source
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES
 from ..config.schema import ModelConfig
 from ..errors import UserError
@@ -86,7 +87,7 @@ class Loader:
     def __init__(self, checkpoint: str, model: ModelConfig, held_dtype: str, rank: int = 0, ranks: int = 1,
                  vocab_emb_dp: bool = True, whole: bool = True):
         self._path = checkpoint
-        self._reader = open_checkpoint(checkpoint)
+        self._reader = open_source(checkpoint)
         self._matrix_dtype = model.param_init_type
         self._held_dtype = held_dtype
         self._rank, self._ranks, self._whole = rank, ranks, whole
