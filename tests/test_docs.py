@@ -22,6 +22,7 @@ NOT_RUN = (
     (r"scripts/(quickstart|test)\.sh|^source \.venv|^pip install", "installs"),
     (r"Ascend/|ascend-check|14b\.ckpt|/path/72b ", "needs a 910B card"),
     (r'run_qwen1_5\.py \.\.\."', "stands for a command that is given in full elsewhere on its page"),
+    (r"qwen15 serve|^curl ", "the server's own tests do that"),
     (r"bench numerics", "takes minutes with a real model"),
 )
 """Pattern of a command -> why it is not run here."""
@@ -44,7 +45,7 @@ def commands():
     for page in PAGES:
         for _, block in re.findall(r"^( *)```(?:shell|bash)\n(.*?)^ *```", page.read_text("utf-8"), re.M | re.S):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-                line = " ".join(line.split())
+                line = re.sub(r" # .*", "", " ".join(line.split()))
                 if line and not line.startswith("#"):
                     seen.setdefault(line, page.relative_to(ROOT).as_posix())
     return [(page, command) for command, page in seen.items()]
@@ -62,7 +63,7 @@ def world(tmp_path_factory, qwen_vocabulary):
     for made in (module, repo / "docs", repo / "models", folder / "bin", folder / "home", paths):
         made.mkdir(parents=True)
     (repo / "scripts").symlink_to(ROOT / "scripts")
-    shutil.copy(ROOT / "docs" / "memory.md", repo / "docs")
+    shutil.copytree(ROOT / "docs" / "tables", repo / "docs" / "tables")
     for source in MODULE.iterdir():
         if source.suffix == ".yaml" and "smollm2" not in source.name:
             (module / source.name).write_text(shrunk(source), "utf-8")

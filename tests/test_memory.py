@@ -259,10 +259,10 @@ def test_the_numbers_come_before_the_weights(tmp_path, small_model):
 # --- the page in the docs
 
 def test_the_table_in_the_docs_is_current():
-    with open(os.path.join(ROOT, "docs", "memory.md"), encoding="utf-8") as file:
+    with open(os.path.join(ROOT, "docs", "tables", "memory.md"), encoding="utf-8") as file:
         document = file.read()
     current = markdown_part.updated(document, command.NAME, command.document_part(MODULE))
-    assert document == current, "run: qwen15 memory --update docs/memory.md"
+    assert document == current, "run: qwen15 memory --update docs/tables/memory.md"
 
 
 def test_updating_keeps_everything_outside_the_markers(tmp_path, capsys):

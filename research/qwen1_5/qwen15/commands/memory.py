@@ -18,7 +18,7 @@ from .markdown_part import update
 
 RANKS = (1, 2, 4, 8)
 NAME = "qwen15 memory"
-"""What the markers around the tables in docs/memory.md are called."""
+"""What the markers around the tables in docs/tables/memory.md are called."""
 
 
 def table(folder: str) -> str:
@@ -58,7 +58,7 @@ def cpu_table(folder: str) -> str:
 
 
 def document_part(folder: str) -> str:
-    """Both tables, as they stand in docs/memory.md."""
+    """Both tables, as they stand in docs/tables/memory.md."""
     return f"{table(folder)}\n\n{cpu_table(folder)}"
 
 
