@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 def test_every_weight_arrives_bit_for_bit(folder):
     model = load(folder)
-    source = weights.Loader(str(folder), model, "float32")
+    source = weights.Loader(str(folder), model)
     stored = safetensors_of(folder)
     for weight in naming.weights(model.dims):
         assert source(weight.ms).asnumpy().tobytes() == stored[weight.hf].tobytes()
@@ -57,7 +57,7 @@ def test_ranks_read_slices_that_join_to_the_whole(tmp_path, split_vocab):
     folder = tmp_path / "hf"
     random_model(folder, vocab_size=200)
     model = load(folder)
-    sources = [weights.Loader(str(folder), model, "float32", rank, 2, not split_vocab) for rank in range(2)]
+    sources = [weights.Loader(str(folder), model, rank, 2, not split_vocab) for rank in range(2)]
     stored = safetensors_of(folder)
     for weight in naming.weights(model.dims):
         axis = weight.axis(2, not split_vocab)
@@ -71,7 +71,7 @@ def test_missing_weight_stops_and_is_named(folder):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save(folder, tensors)
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight is missing \(38 of 39 weights found\)"):
-        weights.Loader(str(folder), load(folder), "float32")
+        weights.Loader(str(folder), load(folder))
 
 
 def test_missing_head_suggests_tying(folder):
@@ -79,20 +79,20 @@ def test_missing_head_suggests_tying(folder):
     del tensors["lm_head.weight"]
     save(folder, tensors)
     with pytest.raises(UserError, match="lm_head.weight is missing.*the YAML must say tie_word_embeddings true"):
-        weights.Loader(str(folder), load(folder), "float32")
+        weights.Loader(str(folder), load(folder))
 
 
 def test_unexpected_tensor_stops_and_is_named(folder):
     save(folder, {**safetensors_of(folder), "model.layers.0.self_attn.q_proj.lora_a": np.ones(3, np.float32)})
     with pytest.raises(UserError, match="q_proj.lora_a is no weight of this model.*Merge adapters"):
-        weights.Loader(str(folder), load(folder), "float32")
+        weights.Loader(str(folder), load(folder))
 
 
 def test_caches_optimizer_states_and_counters_are_skipped_and_counted(folder):
     extra = {"model.layers.0.attention.infer_attention.paged_attention_mgr.key_cache": np.zeros((2, 2), np.float32),
              "adam_m.model.norm_out.weight": np.zeros(48, np.float32), "global_step": np.zeros((), np.float32)}
     save(folder, {**safetensors_of(folder), **extra})
-    source = weights.Loader(str(folder), load(folder), "float32")
+    source = weights.Loader(str(folder), load(folder))
     assert source.account().endswith(
         "skipped 3: 1 KV cache (model.layers.0.attention.infer_attention.paged_attention_mgr.key_cache), "
         "1 optimizer state (adam_m.model.norm_out.weight), 1 training counter (global_step)")
@@ -103,7 +103,7 @@ def test_wrong_shape_names_both_shapes(folder):
     tensors["model.layers.2.self_attn.k_proj.weight"] = np.zeros((48, 48), np.float32)
     save(folder, tensors)
     with pytest.raises(UserError, match=r"k_proj.weight has shape \[48, 48\], the YAML makes it \[16, 48\]"):
-        weights.Loader(str(folder), load(folder), "float32")
+        weights.Loader(str(folder), load(folder))
 
 
 def test_checkpoint_of_another_size_is_recognised(tmp_path):
@@ -123,7 +123,7 @@ def test_checkpoint_of_another_size_is_recognised(tmp_path):
     model = load_config(yaml, environ={}).model
     line = r"has shape \[151936, 2560\], the YAML makes it \[152064, 5120\].*looks like Qwen1.5-4B, not 14B"
     with pytest.raises(UserError, match=line):
-        weights.Loader(str(path), model, "float32")
+        weights.Loader(str(path), model)
 
 
 def test_tied_model_accepts_its_own_head_and_no_other(tmp_path):
@@ -131,18 +131,18 @@ def test_tied_model_accepts_its_own_head_and_no_other(tmp_path):
     random_model(folder, tie_word_embeddings=True)
     tensors = safetensors_of(folder)
     save(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()})
-    assert ", tied 1" in weights.Loader(str(folder), load(folder), "float32").account()
+    assert ", tied 1" in weights.Loader(str(folder), load(folder)).account()
     save(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
     line = "lm_head.weight differs from model.embed_tokens.weight.*Set tie_word_embeddings false in the YAML"
     with pytest.raises(UserError, match=line):
-        weights.Loader(str(folder), load(folder), "float32")
+        weights.Loader(str(folder), load(folder))
 
 
 def test_casts_are_counted_and_told(folder):
     tensors = safetensors_of(folder)
     tensors["model.layers.0.mlp.down_proj.weight"][0, :3] = [1e-30, 1e30, 0]
     save(folder, tensors)
-    source = weights.Loader(str(folder), load(folder, param_init_type="float16"), "float16")
+    source = weights.Loader(str(folder), load(folder, param_init_type="float16"))
     for weight in naming.weights(load(folder).dims):
         source(weight.ms)
     assert source.account().endswith("; float32 -> float16: 23 tensors, 1 values became 0, 1 overflowed")
@@ -150,11 +150,11 @@ def test_casts_are_counted_and_told(folder):
 
 def test_weight_that_is_not_finite_is_found(folder):
     tensors = safetensors_of(folder)
-    source = weights.Loader(str(folder), load(folder), "float32")
+    source = weights.Loader(str(folder), load(folder))
     assert source.find_non_finite() is None
     tensors["model.layers.1.self_attn.v_proj.bias"][3] = np.nan
     save(folder, tensors)
-    source = weights.Loader(str(folder), load(folder), "float32")
+    source = weights.Loader(str(folder), load(folder))
     assert source.find_non_finite() == "model.layers.1.attention.wv.bias"
 
 
@@ -220,7 +220,7 @@ def test_slices_of_another_split_are_named(tmp_path):
             axis = w.axis(cut_for, cut_with)
             first[w.ms] = tensors[w.hf] if axis is None else np.split(tensors[w.hf], cut_for, axis)[0].copy()
         save_file(first, str(rank / "model.safetensors"))
-        return weights.Loader(str(rank), model, "float32", 0, run_for, vocab_emb_dp=run_with, whole=False)
+        return weights.Loader(str(rank), model, 0, run_for, vocab_emb_dp=run_with, whole=False)
 
     assert source(2, True, 2, True).read("model.layers.0.attention.wo.weight")[0].shape == (48, 24)
     with pytest.raises(UserError, match="sliced with vocab_emb_dp False, not True"):

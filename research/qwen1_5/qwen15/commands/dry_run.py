@@ -61,7 +61,7 @@ def _checkpoint_lines(config: Config) -> List[str]:
     lines = []
     for rank in range(1 if whole else ranks):
         path = weights.resolve(config.load_checkpoint, rank, ranks, config.auto_trans_ckpt)
-        weights.Loader(path, config.model, config.model.param_init_type, rank, ranks, parallel.vocab_emb_dp, whole)
+        weights.Loader(path, config.model, rank, ranks, parallel.vocab_emb_dp, whole)
         reader = open_checkpoint(path)
         infos = reader.infos.values()
         dtypes = ", ".join(sorted({info.dtype for info in infos}))

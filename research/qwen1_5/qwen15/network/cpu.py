@@ -32,9 +32,8 @@ class CpuNetwork(Network):
         self.vocab_size = model.dims.vocab_size
         split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
         operators.compute_in(model.compute_dtype)
-        held_dtype = operators.weight_dtype(model.param_init_type)
-        self._weights = weights.Loader(checkpoint, model, held_dtype, self.rank, self.ranks,
-                                       config.parallel.vocab_emb_dp, whole=config.auto_trans_ckpt or self.ranks == 1)
+        self._weights = weights.Loader(checkpoint, model, self.rank, self.ranks, config.parallel.vocab_emb_dp,
+                                       whole=config.auto_trans_ckpt or self.ranks == 1, held_dtype=operators.weight_dtype)
         cos, sin = rope_tables(model.seq_length, model.dims.head_dim, model.theta)
         args = Args(self._weights, operators, model.dims, model.rms_norm_eps, model.num_blocks, model.block_size,
                     model.compute_dtype, self.ranks, self.rank, split_vocab)
@@ -51,7 +50,7 @@ class CpuNetwork(Network):
         blocks = -(-model.seq_length // model.block_size)
         short = self._cell.fused and ShortDecode.is_possible()
         self.short = ShortDecode(operators, self._cell, blocks) if short else None
-        self.note = f"CPU, {note}, weights {held_dtype}, KV cache {model.compute_dtype}"
+        self.note = f"CPU, {note}, weights {self._weights.describe()}, KV cache {model.compute_dtype}"
         if self.ranks > 1:
             self._broadcast = ms.ops.Broadcast(0)
 

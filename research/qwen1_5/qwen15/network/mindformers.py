@@ -56,7 +56,7 @@ class MindFormersNetwork(Network):
             self.cell = build(settings)
             if self.ranks > 1:
                 cut(self.cell, config.model)
-            self._source = weights.Loader(checkpoint, config.model, config.model.param_init_type, self.rank, self.ranks,
+            self._source = weights.Loader(checkpoint, config.model, self.rank, self.ranks,
                                           config.parallel.vocab_emb_dp, whole=config.auto_trans_ckpt or self.ranks == 1)
             fill(self.cell, self._source, config, self.ranks, tell)
             self.cell.set_dynamic_inputs()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, Optional, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import numpy as np
 
 from .. import naming
 from ..checkpoint import casting, leftovers
 from ..checkpoint.account import Expected, take_account
-from ..checkpoint.reader import all_ranks
-from ..checkpoint.source import open_source
-from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES
+from ..checkpoint.quantized import ORDER, SCALE, Scheme, companion_of
+from ..checkpoint.quantized_cut import slice_columns, slice_scheme
+from ..checkpoint.reader import all_ranks, open_checkpoint
+from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo
 from ..config.schema import ModelConfig
 from ..errors import UserError
 
@@ -75,46 +76,80 @@ class Loader:
 
     Args:
         checkpoint: what `resolve` returned.
-        model: the model's configuration; `param_init_type` is the dtype of the matrices.
-        held_dtype: dtype in which matrices are handed out by `__call__`.
+        model: the model's configuration; `param_init_type` is the dtype of the matrices, where none is quantised.
         rank, ranks, vocab_emb_dp: the slices to take.
         whole: the checkpoint holds whole tensors; otherwise this rank's slices.
+        held_dtype: the dtype in which `__call__` hands out an unquantised matrix of a dtype: the same, or float32.
+
+    Attributes:
+        schemes: MindSpore name -> how this rank's slice of it is quantised, for the matrices that are.
 
     Raises:
         UserError: missing, unexpected or misshapen tensors, before any is read.
     """
 
-    def __init__(self, checkpoint: str, model: ModelConfig, held_dtype: str, rank: int = 0, ranks: int = 1,
-                 vocab_emb_dp: bool = True, whole: bool = True):
+    def __init__(self, checkpoint: str, model: ModelConfig, rank: int = 0, ranks: int = 1, vocab_emb_dp: bool = True,
+                 whole: bool = True, held_dtype: Callable[[str], str] = lambda dtype: dtype):
         self._path = checkpoint
-        self._reader = open_source(checkpoint)
+        self._reader = open_checkpoint(checkpoint)
         self._matrix_dtype = model.param_init_type
         self._held_dtype = held_dtype
         self._rank, self._ranks, self._whole = rank, ranks, whole
+        self._dims, self._vocab_emb_dp = model.dims, vocab_emb_dp
         self._axes = {weight.ms: weight.axis(ranks, vocab_emb_dp) for weight in naming.weights(model.dims)}
         self._casts: Dict[Tuple[str, str], casting.Count] = {}
         self._loaded = 0
         self._account = take_account(
             self._reader, Expected(model.dims, "the YAML", "either", 1 if whole else ranks, vocab_emb_dp))
         self._stored = self._account.stored
+        self._shapes = {weight.ms: weight.shape for weight in naming.weights(model.dims)}
+        self.schemes = {name: self._of_this_rank(name, scheme) for name, scheme in self._account.schemes.items()}
+
+    def _of_this_rank(self, name: str, scheme: Scheme) -> Scheme:
+        """A matrix's scheme in this rank's slice."""
+        if not self._whole:
+            return scheme
+        return slice_scheme(scheme, self._shapes[name], self._axes[name], self._ranks, name, self._path)
 
     def parts(self, name: str) -> Tuple[str, ...]:
-        """The parameters that weight `name` consists of."""
-        return (name,)
+        """The parameters that weight `name` consists of: itself, and its companions where it is quantised."""
+        if name not in self.schemes:
+            return (name,)
+        return tuple(info.name for info in self.schemes[name].infos(name, self._shapes[name]))
 
     def __call__(self, name: str):
         """The value of parameter `name` as a Tensor: this rank's slice, mapped from the file where it can be."""
+        matrix = companion_of(name) or name
+        if matrix in self.schemes:
+            return casting.to_tensor(*self._read_quantised(matrix, name[len(matrix):]))
         array, dtype = self.read(name)
         if array.ndim == 1:
             # Norm weights and biases take part in float32 arithmetic everywhere; holding them so is exact.
             array, dtype = casting.exact(array, dtype, "F32"), "F32"
         else:
-            held = SHORT_NAMES[self._held_dtype]
+            held = SHORT_NAMES[self._held_dtype(LONG_NAMES[dtype])]
             array, dtype = casting.exact(array, dtype, held), held
         return casting.to_tensor(array, dtype)
 
+    def _read_quantised(self, matrix: str, suffix: str) -> Tuple[np.ndarray, str]:
+        """This rank's slice of one tensor of a quantised matrix, bit for bit as it is stored."""
+        stored, axis, scheme = self._stored[matrix] + suffix, self._axes[matrix], self._account.schemes[matrix]
+        info = self._reader.infos[stored]
+        self._loaded += not suffix
+        if not self._whole or axis is None or suffix == ORDER:
+            return self._reader.read(stored), info.dtype
+        if axis == 0:
+            rows = info.shape[0] // self._ranks
+            return self._reader.read(stored, 0, self._rank * rows, (self._rank + 1) * rows), info.dtype
+        whole = self._reader.read(stored)
+        return slice_columns(stored, whole, scheme, self._shapes[matrix], self._rank, self._ranks), info.dtype
+
     def read(self, name: str) -> Tuple[np.ndarray, str]:
-        """This rank's slice of parameter `name` in the model's dtype: (array, 'F32' | 'F16' | 'BF16')."""
+        """This rank's slice of an unquantised weight: (array, 'F32' | 'F16' | 'BF16').
+
+        Matrices are in the model's dtype; beside quantised ones they are as they are stored, since those do not follow
+        `param_init_type` either.
+        """
         stored, axis = self._stored[name], self._axes[name]
         info = self._reader.infos[stored]
         if self._whole and axis is not None:
@@ -122,13 +157,44 @@ class Loader:
             array = self._reader.read(stored, axis, self._rank * size, (self._rank + 1) * size)
         else:
             array = self._reader.read(stored)
-        wanted = info.dtype if array.ndim == 1 else SHORT_NAMES[self._matrix_dtype]
+        wanted = info.dtype if array.ndim == 1 or self.schemes else SHORT_NAMES[self._matrix_dtype]
         if wanted != info.dtype:
             array, count = casting.cast(array, info.dtype, wanted)
             key = (info.dtype, wanted)
             self._casts[key] = self._casts[key] + count if key in self._casts else count
         self._loaded += 1
         return array, wanted
+
+    def describe(self) -> str:
+        """How the matrices are held, for people: `bfloat16`, or `int4 in groups of 64, table and head float16`."""
+        if not self.schemes:
+            return self._held_dtype(self._matrix_dtype)
+        layers, vocabulary = set(), set()
+        for name, shape in self._shapes.items():
+            if len(shape) == 2:
+                kinds = vocabulary if name in (naming.EMBEDDING.ms, naming.HEAD.ms) else layers
+                scheme = self._account.schemes.get(name)
+                stored = LONG_NAMES[self._reader.infos[self._stored[name]].dtype] if scheme is None else ""
+                kinds.add(_in_words(scheme) if scheme else self._held_dtype(stored))
+        ours, theirs = " and ".join(sorted(layers)), " and ".join(sorted(vocabulary))
+        return ours if ours == theirs else f"{ours}, table and head {theirs}"
+
+    def nbytes(self) -> Tuple[int, int]:
+        """Bytes that this rank holds: (table and head, everything else)."""
+        vocabulary = others = 0
+        for weight in naming.weights(self._dims):
+            shape = weight.slice_shape(self._ranks, self._vocab_emb_dp)
+            if weight.ms in self.schemes:
+                size = sum(info.nbytes for info in self.schemes[weight.ms].infos(weight.ms, shape))
+            else:
+                stored = LONG_NAMES[self._reader.infos[self._stored[weight.ms]].dtype]
+                dtype = "float32" if len(shape) == 1 else self._held_dtype(stored if self.schemes else self._matrix_dtype)
+                size = TensorInfo.of(weight.ms, SHORT_NAMES[dtype], shape).nbytes
+            if weight.cut == naming.VOCAB:
+                vocabulary += size
+            else:
+                others += size
+        return vocabulary, others
 
     def account(self) -> str:
         """One line for the user: what was loaded, tied, cast and skipped."""
@@ -145,6 +211,11 @@ class Loader:
     def find_non_finite(self) -> Optional[str]:
         """Name of the first weight that holds NaN or infinity, None when all are finite. Reads every weight."""
         for name, stored in self._stored.items():
-            if casting.has_non_finite(self._reader.read(stored), self._reader.infos[stored].dtype):
+            floats = stored + SCALE if name in self.schemes else stored
+            if casting.has_non_finite(self._reader.read(floats), self._reader.infos[floats].dtype):
                 return name
         return None
+
+
+def _in_words(scheme: Scheme) -> str:
+    return f"int{scheme.bits} in " + ("whole rows" if scheme.groups == 1 else f"groups of {scheme.group_size}")
