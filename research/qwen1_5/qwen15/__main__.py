@@ -35,6 +35,7 @@ GROUPS: Dict[str, Dict[str, Verb]] = {
         "doctor": Verb("qwen15.commands.doctor", "what this machine has and what will be used"),
     },
     "examine": {
+        "perplexity": Verb("qwen15.commands.perplexity", "how well a model predicts a text: what a quantisation costs"),
         "bench": Verb("qwen15.bench.command", "measure speed, memory and closeness to transformers"),
         "ascend-check": Verb("qwen15.ascend.check", "compare the Ascend path with plain definitions on a card"),
     },

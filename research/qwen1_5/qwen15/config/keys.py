@@ -122,6 +122,13 @@ _ROWS = [
     _model("scaling_factor", "any", FIXED, allowed=(1, None)),
     _model("attn_proj_has_bias", "bool", FIXED, allowed=(False,)),
     _model("quant_config", "any", FIXED, allowed=(None, {})),
+    # MindFormers' names. The checkpoint itself says how it is quantised; these only have to agree with it.
+    _model("quantization_config.weight_dtype", "str", allowed=("int4", "int8")),
+    _model("quantization_config.group_size", "int", low=-1),
+    *[_model(f"quantization_config.{name}", "str", FIXED, allowed=("none", None))
+      for name in ("activation_dtype", "kvcache_dtype")],
+    _model("quantization_config.quant_method", "str", INERT),
+    _model("quantization_config.modules_to_not_convert", "list", INERT),
     _model("checkpoint_name_or_path", "str", FIXED, allowed=("", None)),
     *_each(MODEL, "use_rope_slice fused_rms_norm residual_dtype embedding_init_type use_attn_mask_compression "
                   "rmsnorm_compute_2d init_method_std llm_backend parallel_decoding_params", "any", DEVICE),

@@ -12,7 +12,7 @@ from ..naming import Dims
 from .checkpoint_files import CheckpointFiles
 from .final import Final, plainly
 from .keys import MODEL
-from .schema import ModelConfig
+from .schema import ModelConfig, Quantization
 
 _LONGEST_DEFAULT = 8192
 _QWEN_END = 151643
@@ -46,7 +46,15 @@ def model_config(final: Final, files: CheckpointFiles, device_target: str) -> Mo
     return ModelConfig(dims=dims, rms_norm_eps=eps, theta=theta, seq_length=seq_length, param_init_type=param,
                        compute_dtype=compute, rotary_dtype=rotary, use_past=_use_past(final), block_size=block_size,
                        num_blocks=num_blocks, batch_size=batch_size, pad_token_id=pad, bos_token_id=bos,
-                       eos_token_id=eos, **{name: final.model(name) for name in names})
+                       eos_token_id=eos, quantization=_quantization(final),
+                       **{name: final.model(name) for name in names})
+
+
+def _quantization(final: Final) -> Optional[Quantization]:
+    said = {name: final.model(f"quantization_config.{name}") for name in ("weight_dtype", "group_size")}
+    if all(value is None for value in said.values()):
+        return None
+    return Quantization(**said, where={name: final.sources[f"{MODEL}quantization_config.{name}"] for name in said})
 
 
 def _dims(final: Final, hf: Optional[Dims], hf_path: str, device_target: str) -> Dims:

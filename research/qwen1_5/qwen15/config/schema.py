@@ -9,6 +9,21 @@ from ..naming import Dims
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """What the YAML says about the checkpoint's quantisation; the checkpoint has to agree.
+
+    Attributes:
+        weight_dtype: 'int4' or 'int8' of the layers' matrices, None when it is not said.
+        group_size: inputs that share a scale; 0 or -1 for whole rows, None when it is not said.
+        where: key -> the file and line that say so.
+    """
+
+    weight_dtype: Optional[str]
+    group_size: Optional[int]
+    where: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network: sizes, constants, dtypes, cache.
 
@@ -21,6 +36,7 @@ class ModelConfig:
         block_size, num_blocks: the KV cache holds num_blocks blocks of block_size tokens, shared by all sequences.
         batch_size: sequences that run together.
         eos_token_id: every id that ends a sequence; empty when none is known.
+        quantization: what is said about the checkpoint's quantisation, None for nothing.
     """
 
     dims: Dims
@@ -42,6 +58,7 @@ class ModelConfig:
     pad_token_id: int
     bos_token_id: int
     eos_token_id: Tuple[int, ...]
+    quantization: Optional[Quantization] = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Tuple
 
 from .. import device, naming
 from ..config.schema import Config, ModelConfig, ParallelConfig
@@ -28,11 +28,14 @@ class Held:
         dtype: of the matrices; None is the model's `param_init_type`.
         cache_dtype: of the KV cache; None is the model's `compute_dtype`.
         reference: by the reference operators: attention writes its scores out, products are summed in float64.
+        weights: bytes of a rank's (table and head, other weights), where the checkpoint itself says so because it is
+            quantised; then `dtype` says nothing.
     """
 
     dtype: Optional[str] = None
     cache_dtype: Optional[str] = None
     reference: bool = False
+    weights: Optional[Tuple[int, int]] = None
 
 
 AS_CONFIGURED = Held()
@@ -101,6 +104,8 @@ def need(model: ModelConfig, parallel: ParallelConfig, device_target: str, held:
             embedding += count * item
         else:
             layers += count * (small if len(shape) == 1 else item)
+    if held.weights is not None:
+        embedding, layers = held.weights
     token_bytes = 2 * dims.num_layers * (dims.num_kv_heads // ranks) * dims.head_dim
     cache = token_bytes * model.block_size * model.num_blocks * ITEM_BYTES[held.cache_dtype or model.compute_dtype]
     rope_item = 4 if device_target == device.CPU else ITEM_BYTES[model.rotary_dtype]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 from .. import device, machine, ops
 from ..config.schema import Config
+from ..device import env_rank
 from ..machine import Available
+from ..network import weights
 from . import memory
 from .memory import Held, gib
 
@@ -31,6 +36,18 @@ def available(config: Config, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup
 
 def held(config: Config) -> Held:
     """How the operators of this machine hold weights and cache."""
-    if config.device_target == device.CPU and ops.decide()[0] == "reference":
-        return memory.REFERENCE
-    return memory.AS_CONFIGURED
+    if config.device_target != device.CPU:
+        return memory.AS_CONFIGURED
+    reference = ops.decide()[0] == "reference"
+    how = memory.REFERENCE if reference else memory.AS_CONFIGURED
+    if config.load_checkpoint is None or not os.path.exists(config.load_checkpoint):
+        return how
+    parallel = config.parallel
+    rank = env_rank() if parallel.use_parallel else 0
+    path = weights.resolve(config.load_checkpoint, rank, parallel.model_parallel, config.auto_trans_ckpt)
+    if not weights.is_quantised(path):
+        return how
+    loader = weights.Loader(path, config.model, rank, parallel.model_parallel, parallel.vocab_emb_dp,
+                            whole=config.auto_trans_ckpt or parallel.model_parallel == 1,
+                            held_dtype=(lambda dtype: "float32") if reference else (lambda dtype: dtype))
+    return replace(how, weights=loader.nbytes())

@@ -14,7 +14,7 @@ from ..checkpoint.quantized import ORDER, SCALE, Scheme, companion_of
 from ..checkpoint.quantized_cut import slice_columns, slice_scheme
 from ..checkpoint.reader import all_ranks, open_checkpoint
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo
-from ..config.schema import ModelConfig
+from ..config.schema import ModelConfig, Quantization
 from ..errors import UserError
 
 
@@ -71,6 +71,12 @@ def _nearest(path: str) -> Optional[str]:
     return f"{parent} holds: {names}."
 
 
+def is_quantised(path: str) -> bool:
+    """Whether a checkpoint (as `resolve` found it) holds integers, by its headers."""
+    with open_checkpoint(path) as checkpoint:
+        return any(companion_of(name) is not None for name in checkpoint.infos)
+
+
 class Loader:
     """Gives parameters their values by MindSpore name, and keeps the account.
 
@@ -103,7 +109,26 @@ class Loader:
             self._reader, Expected(model.dims, "the YAML", "either", 1 if whole else ranks, vocab_emb_dp))
         self._stored = self._account.stored
         self._shapes = {weight.ms: weight.shape for weight in naming.weights(model.dims)}
+        if model.quantization is not None:
+            self._compare(model.quantization)
         self.schemes = {name: self._of_this_rank(name, scheme) for name, scheme in self._account.schemes.items()}
+
+    def _compare(self, said: Quantization) -> None:
+        """Refuse a configuration that says something else about the layers' matrices than the checkpoint does."""
+        for name, shape in self._shapes.items():
+            if len(shape) != 2 or name in (naming.EMBEDDING.ms, naming.HEAD.ms):
+                continue
+            scheme = self._account.schemes.get(name)
+            found = "not quantised" if scheme is None else _in_words(scheme)
+            whole_rows = said.group_size is not None and said.group_size <= 0
+            fix = "Correct or remove model.model_config.quantization_config, or give the checkpoint that it describes."
+            if said.weight_dtype is not None and (scheme is None or said.weight_dtype != f"int{scheme.bits}"):
+                raise UserError(f"quantization_config.weight_dtype {said.weight_dtype}, but {name} in {self._path} is "
+                                f"{found}", said.where["weight_dtype"], fix)
+            if said.group_size is not None and self._whole and (
+                    scheme is None or (scheme.groups != 1 if whole_rows else scheme.group_size != said.group_size)):
+                raise UserError(f"quantization_config.group_size {said.group_size}, but {name} in {self._path} is "
+                                f"{found}", said.where["group_size"], fix)
 
     def _of_this_rank(self, name: str, scheme: Scheme) -> Scheme:
         """A matrix's scheme in this rank's slice."""
