@@ -12,8 +12,8 @@ from qwen15 import naming
 from qwen15.checkpoint.quantized import MIDDLE, ORDER, SCALE, ZERO, dequantise, pack
 from qwen15.config.hf_config import dims_from_hf_config
 
-SIZES = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2}
+SIZES = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}
 """Columns are multiples of 32 on two ranks too, where groups of 64 are cut in the middle (w2: 96 columns a rank)."""
 
 
@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 
 
 def quantise(matrix: np.ndarray, kind: Kind, random: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """suffix -> tensor ('' for the integers) of a matrix [O, I], rounded to nearest, and the float32 matrix they mean."""
+    """suffix -> tensor ('' for the integers) of a matrix [O, I], rounded to nearest, and the matrix it means."""
     outputs, inputs = matrix.shape
     order = random.permutation(inputs).astype(np.int32) if kind.order else None
     columns = matrix if order is None else np.ascontiguousarray(matrix[:, order])
@@ -57,7 +57,7 @@ def quantise(matrix: np.ndarray, kind: Kind, random: np.random.Generator) -> tup
 
 
 def quantised_model(folder: Path, linear: Kind, vocabulary: Kind | None = None, seed: int = 0, **sizes: Any):
-    """Write a checkpoint in which every layer's matrices are `linear` and table and head are `vocabulary` (None: float32).
+    """Write a checkpoint whose layers' matrices are `linear`, table and head `vocabulary` (None: float32).
 
     Returns:
         transformers' model in float32 with the numbers that the checkpoint means.

@@ -45,9 +45,10 @@ def theirs(folder, text, size, stride):
 def test_perplexity_of_a_small_real_model_is_transformers(small_model, tmp_path, capsys):
     text = inspect.getsource(json.JSONEncoder)[:1500] + "\n人工智能是计算机科学的一个分支。\n"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    assert perplexity.main([str(tmp_path / "text.txt"), "--load_checkpoint", str(small_model), "--device_target", "CPU",
-                            "--window", "128", "--stride", "48", "--seq_length", "256", "--json", "--options",
-                            "model.model_config.param_init_type=float32", "model.model_config.compute_dtype=float32"]) == 0
+    assert perplexity.main([str(tmp_path / "text.txt"), "--load_checkpoint", str(small_model), "--device_target",
+                            "CPU", "--window", "128", "--stride", "48", "--seq_length", "256", "--json", "--options",
+                            "model.model_config.param_init_type=float32",
+                            "model.model_config.compute_dtype=float32"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["windows"] > 4 and found["window"] == 128
     assert found["perplexity"] == pytest.approx(theirs(small_model, text, 128, 48), abs=1e-3)

@@ -1,17 +1,11 @@
-"""Quantised checkpoints in our network: transformers' logits and tokens of the weights that they mean, on one rank and two."""
+"""Quantised checkpoints in our network: transformers' logits and tokens of the weights that they mean."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from quantised_fixtures import Kind, quantised_model
-from test_network import (
-    greedy,
-    hf_greedy,
-    open_network,
-    operators,
-    random_prompts,
-)
+from test_network import greedy, hf_greedy, open_network, operators, random_prompts
 
 torch = pytest.importorskip("torch")
 
@@ -34,7 +28,8 @@ def test_logits_and_greedy_tokens_equal_transformers_on_what_the_integers_mean(k
     assert ours == [hf_greedy(model, prompt, tokens) for prompt, tokens in zip(prompts, ours)]
     ids = np.array(prompts[0] + prompts[1], np.int32)
     length = np.array([len(ids)], np.int32)
-    logits = network.prefill(ids, length, length, np.arange(160, dtype=np.int32)[None], np.arange(len(ids), dtype=np.int32))
+    logits = network.prefill(ids, length, length, np.arange(160, dtype=np.int32)[None],
+                             np.arange(len(ids), dtype=np.int32))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, -1].numpy()
     assert np.abs(logits[0] - expected).max() < 1e-4

@@ -35,8 +35,8 @@ def slice_scheme(scheme: Scheme, shape: tuple[int, ...], axis: Optional[int], pa
         return scheme
     inputs = shape[1]
     if scheme.has_order:
-        raise UserError(f"{name} is quantised with its columns in an order of their own (desc_act), and each of {parts} "
-                        "ranks would need columns of the others", where,
+        raise UserError(f"{name} is quantised with its columns in an order of their own (desc_act), and each of "
+                        f"{parts} ranks would need columns of the others", where,
                         "Run one process, or take a model that was quantised without desc_act.")
     width = inputs // parts
     if width % BLOCK:

@@ -33,7 +33,7 @@ class CpuNetwork(Network):
         split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
         operators.compute_in(model.compute_dtype)
         self._weights = weights.Loader(checkpoint, model, self.rank, self.ranks, config.parallel.vocab_emb_dp,
-                                       whole=config.auto_trans_ckpt or self.ranks == 1, held_dtype=operators.weight_dtype)
+                                       config.auto_trans_ckpt or self.ranks == 1, operators.weight_dtype)
         cos, sin = rope_tables(model.seq_length, model.dims.head_dim, model.theta)
         args = Args(self._weights, operators, model.dims, model.rms_norm_eps, model.num_blocks, model.block_size,
                     model.compute_dtype, self.ranks, self.rank, split_vocab)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable, Dict, Optional, Set, Tuple
 
 import numpy as np
 
@@ -194,7 +194,8 @@ class Loader:
         """How the matrices are held, for people: `bfloat16`, or `int4 in groups of 64, table and head float16`."""
         if not self.schemes:
             return self._held_dtype(self._matrix_dtype)
-        layers, vocabulary = set(), set()
+        layers: Set[str] = set()
+        vocabulary: Set[str] = set()
         for name, shape in self._shapes.items():
             if len(shape) == 2:
                 kinds = vocabulary if name in (naming.EMBEDDING.ms, naming.HEAD.ms) else layers
@@ -213,7 +214,8 @@ class Loader:
                 size = sum(info.nbytes for info in self.schemes[weight.ms].infos(weight.ms, shape))
             else:
                 stored = LONG_NAMES[self._reader.infos[self._stored[weight.ms]].dtype]
-                dtype = "float32" if len(shape) == 1 else self._held_dtype(stored if self.schemes else self._matrix_dtype)
+                matrix_dtype = stored if self.schemes else self._matrix_dtype
+                dtype = "float32" if len(shape) == 1 else self._held_dtype(matrix_dtype)
                 size = TensorInfo.of(weight.ms, SHORT_NAMES[dtype], shape).nbytes
             if weight.cut == naming.VOCAB:
                 vocabulary += size
