@@ -56,17 +56,22 @@ def quantise(matrix: np.ndarray, kind: Kind, random: np.random.Generator) -> tup
     return made, dequantise(made[""], scale, kind.scale_dtype, made.get(ZERO), order)
 
 
-def quantised_model(folder: Path, linear: Kind, vocabulary: Kind | None = None, seed: int = 0, **sizes: Any):
-    """Write a checkpoint whose layers' matrices are `linear`, table and head `vocabulary` (None: float32).
+def quantised_model(folder: Path, linear: Kind, vocabulary: Kind | None = None, seed: int = 0, rest: str = "F32",
+                    **sizes: Any):
+    """Write a checkpoint whose layers' matrices are `linear`, table and head `vocabulary` (None: as the rest).
+
+    Args:
+        rest: dtype of what is not quantised; transformers' model has float32 numbers of that precision.
 
     Returns:
         transformers' model in float32 with the numbers that the checkpoint means.
     """
     import torch
+    from qwen15.checkpoint.casting import from_float32
     from qwen15.checkpoint.format_safetensors import steps
-    from qwen15.checkpoint.tensors import NUMPY_DTYPES, TensorInfo
+    from qwen15.checkpoint.tensors import LONG_NAMES, NUMPY_DTYPES, TensorInfo
 
-    model = random_model(folder, seed=seed, **{**SIZES, **sizes})
+    model = random_model(folder, seed=seed, dtype=LONG_NAMES[rest], **{**SIZES, **sizes})
     random = np.random.default_rng(seed)
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     parameters = dict(model.named_parameters())
@@ -75,7 +80,7 @@ def quantised_model(folder: Path, linear: Kind, vocabulary: Kind | None = None, 
             values = parameters[weight.hf].numpy()
             kind = vocabulary if weight.cut == naming.VOCAB else linear
             if values.ndim == 1 or kind is None:
-                tensors[weight.ms] = "F32", values
+                tensors[weight.ms] = rest, from_float32(values, rest)
                 continue
             made, meant = quantise(values, kind, random)
             parameters[weight.hf].copy_(torch.from_numpy(meant))

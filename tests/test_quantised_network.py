@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from quantised_fixtures import Kind, quantised_model
+from conftest import random_model
+from quantised_fixtures import SIZES, Kind, quantised_model
+from qwen15 import naming
+from qwen15.checkpoint.quantized import dequantise
+from qwen15.config.load import load_config
+from qwen15.errors import UserError
+from qwen15.generation import memory_check
+from qwen15.generation.memory import need
+from qwen15.network import weights
 from test_network import greedy, hf_greedy, open_network, operators, random_prompts
+from test_weights import safetensors_of, save
 
 torch = pytest.importorskip("torch")
 
 KINDS = {
     "int4, groups of 64, zero points; table int8": (Kind(4, 64, zero=True), Kind(8, 32), {}),
-    "int4, groups of 32, bfloat16 scales": (Kind(4, 32, scale_dtype="BF16"), None, {}),
+    "int4, groups of 32, bfloat16 scales and table": (Kind(4, 32, scale_dtype="BF16"), None, {"rest": "BF16"}),
     "int4 in an order of its own": (Kind(4, 64, zero=True, order=True), None, {}),
     "int8, whole rows, float32 scales; tied": (Kind(8, 0, scale_dtype="F32"), None, {"tie_word_embeddings": True}),
     "int8, zero points; tied table int8": (Kind(8, 64, zero=True), Kind(8, 32), {"tie_word_embeddings": True}),
@@ -23,6 +32,7 @@ def test_logits_and_greedy_tokens_equal_transformers_on_what_the_integers_mean(k
     linear, vocabulary, sizes = KINDS[kind]
     model = quantised_model(tmp_path / "q", linear, vocabulary, **sizes)
     config, network = open_network(tmp_path / "q", tmp_path, num_blocks=160)
+    assert f"weights int{linear.bits} in " in network.note
     prompts = random_prompts(200, 20, longest=16)
     ours = greedy(config, network, prompts, 8)
     assert ours == [hf_greedy(model, prompt, tokens) for prompt, tokens in zip(prompts, ours)]
@@ -33,3 +43,69 @@ def test_logits_and_greedy_tokens_equal_transformers_on_what_the_integers_mean(k
     with torch.no_grad():
         expected = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, -1].numpy()
     assert np.abs(logits[0] - expected).max() < 1e-4
+
+
+TINY = {"num_hidden_layers": 1}
+
+
+def load(folder, tmp_path, *lines, **ranks):
+    yaml = tmp_path / "predict.yaml"
+    said = "".join(f"    {line}\n" for line in lines)
+    yaml.write_text(f"load_checkpoint: '{folder}'\nmodel:\n  model_config:\n    seq_length: 64\n"
+                    f"    compute_dtype: float32\n{said}context:\n  device_target: CPU\n")
+    return weights.Loader(str(folder), load_config(str(yaml), environ={}).model, **ranks)
+
+
+@pytest.mark.parametrize("kind", [Kind(4, 64, zero=True), Kind(8, 0)], ids=str)
+def test_two_ranks_hold_what_one_does_and_a_cut_inside_a_group_repeats_its_scale(kind, tmp_path):
+    model = quantised_model(tmp_path / "q", kind, Kind(8, 32), **TINY)
+    sources = [load(tmp_path / "q", tmp_path, rank=rank, ranks=2, vocab_emb_dp=False) for rank in range(2)]
+    for weight in naming.weights(load(tmp_path / "q", tmp_path)._dims):
+        if len(weight.shape) == 1:
+            continue
+        halves = []
+        for source in sources:
+            parts = {name[len(weight.ms):]: source(name).asnumpy() for name in source.parts(weight.ms)}
+            halves.append(dequantise(parts[""], parts["_scale"], "F16", parts.get("_zero")))
+        meant = dict(model.named_parameters())[weight.hf].detach().numpy()
+        np.testing.assert_array_equal(np.concatenate(halves, weight.axis(2, False)), meant)
+    whole, half = load(tmp_path / "q", tmp_path).nbytes(), sources[0].nbytes()
+    assert half[0] * 2 == whole[0] and whole[1] / 2 < half[1] < whole[1] * 0.6  # norms whole, some scales twice
+
+
+def test_columns_in_an_order_of_their_own_cannot_be_cut(tmp_path):
+    quantised_model(tmp_path / "q", Kind(4, 64, order=True), **TINY)
+    with pytest.raises(UserError, match="wo.weight stores its columns in another order.*Run it on one rank"):
+        load(tmp_path / "q", tmp_path, ranks=2)
+
+
+def test_a_configuration_that_says_otherwise_gets_one_line_with_its_place(tmp_path):
+    quantised_model(tmp_path / "q", Kind(4, 64), **TINY)
+    assert load(tmp_path / "q", tmp_path, "quantization_config: {weight_dtype: int4, group_size: 64}").schemes
+    for said, message in (("weight_dtype: int8", r"predict.yaml:6: .*int8, but .* is int4 in groups"),
+                          ("group_size: 128", r"predict.yaml:6: .*128, but .* groups of 64"),
+                          ("group_size: -1", r"predict.yaml:6: .*-1, but .* groups of 64")):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / "q", tmp_path, f"quantization_config: {{{said}}}")
+    random_model(tmp_path / "plain", **SIZES)
+    with pytest.raises(UserError, match="weight_dtype int4, but .* is not quantised"):
+        load(tmp_path / "plain", tmp_path, "quantization_config: {weight_dtype: int4}")
+
+
+def test_a_scale_that_is_not_finite_is_named(tmp_path):
+    quantised_model(tmp_path / "q", Kind(4, 64), **TINY)
+    source = load(tmp_path / "q", tmp_path)
+    assert source.find_non_finite() is None
+    tensors = safetensors_of(tmp_path / "q")
+    tensors["model.layers.0.feed_forward.w3.weight_scale"][2, 1] = np.nan
+    save(tmp_path / "q", tensors)
+    assert load(tmp_path / "q", tmp_path).find_non_finite() == "model.layers.0.feed_forward.w3.weight"
+
+
+def test_memory_is_counted_as_the_checkpoint_is_stored(tmp_path):
+    quantised_model(tmp_path / "q", Kind(4, 64, zero=True), Kind(8, 32), **TINY)
+    load(tmp_path / "q", tmp_path)
+    config = load_config(str(tmp_path / "predict.yaml"), environ={})
+    stored = sum(array.nbytes for array in safetensors_of(tmp_path / "q").values())
+    assert memory_check.held(config).weights and sum(memory_check.held(config).weights) == stored
+    assert need(config.model, config.parallel, "CPU", memory_check.held(config)).weight_bytes == stored

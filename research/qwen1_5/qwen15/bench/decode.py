@@ -46,7 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against else None
 
     def probe() -> Dict[str, float]:
-        return {"bandwidth": machine.bandwidth(), "peak": machine.peak(checkpoint.dtype)}
+        return {"bandwidth": machine.bandwidth(), "peak": machine.peak(checkpoint.computes_in)}
 
     rows: List[Dict[str, Any]] = []
     for context in args.context:
@@ -57,7 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if theirs is not None:
                 contenders["hf"] = hf.HuggingFaceDecode(theirs, prompts, args.new_tokens).run
             samples = rounds.interleave(contenders, args.rounds, probe)
-            rows.append(_row(ours, checkpoint.dtype, batch, context, args.new_tokens, samples))
+            rows.append(_row(ours, checkpoint.computes_in, batch, context, args.new_tokens, samples))
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads, "rounds": args.rounds,
              "kernels": machine.kernels, "against": theirs.note if theirs else None}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
@@ -69,7 +69,8 @@ def _row(ours: Ours, dtype: str, batch: int, context: int, new_tokens: int,
          ) -> Dict[str, Any]:
     mine = samples["qwen15"]
     middle = context + new_tokens / 2  # tokens in the cache, on average
-    read, flop = work.decode_bytes(ours.dims, dtype, batch, middle), work.decode_flop(ours.dims, batch, middle)
+    read = work.decode_bytes(ours.dims, dtype, batch, middle, ours.quantised_bytes)
+    flop = work.decode_flop(ours.dims, batch, middle)
     step_s = rounds.median_seconds(mine)
     row = {"batch": batch, "context": context, "new_tokens": new_tokens, "step_ms": step_s * 1e3,
            "tokens_per_s": batch / step_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from typing import Callable, List, Optional, Sequence
 
@@ -14,6 +15,7 @@ from ..checkpoint.atomic import AtomicFolder, check_space, check_target, write_s
 from ..checkpoint.casting import from_float32
 from ..checkpoint.file_writer import Blocks, FileWriter
 from ..checkpoint.format_safetensors import steps
+from ..checkpoint.quantized import SCALE, ZERO, Scheme
 from ..checkpoint.reader import INDEX_FILES, write_index
 from ..checkpoint.tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
 from ..command_line import Parser, whole
@@ -21,6 +23,10 @@ from ..errors import UserError, did_you_mean
 from ..progress import byte_bar
 
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTISED = {"int8": (8, 128, False), "int4": (4, 64, True)}
+"""Bits, inputs of a group and whether there are zero points, as `qwen15 convert --quantize` makes them by default."""
+_DEVIATION = {"I8": 74.0, "U8": 4.6}
+"""Standard deviation of integers that are drawn evenly from -128..127 and 0..15."""
 _STRIP_ELEMENTS = 4 * 2 ** 20
 
 
@@ -62,7 +68,8 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
     Args:
         folder: where to.
         dims: the model's sizes.
-        dtype: of all tensors, one of `DTYPES`.
+        dtype: of all tensors, one of `DTYPES`; or one of `QUANTISED`: integers drawn evenly for the layers' matrices,
+            int8 in groups of 32 for table and head, bfloat16 for the rest.
         seed: start of the random numbers. Matrices and biases are normal with deviation 0.02, norms normal around 1.
         shard_bytes: a shard is closed before it would grow beyond this.
         overwrite: replace a folder this project made.
@@ -73,8 +80,7 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
     Raises:
         UserError: the target exists, or there is no room for it.
     """
-    short = SHORT_NAMES[dtype]
-    infos = [TensorInfo.of(weight.hf, short, weight.shape) for weight in naming.weights(dims)]
+    infos = _infos(dims, dtype)
     total = sum(info.nbytes for info in infos)
     check_target(folder, [], overwrite)
     check_space(folder, total)
@@ -94,11 +100,40 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
         weight_map = {info.name: name for name, shard in zip(names, shards) for info in shard}
         write_small(os.path.join(made.path, INDEX_FILES["safetensors"]), write_index(weight_map, total))
         write_small(os.path.join(made.path, "config.json"),
-                    json.dumps(hf_config(dims, dtype), indent=2).encode() + b"\n")
+                    json.dumps(hf_config(dims, "bfloat16" if dtype in QUANTISED else dtype), indent=2).encode() + b"\n")
         made.publish()
     finally:
         made.close()
     return total
+
+
+def _infos(dims: naming.Dims, dtype: str) -> List[TensorInfo]:
+    """Every tensor, in the network's order."""
+    if dtype not in QUANTISED:
+        return [TensorInfo.of(weight.hf, SHORT_NAMES[dtype], weight.shape) for weight in naming.weights(dims)]
+    infos = []
+    for weight in naming.weights(dims):
+        if len(weight.shape) == 1:
+            infos.append(TensorInfo.of(weight.hf, "BF16", weight.shape))
+            continue
+        bits, size, zero = (8, 32, False) if weight.cut == naming.VOCAB else QUANTISED[dtype]
+        size = math.gcd(size, weight.shape[1])
+        infos += Scheme(bits, weight.shape[1] // size, size, "F16", zero).infos(weight.hf, weight.shape)
+    return infos
+
+
+def _strip(info: TensorInfo, count: int, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """The next `count` numbers of a tensor; scales bring integers of this `deviation` to that of weights, 0.02."""
+    if info.name.endswith(SCALE):
+        return np.full(count, 0.02 / deviation, np.float16)
+    if info.name.endswith(ZERO):
+        return rng.integers(7, 9, count).astype(NUMPY_DTYPES[info.dtype])
+    if info.dtype in ("I8", "U8"):
+        return np.frombuffer(rng.bytes(count), NUMPY_DTYPES[info.dtype])
+    values = rng.standard_normal(count, np.float32) * np.float32(0.02)
+    if "norm" in info.name:
+        values += np.float32(1)
+    return np.ascontiguousarray(from_float32(values, info.dtype)).astype(NUMPY_DTYPES[info.dtype], copy=False)
 
 
 def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator,
@@ -107,14 +142,12 @@ def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator,
     try:
         with Blocks() as blocks:
             writer = FileWriter(fd, path, steps(infos, {"format": "pt"}), blocks)
+            deviation = 1.0
             for info in infos:
                 count = element_count(info.shape)
+                deviation = _DEVIATION.get(info.dtype, deviation)
                 for start in range(0, count, _STRIP_ELEMENTS):
-                    values = rng.standard_normal(min(_STRIP_ELEMENTS, count - start), np.float32) * np.float32(0.02)
-                    if "norm" in info.name:
-                        values += np.float32(1)
-                    strip: np.ndarray = np.ascontiguousarray(from_float32(values, info.dtype))
-                    strip = strip.astype(NUMPY_DTYPES[info.dtype], copy=False)
+                    strip = _strip(info, min(_STRIP_ELEMENTS, count - start), deviation, rng)
                     writer.feed(info.name, strip.view(np.uint8).data)
                     advance(strip.nbytes)
             writer.finish()
@@ -129,7 +162,8 @@ def parser() -> Parser:
     made.add_argument("folder", metavar="OUT", help="folder to make")
     made.add_argument("--size", default="0.5b", help=f"one of {', '.join(family.FAMILY)}")
     made.add_argument("--layers", type=whole, metavar="N", help="another number of layers than the published one")
-    made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all tensors")
+    made.add_argument("--dtype", choices=(*DTYPES, *QUANTISED), default="bfloat16",
+                      help="of all tensors; int8 and int4: of the matrices")
     made.add_argument("--seed", type=whole, default=0, help="start of the random numbers")
     made.add_argument("--overwrite", action="store_true", help="replace a folder this project made")
     return made

@@ -15,7 +15,7 @@ from ..config.load import load_config
 from ..config.schema import Config
 from ..errors import UserError
 from . import report
-from .make_checkpoint import DTYPES, dims_of, make_checkpoint
+from .make_checkpoint import DTYPES, QUANTISED, dims_of, make_checkpoint
 
 AGAINST = ("hf",)
 
@@ -26,16 +26,21 @@ class Checkpoint(NamedTuple):
     Attributes:
         path: a Hugging Face folder (or, if given by the user, a converted checkpoint).
         label: its name in tables.
-        dtype: of the matrices and the KV cache.
+        dtype: of the matrices, and of the KV cache where it is none of `QUANTISED`.
     """
 
     path: str
     label: str
     dtype: str
 
+    @property
+    def computes_in(self) -> str:
+        """dtype of the KV cache, and of what is not quantised."""
+        return "bfloat16" if self.dtype in QUANTISED else self.dtype
+
     def config(self, **values: object) -> Config:
         """The configuration of a run on it; `values` are keys of model.model_config."""
-        values = {"param_init_type": self.dtype, "compute_dtype": self.dtype, **values}
+        values = {"param_init_type": self.computes_in, "compute_dtype": self.computes_in, **values}
         flags = [Flag("load_checkpoint", "checkpoint", self.path), Flag("context.device_target", "bench", "CPU")]
         return load_config(None, flags + [Flag(MODEL + key, "bench", value) for key, value in values.items()])
 
@@ -68,7 +73,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, size: str = "0.5b", layers: 
                        help=f"of the random checkpoint: one of {', '.join(family.FAMILY)} (default {size})")
     group.add_argument("--layers", type=positive, metavar="N", default=layers,
                        help=f"of the random checkpoint (default {layers or 'the published number'})")
-    group.add_argument("--dtype", choices=DTYPES,
+    group.add_argument("--dtype", choices=(*DTYPES, *QUANTISED),
                        help="of weights and KV cache (default: the checkpoint's own; bfloat16 for a random one)")
     group.add_argument("--cache", metavar="FOLDER", default=cache_folder(),
                        help="where random checkpoints are kept (default %(default)s)")

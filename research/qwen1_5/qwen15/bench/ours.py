@@ -25,7 +25,11 @@ from .rounds import Run
 
 
 class Ours:
-    """An engine with room for `sequences` sequences of `longest` tokens."""
+    """An engine with room for `sequences` sequences of `longest` tokens.
+
+    Attributes:
+        quantised_bytes: what a step reads of the weights, None where they are not quantised.
+    """
 
     def __init__(self, checkpoint: Checkpoint, threads: int, longest: int, sequences: int):
         quiet_frameworks("info")
@@ -39,6 +43,7 @@ class Ours:
         network = build_network(config, weights.resolve(config.load_checkpoint),
                                 lambda line: print(line, file=sys.stderr))
         self.note = network.note
+        self.quantised_bytes = network.quantised_bytes
         self.engine = Engine(network, Limits(model.dims.vocab_size, model.seq_length, model.num_blocks, block_size),
                              None,
                              session.selection())

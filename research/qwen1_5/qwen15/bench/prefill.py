@@ -39,7 +39,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     machine = Machine(args.threads)
     ours = Ours(checkpoint, machine.threads, max(args.tokens) + 1, 1)
     theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against else None
-    rows = [_measure(ours, theirs, tokens, machine, checkpoint.dtype, args.rounds) for tokens in args.tokens]
+    rows = [_measure(ours, theirs, tokens, machine, checkpoint.computes_in, args.rounds) for tokens in args.tokens]
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads, "rounds": args.rounds,
              "kernels": machine.kernels, "against": theirs.note if theirs else None}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
@@ -55,7 +55,8 @@ def _measure(ours: Ours, theirs: Optional[hf.HuggingFace], tokens: int, machine:
     samples = rounds.interleave(contenders, count,
                                 lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(dtype)})
     mine = samples["qwen15"]
-    read, flop = work.decode_bytes(ours.dims, dtype, 1, tokens), work.prefill_flop(ours.dims, tokens)
+    read = work.decode_bytes(ours.dims, dtype, 1, tokens, ours.quantised_bytes)
+    flop = work.prefill_flop(ours.dims, tokens)
     whole_s = rounds.median_seconds(mine)
     row = {"tokens": tokens, "ms": whole_s * 1e3, "tokens_per_s": tokens / whole_s,
            "own_ms": rounds.median_own_seconds(mine) * 1e3,

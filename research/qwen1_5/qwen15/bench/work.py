@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from .. import naming
 from ..naming import Dims
 
@@ -17,10 +19,16 @@ def matrix_elements(dims: Dims) -> int:
     return total
 
 
-def decode_bytes(dims: Dims, dtype: str, batch: int, context: float) -> float:
-    """Bytes a decode step reads: all matrices once, keys and values of `batch` sequences of `context` tokens."""
+def decode_bytes(dims: Dims, dtype: str, batch: int, context: float, quantised_bytes: Optional[int] = None) -> float:
+    """Bytes a decode step reads: all matrices once, keys and values of `batch` sequences of `context` tokens.
+
+    Args:
+        dtype: of matrices and cache.
+        quantised_bytes: of the matrices, where they are quantised.
+    """
     cache = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * context * batch
-    return ITEM_BYTES[dtype] * (matrix_elements(dims) + cache)
+    matrices = ITEM_BYTES[dtype] * matrix_elements(dims) if quantised_bytes is None else quantised_bytes
+    return matrices + ITEM_BYTES[dtype] * cache
 
 
 def decode_flop(dims: Dims, batch: int, context: float) -> float:

@@ -16,6 +16,7 @@ class Network:
         supports_cached_prefill: `prefill` may continue sequences that are partly in the KV cache (context_lens >
             query_lens).
         note: one line on what runs where.
+        quantised_bytes: what a step reads of quantised weights, in bytes; None where they are not quantised.
     """
 
     vocab_size: int
@@ -23,6 +24,7 @@ class Network:
     ranks: int = 1
     supports_cached_prefill: bool = True
     note: str = ""
+    quantised_bytes: Optional[int] = None
 
     def prefill(self, input_ids: np.ndarray, query_lens: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray,
                 slot_mapping: np.ndarray) -> np.ndarray:

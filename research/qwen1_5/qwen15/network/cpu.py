@@ -51,6 +51,9 @@ class CpuNetwork(Network):
         short = self._cell.fused and ShortDecode.is_possible()
         self.short = ShortDecode(operators, self._cell, blocks) if short else None
         self.note = f"CPU, {note}, weights {self._weights.describe()}, KV cache {model.compute_dtype}"
+        if self._weights.schemes:
+            vocabulary, layers = self._weights.nbytes()
+            self.quantised_bytes = layers + (vocabulary if model.dims.tie_word_embeddings else vocabulary // 2)
         if self.ranks > 1:
             self._broadcast = ms.ops.Broadcast(0)
 

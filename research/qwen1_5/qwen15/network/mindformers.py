@@ -27,7 +27,8 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|memory (is not|isn't|not) enough|all
 class MindFormersNetwork(Network):
     """LlamaForCausalLM from MindFormers, unchanged, with its fused operators, on one card or cut over several.
 
-    Prefill always runs whole prompts: MindFormers' prefill graph attends to the tokens it is given and not to the cache.
+    Prefill always runs whole prompts: MindFormers' prefill graph attends to the tokens it is given and not to the
+        cache.
 
     Args:
         config: the whole configuration; `config.effective` is what MindFormers is given.
@@ -134,7 +135,8 @@ def check(model: ModelConfig, device_target: str) -> None:
 
 
 def mindformers_config(config: Config) -> Any:
-    """`config.effective` as a MindFormerConfig, with MindFormers' own weight loading switched off and its mode made explicit.
+    """`config.effective` as a MindFormerConfig, with MindFormers' own weight loading switched off and its mode made
+    explicit.
 
     Raises:
         UserError: MindFormers is not installed, or the YAML asks for what prediction cannot do.
@@ -178,7 +180,8 @@ def start(settings: Any) -> Tuple[int, int]:
     if settings.use_parallel:
         import mindspore as ms
 
-        # build_context has named a file under ./output/strategy to be overwritten at the next compilation: nobody asked for it.
+        # build_context has named a file under ./output/strategy to be overwritten at the next compilation: nobody
+        # asked for it.
         ms.context.set_auto_parallel_context(strategy_ckpt_save_file="")
         return context.rank_id, context.device_num
     return 0, 1
@@ -192,7 +195,8 @@ def build(settings: Any):
 
     build_parallel_config(settings)
     defaults = {"parallel_config": settings.parallel_config, "moe_config": settings.moe_config}
-    # Besides the time and memory saved, only parameters without contents let the compiler set a slice's shape and no more.
+    # Besides the time and memory saved, only parameters without contents let the compiler set a slice's shape and no
+    # more.
     with no_init_parameters():
         cell = build_network(settings.model, default_args=defaults)
     cell.set_train(False)

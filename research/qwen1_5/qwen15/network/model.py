@@ -128,7 +128,7 @@ class DecoderLayer(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """ids -> rows; where the vocabulary is split each rank gives its own rows, zeros for others, and they are summed."""
+    """ids -> rows; where the vocabulary is split each rank gives its own rows and zeros, and they are summed."""
 
     def __init__(self, args: Args):
         super().__init__(auto_prefix=False)

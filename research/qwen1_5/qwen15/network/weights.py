@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Callable, Dict, Optional, Set, Tuple
 
 import numpy as np
@@ -11,8 +12,11 @@ from .. import naming
 from ..checkpoint import casting, leftovers
 from ..checkpoint.account import Expected, take_account
 from ..checkpoint.quantized import ORDER, SCALE, Scheme, companion_of
-from ..checkpoint.quantized_cut import slice_columns, slice_scheme
-from ..checkpoint.reader import all_ranks, open_checkpoint
+from ..checkpoint.quantized_settings import settings_of
+from ..checkpoint.quantized_source import read_quantised
+from ..checkpoint.reader import Checkpoint, all_ranks
+from ..checkpoint.regrouped import finer, regrouped
+from ..checkpoint.source import open_source
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo
 from ..config.schema import ModelConfig, Quantization
 from ..errors import UserError
@@ -73,8 +77,25 @@ def _nearest(path: str) -> Optional[str]:
 
 def is_quantised(path: str) -> bool:
     """Whether a checkpoint (as `resolve` found it) holds integers, by its headers."""
-    with open_checkpoint(path) as checkpoint:
-        return any(companion_of(name) is not None for name in checkpoint.infos)
+    with open_source(path) as checkpoint:
+        return any(companion_of(name) is not None or name.endswith(_FOREIGN) for name in checkpoint.infos)
+
+
+def open_weights(path: str, dims: naming.Dims) -> Checkpoint:
+    """A checkpoint (as `resolve` found it), or a GPTQ, AWQ or compressed-tensors folder in this project's stored form.
+
+    Raises:
+        UserError: it is damaged, or quantised in a way that is not read.
+    """
+    source = open_source(path)
+    if not any(name.endswith(_FOREIGN) for name in source.infos):
+        return source
+    settings = settings_of(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
+    return source if settings is None else read_quantised(source, settings, naming.weights(dims)).view
+
+
+_FOREIGN = (".qweight", ".weight_packed")
+"""How tensors of GPTQ, AWQ and compressed-tensors end that hold integers."""
 
 
 class Loader:
@@ -97,9 +118,9 @@ class Loader:
     def __init__(self, checkpoint: str, model: ModelConfig, rank: int = 0, ranks: int = 1, vocab_emb_dp: bool = True,
                  whole: bool = True, held_dtype: Callable[[str], str] = lambda dtype: dtype):
         self._path = checkpoint
-        self._reader = open_checkpoint(checkpoint)
+        self._reader = open_weights(checkpoint, model.dims)
         self._matrix_dtype = model.param_init_type
-        self._held_dtype = held_dtype
+        self._operators_hold, self._compute_dtype = held_dtype, model.compute_dtype
         self._rank, self._ranks, self._whole = rank, ranks, whole
         self._dims, self._vocab_emb_dp = model.dims, vocab_emb_dp
         self._axes = {weight.ms: weight.axis(ranks, vocab_emb_dp) for weight in naming.weights(model.dims)}
@@ -111,7 +132,7 @@ class Loader:
         self._shapes = {weight.ms: weight.shape for weight in naming.weights(model.dims)}
         if model.quantization is not None:
             self._compare(model.quantization)
-        self.schemes = {name: self._of_this_rank(name, scheme) for name, scheme in self._account.schemes.items()}
+        self.schemes = self._cut_schemes() if whole else dict(self._account.schemes)
 
     def _compare(self, said: Quantization) -> None:
         """Refuse a configuration that says something else about the layers' matrices than the checkpoint does."""
@@ -130,11 +151,24 @@ class Loader:
                 raise UserError(f"quantization_config.group_size {said.group_size}, but {name} in {self._path} is "
                                 f"{found}", said.where["group_size"], fix)
 
-    def _of_this_rank(self, name: str, scheme: Scheme) -> Scheme:
-        """A matrix's scheme in this rank's slice."""
-        if not self._whole:
-            return scheme
-        return slice_scheme(scheme, self._shapes[name], self._axes[name], self._ranks, name, self._path)
+    def _cut_schemes(self) -> Dict[str, Scheme]:
+        """How this rank's slices are quantised; a cut that falls inside a group makes finer groups, scales repeated."""
+        mine, changed = dict(self._account.schemes), {}
+        for name, scheme in self._account.schemes.items():
+            if self._axes[name] != 1:
+                continue
+            inputs = self._shapes[name][1]
+            cut = finer(scheme, name, inputs, self._ranks, self._path)
+            changed[self._stored[name]] = scheme, cut
+            mine[name] = replace(cut, groups=cut.groups // self._ranks)
+        self._reader = regrouped(self._reader, changed)
+        return mine
+
+    def _held_dtype(self, dtype: str) -> str:
+        """The dtype in which an unquantised matrix of `dtype` is handed out."""
+        if self.schemes and self._compute_dtype == "float32" and dtype == "bfloat16":
+            return "float32"  # exact; the dot product of bfloat16 would round activations, as nobody has asked for
+        return self._operators_hold(dtype)
 
     def parts(self, name: str) -> Tuple[str, ...]:
         """The parameters that weight `name` consists of: itself, and its companions where it is quantised."""
@@ -158,16 +192,17 @@ class Loader:
 
     def _read_quantised(self, matrix: str, suffix: str) -> Tuple[np.ndarray, str]:
         """This rank's slice of one tensor of a quantised matrix, bit for bit as it is stored."""
-        stored, axis, scheme = self._stored[matrix] + suffix, self._axes[matrix], self._account.schemes[matrix]
-        info = self._reader.infos[stored]
+        axis = None if suffix == ORDER else self._axes[matrix]
         self._loaded += not suffix
-        if not self._whole or axis is None or suffix == ORDER:
-            return self._reader.read(stored), info.dtype
-        if axis == 0:
-            rows = info.shape[0] // self._ranks
-            return self._reader.read(stored, 0, self._rank * rows, (self._rank + 1) * rows), info.dtype
-        whole = self._reader.read(stored)
-        return slice_columns(stored, whole, scheme, self._shapes[matrix], self._rank, self._ranks), info.dtype
+        stored = self._stored[matrix] + suffix
+        return self._slice(stored, axis), self._reader.infos[stored].dtype
+
+    def _slice(self, stored: str, axis: Optional[int]) -> np.ndarray:
+        """This rank's part of a tensor along `axis`, None for the whole."""
+        if not self._whole or axis is None:
+            return self._reader.read(stored)
+        size = self._reader.infos[stored].shape[axis] // self._ranks
+        return self._reader.read(stored, axis, self._rank * size, (self._rank + 1) * size)
 
     def read(self, name: str) -> Tuple[np.ndarray, str]:
         """This rank's slice of an unquantised weight: (array, 'F32' | 'F16' | 'BF16').
@@ -177,11 +212,7 @@ class Loader:
         """
         stored, axis = self._stored[name], self._axes[name]
         info = self._reader.infos[stored]
-        if self._whole and axis is not None:
-            size = info.shape[axis] // self._ranks
-            array = self._reader.read(stored, axis, self._rank * size, (self._rank + 1) * size)
-        else:
-            array = self._reader.read(stored)
+        array = self._slice(stored, axis)
         wanted = info.dtype if array.ndim == 1 or self.schemes else SHORT_NAMES[self._matrix_dtype]
         if wanted != info.dtype:
             array, count = casting.cast(array, info.dtype, wanted)
