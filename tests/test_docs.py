@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", MODULE / "README.md", *sorted((ROOT / "docs").rglob
 SIZES = dims(hidden=64, intermediate=96, layers=2, heads=8, kv_heads=8, head_dim=8, vocab=152064)
 
 NOT_RUN = (
-    (r"huggingface-cli|modelscope", "needs a hub"),
+    (r"load_checkpoint Qwen/", "needs a hub"),
     (r"scripts/(quickstart|test)\.sh|^source \.venv|^pip install", "installs"),
     (r"Ascend/|ascend-check|14b\.ckpt|/path/72b ", "needs a 910B card"),
     (r'run_qwen1_5\.py \.\.\."', "stands for a command that is given in full elsewhere on its page"),
@@ -117,7 +117,7 @@ def run(folder, command):
         if re.search(pattern, command):
             command = command.replace(old, new)
     command = command.replace("/path/", f"{folder}/path/")
-    from_root = re.match(r"python research/|PYTHONPATH=|cd research", command)
+    from_root = re.match(r"python research/|PYTHONPATH=|cd research|qwen15 predict --load_checkpoint models/", command)
     env = {**os.environ, "HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "home"), "LOG_MF_PATH": str(folder / "home"),
            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-c", command], cwd=folder / "repo" if from_root else folder / "repo/research/qwen1_5", env=env,
