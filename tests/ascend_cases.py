@@ -5,13 +5,15 @@ import functools
 import io
 import os
 import random
+from dataclasses import replace
 from unittest import mock
 
 import ascend_emulation
 import convert_weight
 import numpy as np
-from qwen15 import device
-from qwen15.ascend import check
+from qwen15 import device, naming
+from qwen15.ascend import check, contracts
+from qwen15.checkpoint.quantized import MIDDLE, dequantise, pack
 from qwen15.commands import make_yaml
 from qwen15.config import load as configuration
 from qwen15.errors import UserError
@@ -26,14 +28,18 @@ SEQ_LENGTH, BLOCK_SIZE, NUM_BLOCKS = 64, 8, 32
 LIMITS = Limits(SIZES["vocab_size"], SEQ_LENGTH, NUM_BLOCKS, BLOCK_SIZE)
 
 
-def make_hugging_face(folder: str, kv_heads: int, tied: bool, seed: int = 0):
+QUANTISED_SIZES = {**SIZES, "hidden_size": 128, "intermediate_size": 256}
+"""Large enough for groups of 128 inputs in every matrix."""
+
+
+def make_hugging_face(folder: str, kv_heads: int, tied: bool, seed: int = 0, sizes=SIZES):
     """A small random Qwen2 whose biases and norm weights are not the usual zeros and ones, saved in `folder`."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_theta=THETA, rms_norm_eps=EPS,
-                                         max_position_embeddings=SEQ_LENGTH, bos_token_id=0, eos_token_id=0, **SIZES)).eval()
+                                         max_position_embeddings=SEQ_LENGTH, bos_token_id=0, eos_token_id=0, **sizes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -54,6 +60,8 @@ def mutate(folder: str, mutation: str) -> list:
 
     if mutation == "theta":
         return ["model.model_config.theta=10000.0"]
+    if mutation == "norms":
+        return ["model.model_config.layernorm_compute_type=bfloat16"]
     if mutation == "eps":
         return ["model.model_config.rms_norm_eps=1.0e-5"]
     path = os.path.join(folder, "model.safetensors")
@@ -90,11 +98,72 @@ class Recorded:
         return logits
 
 
-def _prepare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = ""):
+def quantise_file(path: str, quantised: dict) -> dict:
+    """Quantise the matrices in a converted checkpoint; returns the tensors of each, by suffix.
+
+    Args:
+        path: the .safetensors file.
+        quantised: 'layers' and 'table' -> arguments of `quantise`.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    tensors, made = load_file(path), {}
+    for name in list(tensors):
+        kind = "table" if name in (naming.EMBEDDING.ms, naming.HEAD.ms) else "layers"
+        if tensors[name].ndim == 2 and kind in quantised:
+            made[name] = quantise(tensors.pop(name).astype(np.float32), **quantised[kind])
+            tensors.update({name + suffix: array for suffix, array in made[name].items()})
+    save_file(tensors, path)
+    return made
+
+
+def _give_dequantised(model, made: dict, dtype: str) -> None:
+    """Give Hugging Face's model what the quantised matrices mean, scales and whole tables rounded to `dtype`."""
+    import torch
+
+    def rounded(array):
+        return torch.from_numpy(array.astype(np.float32)).to(getattr(torch, dtype)).to(torch.float32)
+
+    state = model.state_dict()
+    for name, stored in made.items():
+        table = name in (naming.EMBEDDING.ms, naming.HEAD.ms)
+        scale = stored["_scale"].astype(np.float32)
+        meant = dequantise(stored[""], scale if table else rounded(scale).numpy(), "F32", stored.get("_zero"))
+        state[naming.ms_to_hf(name)].copy_(rounded(meant) if table else torch.from_numpy(meant))
+
+
+def quantise(matrix: np.ndarray, bits: int, group: int, zeros: bool) -> dict:
+    """The tensors of a matrix [O, I], rounded to nearest: suffix of the name -> array.
+
+    Args:
+        matrix: float32.
+        bits: 4 or 8.
+        group: inputs that share a scale; 0 for whole rows.
+        zeros: with zero points.
+    """
+    outputs, inputs = matrix.shape
+    grouped = matrix.reshape(outputs, -1, group or inputs)
+    low, high = (0, 15) if bits == 4 else (-128, 127)
+    if zeros:
+        smallest, largest = np.minimum(grouped.min(-1), 0), np.maximum(grouped.max(-1), 0)
+        scale = ((largest - smallest) / (high - low)).astype(np.float16)
+        zero = np.clip(np.round(low - smallest / scale.astype(np.float32)), low, high)
+    else:
+        scale = (np.abs(grouped).max(-1) / (high - MIDDLE[bits])).astype(np.float16)
+        zero = np.full(scale.shape, MIDDLE[bits])
+    whole = np.clip(np.round(grouped / scale.astype(np.float32)[:, :, None]) + zero[:, :, None], low, high)
+    whole = whole.reshape(outputs, inputs).astype(np.uint8 if bits == 4 else np.int8)
+    stored = {"": pack(whole) if bits == 4 else whole, "_scale": scale}
+    if zeros:
+        stored["_zero"] = zero.astype(whole.dtype)
+    return stored
+
+
+def _prepare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = "", quantised=None):
     """(Hugging Face's model, configuration): the way of a user, make_yaml.py writes the YAML and convert_weight.py the checkpoint."""
     import torch
 
-    model = make_hugging_face(folder, kv_heads, tied)
+    model = make_hugging_face(folder, kv_heads, tied, sizes=QUANTISED_SIZES if quantised else SIZES)
     torch_dtype = getattr(torch, dtype)
     model = model.to(torch_dtype).to(torch.float32)
     model.to(torch_dtype).save_pretrained(folder)
@@ -103,6 +172,8 @@ def _prepare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str =
     path, converted = os.path.join(folder, "predict.yaml"), os.path.join(folder, "converted.safetensors")
     make_yaml.main(["--checkpoint", folder, "--output", path])
     convert_weight.main(["--torch_ckpt_dir", folder, "--mindspore_ckpt_path", converted])
+    if quantised:
+        _give_dequantised(model, quantise_file(converted, quantised), dtype)
     flags = [configuration.Flag("load_checkpoint", "--load_checkpoint", converted),
              configuration.Flag("context.device_target", "--device_target", "CPU")]
     return model, configuration.load_config(path, flags, ["context.mode=1", f"model.model_config.block_size={BLOCK_SIZE}",
@@ -117,7 +188,7 @@ def _network(config):
 
 
 def refused(folder: str, tensor: str) -> str:
-    """What loading says about a checkpoint that lacks one tensor."""
+    """What loading says about a checkpoint that lacks a tensor."""
     from safetensors.numpy import load_file, save_file
 
     _, config = _prepare(folder, 2, False, "float32")
@@ -131,13 +202,22 @@ def refused(folder: str, tensor: str) -> str:
     raise AssertionError("the checkpoint is loaded")
 
 
-def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = "", generations: int = 2) -> dict:
+def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = "", generations: int = 2,
+            quantised=None) -> dict:
     """Generate with MindFormers' network under emulation, driven by the engine, and compare with Hugging Face.
 
     Hugging Face runs in float32 on the same weights, which are rounded to `dtype` first.
 
+    Args:
+        folder: scratch.
+        kv_heads, tied, dtype: of the model.
+        mutation: see `mutate`.
+        generations: how often to generate over one cache.
+        quantised: 'layers' and 'table' -> arguments of `quantise`; Hugging Face gets the dequantised weights.
+
     Returns:
         largest_error: of any logit of any step, Hugging Face given the same tokens.
+        typical_error: root of the mean square of the errors, which chance moves less than the largest one.
         logits_scale: largest absolute logit.
         same_tokens: greedy continuations equal those of Hugging Face's own generate.
         replaced: primitives emulated, by name.
@@ -145,7 +225,7 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
     """
     import torch
 
-    model, config = _prepare(folder, kv_heads, tied, dtype, mutation)
+    model, config = _prepare(folder, kv_heads, tied, dtype, mutation, quantised)
     network, replaced, account = _network(config)
     recorded = Recorded(network)
     engine = Engine(recorded, LIMITS)
@@ -153,7 +233,7 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
     random.Random(1).shuffle(blocks)
     engine.pool.give_back(blocks)
     ids = random.Random(2)
-    largest, scale, same, scattered = 0.0, 0.0, True, False
+    largest, scale, same, scattered, squares = 0.0, 0.0, True, False, []
     for _ in range(generations):
         prompts = [[ids.randrange(SIZES["vocab_size"]) for _ in range(length)] for length in (1, 11, 5, 24)]
         recorded.rows.clear()
@@ -168,9 +248,10 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
                 expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=10, eos_token_id=None,
                                           pad_token_id=0)[0].tolist()
             largest = max(largest, float(np.abs(ours - theirs).max()))
+            squares.append(np.mean(np.square(ours - theirs)))
             scale = max(scale, float(np.abs(theirs).max()))
             same &= answer == expected
-    return {"largest_error": largest, "logits_scale": scale, "same_tokens": same, "replaced": replaced,
+    return {"largest_error": largest, "typical_error": float(np.mean(squares)) ** 0.5, "logits_scale": scale, "same_tokens": same, "replaced": replaced,
             "account": account, "scattered": bool(scattered)}
 
 
@@ -206,7 +287,21 @@ def report(arguments: list, fault: bool = False) -> list:
               "check_operators": functools.partial(check.check_operators, prepare=ascend_emulation.emulate)}
     card = device.Ascend(("/dev/davinci0",), "/usr/local/Ascend/cann", "plugin", None)
     output = io.StringIO()
-    with mock.patch.multiple(check, **checks), mock.patch.object(device, "find_ascend", lambda: card), \
-            contextlib.redirect_stdout(output):
+    answer = device.Answer(None, 60 * 2 ** 30, 64 * 2 ** 30)
+    with mock.patch.multiple(check, **checks), mock.patch.object(device, "find_ascend", lambda *_: card), \
+            mock.patch.object(device, "ask", lambda *_: answer), contextlib.redirect_stdout(output):
         code = check.main(arguments)
     return [code, output.getvalue()]
+
+
+def readings(dtype: str, head_dim: int) -> list:
+    """[contract, other reading, what the check says of a device that does that] of every contract and reading."""
+    import mindspore as ms
+
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    judged = []
+    for contract in contracts.contracts(dtype, head_dim, ascend_emulation.emulate):
+        for reading, result in contract.otherwise.items():
+            line = str(check.judge(replace(contract, device=result), dtype))
+            judged.append([contract.name, reading, line])
+    return judged

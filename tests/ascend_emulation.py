@@ -46,8 +46,13 @@ class _Standin:
 
 
 def _rms_norm(primitive):
+    """In half precision every step rounds, the worst that an operator may do: MindFormers is to hand it float32."""
     def compute(x, gamma):
-        return rounded(plain.rms_norm(values(x), values(gamma), primitive.epsilon), x), None
+        if x.dtype == ms.float32:
+            return rounded(plain.rms_norm(values(x), values(gamma), primitive.epsilon), x), None
+        mean_square = values(rounded(np.mean(values(rounded(np.square(values(x)), x)), axis=-1, keepdims=True), x))
+        normed = values(rounded(values(x) / values(rounded(np.sqrt(mean_square + primitive.epsilon), x)), x))
+        return rounded(normed * values(gamma), x), None
     return compute
 
 
@@ -106,6 +111,26 @@ def _matmul(primitive):
     return compute
 
 
+def _weight_quant_matmul(primitive):
+    """Integers of 4 bits come packed; sums are float32, as on Ascend."""
+    def compute(x, weight, scale, offset=None, *others):
+        if any(other is not None for other in others):
+            raise ValueError("an input that this project does not use is given")
+        integers = weight.asnumpy()
+        if weight.dtype == ms.qint4x2:
+            if primitive.transpose_weight or primitive.antiquant_group_size not in (64, 128):
+                raise ValueError(f"transpose_weight {primitive.transpose_weight}, group {primitive.antiquant_group_size}")
+            integers = plain.unpack_int4(integers)
+            if scale.shape[0] * primitive.antiquant_group_size != integers.shape[0]:
+                raise ValueError(f"scales {scale.shape} for groups of {primitive.antiquant_group_size}")
+        elif not primitive.transpose_weight or primitive.antiquant_group_size:
+            raise ValueError("8 bits are rows with one scale each")
+        given = None if offset is None else values(offset)
+        return rounded(plain.weight_quant_matmul(values(x), integers, values(scale), given,
+                                                 primitive.transpose_weight), x)
+    return compute
+
+
 def _gather(primitive):
     """Gather has no bfloat16 kernel on a CPU; going through float32 is exact. Other dtypes use the real one."""
     def compute(table, indices, axis):
@@ -126,7 +151,7 @@ def _elementwise(primitive):
 
 _REPLACEMENTS = {"RmsNorm": _rms_norm, "SiLU": _silu, "ApplyRotaryPosEmb": _rotary, "ReshapeAndCache": _reshape_and_cache,
                  "FlashAttentionScore": _flash_attention, "PagedAttention": _paged_attention, "MatMul": _matmul, "Gather": _gather,
-                 "Mul": _elementwise, "Add": _elementwise}
+                 "WeightQuantBatchMatmul": _weight_quant_matmul, "Mul": _elementwise, "Add": _elementwise}
 
 
 def _emulate_cumsum(cell) -> None:

@@ -1,4 +1,4 @@
-"""Measure what docs/ascend.md states, and write it there: `python tests/ascend_facts.py docs/ascend.md`; --check compares."""
+"""Measure what docs/ascend_measured.md states, and write it there: `python tests/ascend_facts.py docs/ascend_measured.md`; --check compares."""
 
 import difflib
 import os
@@ -16,7 +16,9 @@ CASES = (("MHA", 4, False), ("MHA, tied", 4, True), ("GQA", 2, False), ("GQA, ti
 MUTATIONS = (("gate_up", "w1 / w3 swapped in one layer"), ("theta", "theta 1e4 for 1e6"), ("eps", "rms_norm_eps 1e-5 for 1e-6"),
              ("q_bias", "wq.bias of one layer dropped"), ("k_bias", "wk.bias of one layer dropped"),
              ("v_bias", "wv.bias of one layer dropped"))
-BEGIN, END = (f"<!-- {edge}: python tests/ascend_facts.py docs/ascend.md -->" for edge in ("begin", "end"))
+QUANTISED = (("A16W8", {"bits": 8, "group": 0, "zeros": False}), ("A16W4, 64", {"bits": 4, "group": 64, "zeros": False}),
+             ("A16W4, 128, zero points", {"bits": 4, "group": 128, "zeros": True}))
+BEGIN, END = (f"<!-- {edge}: python tests/ascend_facts.py docs/ascend_measured.md -->" for edge in ("begin", "end"))
 SHOWN = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul")
 
 
@@ -33,14 +35,24 @@ def emulation(folder: str) -> list:
 
     for label, kv_heads, tied in CASES:
         found = [compare(f"{label}-{dtype}", kv_heads=kv_heads, tied=tied, dtype=dtype) for dtype in ("float32", "float16", "bfloat16")]
-        errors = " | ".join(f"{one['largest_error'] / one['logits_scale']:.1e}" for one in found)
+        errors = " | ".join(error(one) for one in found)
         lines.append(f"| {label} | {errors} | {'是 yes' if found[0]['same_tokens'] else '否 no'} |")
     lines += ["", "| 故意的错误 deliberate fault (GQA, float32) | 误差 error |", "|---|---|"]
     for mutation, label in MUTATIONS:
         found = compare(mutation, kv_heads=2, tied=False, dtype="float32", mutation=mutation, generations=1)
-        lines.append(f"| {label} | {found['largest_error'] / found['logits_scale']:.1e} |")
+        lines.append(f"| {label} | {error(found)} |")
+    lines += ["", "| 量化 quantised (GQA) | float32 | float16 | bfloat16 |", "|---|---|---|---|"]
+    for label, scheme in QUANTISED:
+        found = [compare(f"{label}-{dtype}", kv_heads=2, tied=False, dtype=dtype, quantised={"layers": scheme})
+                 for dtype in ("float32", "float16", "bfloat16")]
+        lines.append(f"| {label} | {' | '.join(error(one) for one in found)} |")
     worker.close()
     return lines
+
+
+def error(found: dict) -> str:
+    """The largest error as a fraction of the largest logit."""
+    return f"{found['largest_error'] / found['logits_scale']:.1e}"
 
 
 def graphs(folder: str) -> list:
@@ -88,11 +100,11 @@ def slices(folder: str) -> list:
             sizes = model.dims(ranks)
             path = model.save(scratch, sizes, model.random_weights(sizes), ranks, vocab_emb_dp, "bfloat16", "CPU")
             worker = Worker(scratch)
-            found = worker.call("ascend_graphs.slices", yaml_path=path, checkpoint=scratch, ranks=ranks, rank=ranks - 1,
+            found = worker.call("ascend_graphs.slices", yaml_path=path, checkpoint=scratch, ranks=ranks,
                                 options=["model.model_config.param_init_type=float32"])
             worker.close()
             counts = [{found[phase]["operators"].get(name, 0) for phase in ("prefill", "increment")} for name in ("AllReduce", "AllGather")]
-            lines.append(f"| {ranks} | {vocab_emb_dp} | {len(found['wrong'])} / {len(found['shapes'])} | "
+            lines.append(f"| {ranks} | {vocab_emb_dp} | {sum(map(len, found['wrong']))} / {ranks * len(found['shapes'])} | "
                          + " | ".join("/".join(map(str, sorted(count))) for count in counts) + " |")
     return lines
 

@@ -9,12 +9,14 @@ import ctypes
 import functools
 import importlib
 import io
+import math
 import os
 import subprocess
 import tempfile
 from collections import Counter
 from unittest import mock
 
+import ascend_cases
 import ascend_emulation
 import convert_weight
 import mindspore as ms
@@ -24,17 +26,18 @@ from mindspore import context
 from mindspore._c_expression import MSContext, ms_ctx_param
 from mindspore.train import mind_ir_pb2
 from qwen15 import device, naming
-from qwen15.ascend import check
+from qwen15.ascend import check, operators
+from qwen15.checkpoint.quantized import Scheme, dequantise
 from qwen15.config import load as configuration
 from qwen15.conversion import strategy
 from qwen15.generation.engine import Engine
 from qwen15.generation.request import Limits, Request
-from qwen15.network import mindformers, weights
+from qwen15.network import mindformers, weight_quant, weights
 
 build_context = importlib.import_module("mindformers.core.context.build_context")  # its package has a function of that name
 
 DYNAMIC = ms.Tensor(shape=[None, None], dtype=ms.int32)
-COUNTED = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul", "AllReduce",
+COUNTED = ("WeightQuantBatchMatmul", "RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul", "AllReduce",
            "AllGather", "Split", "Concat", "Gather", "CumsumExt", "ReduceScatter", "AlltoAll", "Broadcast")
 
 
@@ -124,15 +127,33 @@ def load(yaml_path: str, options=(), ranks: int = 1):
     return configuration.load_config(yaml_path, flags, options)
 
 
-def build(yaml_path: str, options=(), ranks: int = 1):
-    """The network of a YAML with overrides, its parameters without contents; production's way there, but not cut or filled."""
+def build(yaml_path: str, options=(), ranks: int = 1, quantised=None):
+    """The network of a YAML with overrides, its parameters without contents; production's way, but not cut or filled.
+
+    Args:
+        yaml_path, options, ranks: the configuration.
+        quantised: (bits, group) of every matrix in the layers; group 0 for whole rows.
+    """
     pretend(ranks, 0)
-    settings = mindformers.mindformers_config(load(yaml_path, options, ranks))
+    config = load(yaml_path, options, ranks)
+    settings = mindformers.mindformers_config(config)
     assert mindformers.start(settings) == (0, ranks)
-    cell = mindformers.build(settings)
+    cell = mindformers.build(settings, forms(config.model.dims, ranks, *quantised) if quantised else {}, ranks)
     # Without cards there is nobody to give 100 GB of parameters their contents for.
     object.__setattr__(cell, "init_parameters_data", lambda auto_parallel_mode=False: {})
     return cell
+
+
+def forms(dims, ranks: int, bits: int, group: int) -> dict:
+    """What a checkpoint with quantised layers makes of a model's matrices."""
+    table = {weight.ms: weight for weight in naming.weights(dims)}
+    schemes = {}
+    for name, weight in table.items():
+        if len(weight.shape) == 2 and weight.cut != naming.VOCAB:
+            own = weight.slice_shape(ranks, True)[1]
+            size = math.gcd(group, own) if group else own
+            schemes[name] = Scheme(bits, own // size, size, "F16", has_zero=True)
+    return weight_quant.forms(schemes, table, ranks, "checkpoint")
 
 
 def compile_phase(cell, phase: str) -> dict:
@@ -150,6 +171,7 @@ def describe(cell, full_phase: str) -> dict:
 
     Returns:
         operators: how many of each of COUNTED the graph has.
+        norm_dtypes: in which dtypes the RmsNorm operators compute, without repetition.
         output: its shape, -1 where it is dynamic.
         inputs: name -> shape.
     """
@@ -157,15 +179,23 @@ def describe(cell, full_phase: str) -> dict:
     model.ParseFromString(_executor()._get_func_graph_proto(cell, full_phase, "mind_ir"))
     names = {f"REF::{primitive.name}": primitive.op_type for primitive in model.primitives}
     found = Counter(names.get(node.op_type, node.op_type) for node in model.graph.node)
-    return {"operators": {name: found[name] for name in COUNTED if found[name]},
+    norms = {_first_dtype(node) for node in model.graph.node if names.get(node.op_type, node.op_type) == "RmsNorm"}
+    return {"operators": {name: found[name] for name in COUNTED if found[name]}, "norm_dtypes": sorted(norms),
             "output": [list(tensor.dims) for value in model.graph.output for tensor in value.tensor],
             "inputs": {value.name.rsplit(":", 1)[-1]: [list(tensor.dims) for tensor in value.tensor] for value in model.graph.input}}
 
 
-def graphs(yaml_path: str, options=(), ranks: int = 1) -> dict:
-    """Both graphs of a YAML's network, see `describe`, under 'prefill' and 'increment'; under left_behind the files this wrote."""
+def _first_dtype(node) -> str:
+    """The dtype of a node's first result, as MindIR names it: FLOAT, FLOAT16, BFLOAT16; RmsNorm's is that of its input."""
+    results = next(attribute for attribute in node.attribute if attribute.name == "shape")
+    tensors = results.values[0].tensors if results.values else results.tensors
+    return mind_ir_pb2.TensorProto.DataType.Name(tensors[0].data_type)
+
+
+def graphs(yaml_path: str, options=(), ranks: int = 1, quantised=None) -> dict:
+    """Both graphs of a YAML's network, see `describe` and `build`; under left_behind the files that this wrote."""
     before = _files()
-    cell = build(yaml_path, options, ranks)
+    cell = build(yaml_path, options, ranks, quantised)
     found = {phase: compile_phase(cell, phase) for phase in ("prefill", "increment")}
     return {**found, "left_behind": sorted(_files() - before)}
 
@@ -180,25 +210,29 @@ def refused(yaml_path: str, options=()) -> str:
     raise AssertionError("the network compiles")
 
 
-def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: int = 0, whole: bool = True) -> dict:
-    """Make the network as production does: set up, build, cut, fill; and say what the front end made of it.
+def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, whole: bool = True, quantised=None) -> dict:
+    """Make every rank's network as production does: set up, build, cut, fill; and say what the front end made of it.
+
+    The front end gives every rank the same shapes: it runs for the last one, and the other ranks fill that network anew.
 
     Args:
         yaml_path, options: the configuration.
-        checkpoint: a folder that `ascend_model.save` made, the truth about the contents.
-        ranks, rank: whose slices.
-        whole: `auto_trans_ckpt`: cut the slices from `checkpoint` while loading. Otherwise they are read from rank folders that
-            convert_weight.py makes.
+        checkpoint: a folder that `ascend.model.save` made, the truth about the contents.
+        ranks: over how many the network is cut.
+        whole: `auto_trans_ckpt`: cut the slices from `checkpoint` while loading. Otherwise they are read from rank
+            folders that convert_weight.py makes.
+        quantised: see `ascend_cases.quantise_file`; then the slices are cut from a file that is quantised so.
 
     Returns:
         shapes: parameter -> shape after the cut.
-        wrong: parameters whose contents are not this rank's slice as NumPy cuts it.
+        wrong: for each rank, parameters whose contents are not its slice as NumPy cuts it.
         strategy: parameter -> (device matrix, tensor map) in the strategy file MindSpore wrote.
         prefill, increment: see `describe`.
         account: the line about the weights.
         left_behind: files that all this leaves in the working directory.
         lost: files of an earlier run under ./output, where MindFormers empties folders, that are gone or changed.
     """
+    rank = ranks - 1
     pretend(ranks, rank)
     config = load(yaml_path, [*options, f"parallel_config.model_parallel={ranks}", f"auto_trans_ckpt={whole}"], ranks)
     production_cut, told, result = mindformers.cut, [], {}
@@ -215,13 +249,24 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, rank: in
             read_from = os.path.join(folder, "sliced")
             convert_weight.main(["--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path", read_from, "--model_parallel", str(ranks),
                                  "--vocab_emb_dp", str(config.parallel.vocab_emb_dp)])
+        made = {}
+        if quantised:
+            read_from = os.path.join(folder, "quantised.safetensors")
+            convert_weight.main(["--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path", read_from])
+            made = ascend_cases.quantise_file(read_from, quantised)
         mine = _somebodys_output(rank)
         before = _files()
         network = mindformers.MindFormersNetwork(config, weights.resolve(read_from, rank, ranks, whole), told.append)
         layouts = strategy.read_strategy(strategy_file)
+        result.update({phase: compile_phase(network.cell, phase) for phase in ("prefill", "increment")})
+        wrong = [_compare_contents(network.cell, checkpoint, ranks, rank, made)]
+        with mock.patch.multiple(mindformers, build=lambda *_: network.cell, cut=lambda cell, model: None):
+            for other in range(rank):
+                pretend(ranks, other)
+                mindformers.MindFormersNetwork(config, weights.resolve(read_from, other, ranks, whole), told.append)
+                wrong.insert(other, _compare_contents(network.cell, checkpoint, ranks, other, made))
     result["strategy"] = {name: [list(layout.devices), list(layout.tensor_map)] for name, layout in layouts.items()}
-    result["wrong"] = _compare_contents(network.cell, checkpoint, config, ranks, rank)
-    result.update({phase: compile_phase(network.cell, phase) for phase in ("prefill", "increment")})
+    result["wrong"] = wrong
     result["left_behind"] = sorted(_files() - before)
     result["lost"] = [path for path, text in mine.items() if not os.path.exists(path) or open(path).read() != text]
     result["account"] = told[-1]
@@ -280,24 +325,45 @@ def _somebodys_output(rank: int) -> dict:
     return mine
 
 
-def _compare_contents(cell, checkpoint: str, config, ranks: int, rank: int) -> list:
+def _compare_contents(cell, checkpoint: str, ranks: int, rank: int, quantised: dict) -> list:
+    """Names of the weights that are not this rank's slice as NumPy cuts it."""
     from safetensors.numpy import load_file
 
-    whole = {naming.hf_to_ms(name): array for name, array in load_file(os.path.join(checkpoint, "model.safetensors")).items()}
+    whole = {naming.hf_to_ms(name): array for name, array in
+             load_file(os.path.join(checkpoint, "model.safetensors")).items()}
+    held = {parameter.name: parameter for parameter in cell.get_parameters()}
     wrong = []
-    for parameter in cell.get_parameters():
-        held = parameter.asnumpy()
-        if parameter.name not in whole:
-            if held.any():
-                wrong.append(parameter.name)
+    for name, parameter in held.items():
+        if name in quantised and name + "_scale" in held:
+            stored = quantised[name]
+            expected = dequantise(stored[""], stored["_scale"], "F16", stored.get("_zero"))
+            ours = _meaning(held, name)
+        elif name.endswith(("_scale", "_offset")):
+            continue  # part of the meaning of its weight
+        elif name not in whole:
+            expected, ours = np.zeros(1), parameter.asnumpy()
+            if ours.any():
+                wrong.append(name)
             continue
-        expected = whole[parameter.name]
-        for axis, (size, part) in enumerate(zip(expected.shape, held.shape)):
+        else:
+            expected, ours = whole[name], parameter.asnumpy()
+        for axis, (size, part) in enumerate(zip(expected.shape, ours.shape)):
             if size != part:
                 expected = np.split(expected, ranks, axis)[rank]
-        if not np.array_equal(held, expected.astype(held.dtype)):
-            wrong.append(parameter.name)
+        if not np.array_equal(ours, expected.astype(ours.dtype)):
+            wrong.append(name)
     return wrong
+
+
+def _meaning(held: dict, name: str) -> np.ndarray:
+    """(W + offset) scale of a quantised weight's parameters, as (O, I): x W with x the unit matrix."""
+    integers, transposed = held[name].asnumpy(), held[name].dtype == ms.int8
+    if not transposed:
+        integers = operators.unpack_int4(integers)
+    scale, offset = (ascend_emulation.values(held[name + part]) if name + part in held else None
+                     for part in ("_scale", "_offset"))
+    unit = np.eye(integers.shape[1 if transposed else 0], dtype=np.float32)
+    return operators.weight_quant_matmul(unit, integers, scale, offset, transposed).T
 
 
 def report(ranks: int) -> list:
@@ -311,13 +377,14 @@ def report(ranks: int) -> list:
 
     with mock.patch.object(check, "check_network", functools.partial(check.check_network, device_target="CPU")), \
             mock.patch.object(mindformers.MindFormersNetwork, "_run", zeros), \
-            mock.patch.object(device, "find_ascend", lambda: card), \
+            mock.patch.object(device, "find_ascend", lambda *_: card), \
+            mock.patch.object(device, "ask", lambda *_: device.Answer(None)), \
             mock.patch.dict(os.environ, MS_WORKER_NUM=str(ranks)), contextlib.redirect_stdout(output):
         code = check.main([])
     return [code, output.getvalue()]
 
 
-def check_graphs(dtype: str) -> list:
+def check_graphs(dtype: str, head_dim: int) -> list:
     """Compile every operator graph of `ascend_check`, then let its plain definition answer: names and errors."""
     context.reset_auto_parallel_context()
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -331,4 +398,4 @@ def check_graphs(dtype: str) -> list:
             return cell.construct(*inputs, **named)
         object.__setattr__(cell, "compile_and_run", compile_and_run)
 
-    return [[result.name, result.error] for result in check.check_operators(dtype, prepare)]
+    return [[result.name, result.error] for result in check.check_operators(dtype, head_dim, prepare)]

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from ascend_worker import Worker
+from ascend_worker import Worker, WorkerError
 from official_configs import OTHERS, QWEN1_5
 from qwen15 import naming
 from qwen15.ascend import model
@@ -39,11 +39,13 @@ def cards(tmp_path_factory):
         started.close()
 
 
-def expected_operators(phase: str, ranks: int, vocab_emb_dp: bool) -> dict:
+def expected_operators(phase: str, ranks: int, vocab_emb_dp: bool, quantised: bool = False) -> dict:
     """What the docs say the graph of `LAYERS` layers is made of."""
     attention = "FlashAttentionScore" if phase == "prefill" else "PagedAttention"
     operators = {"RmsNorm": 2 * LAYERS + 1, "ApplyRotaryPosEmb": LAYERS, "ReshapeAndCache": LAYERS, attention: LAYERS,
                  "SiLU": LAYERS, "MatMul": 7 * LAYERS + 1, "Gather": 2 if phase == "prefill" else 3}
+    if quantised:
+        operators.update(MatMul=1, WeightQuantBatchMatmul=7 * LAYERS)
     if phase == "prefill":
         operators["CumsumExt"] = 1
     if ranks > 1:
@@ -58,22 +60,25 @@ def compiled(cards):
     """(YAML, dtype) -> (configuration, what `ascend_graphs.graphs` found); base and chat are one network, compiled once."""
     found = {}
 
-    def compiled(yaml_path: str, dtype: str, *more: str):
+    def compiled(yaml_path: str, dtype: str, *more: str, quantised=None):
         options = [*TWO_LAYERS, *(f"model.model_config.{key}={dtype}" for key in ("compute_dtype", "rotary_dtype", "param_init_type")),
                    *more]
         config = load_config(yaml_path, options=[*options, "context.device_target=CPU"])
-        network = repr((replace(config.model, eos_token_id=()), config.parallel))
+        network = repr((replace(config.model, eos_token_id=()), config.parallel, quantised))
         if network not in found:
             ranks = config.parallel.model_parallel
-            found[network] = cards(ranks).call("ascend_graphs.graphs", yaml_path=yaml_path, options=options, ranks=ranks)
+            found[network] = cards(ranks).call("ascend_graphs.graphs", yaml_path=yaml_path, options=options, ranks=ranks,
+                                                quantised=quantised)
         return config, found[network]
     return compiled
 
 
-def check_graphs(config, found) -> None:
+def check_graphs(config, found, quantised: bool = False) -> None:
     assert found["left_behind"] == []
     for phase in ("prefill", "increment"):
-        assert found[phase]["operators"] == expected_operators(phase, config.parallel.model_parallel, config.parallel.vocab_emb_dp)
+        assert found[phase]["operators"] == expected_operators(phase, config.parallel.model_parallel,
+                                                               config.parallel.vocab_emb_dp, quantised)
+        assert found[phase]["norm_dtypes"] == ["FLOAT"], "norms are computed in float32 whatever the dtype of the rest"
         assert found[phase]["output"] == [[-1, config.model.dims.vocab_size]]
         assert found[phase]["inputs"] == {"tokens": [[-1, -1]], "batch_valid_length": [[-1, -1]], "block_tables": [[-1, -1]],
                                           "slot_mapping": [[-1]]}
@@ -83,6 +88,31 @@ def check_graphs(config, found) -> None:
 @pytest.mark.parametrize("name", ALL_YAMLS)
 def test_shipped_yaml_compiles(compiled, module_dir, name, dtype):
     check_graphs(*compiled(str(module_dir / f"predict_qwen1_5_{name}.yaml"), dtype))
+
+
+@pytest.mark.parametrize("quantised", ((8, 0), (4, 128)), ids=("A16W8", "A16W4"))
+@pytest.mark.parametrize("name", QWEN1_5)
+def test_shipped_yaml_compiles_for_quantised_weights(compiled, module_dir, name, quantised):
+    path = str(module_dir / f"predict_qwen1_5_{name}.yaml")
+    check_graphs(*compiled(path, "float16", quantised=quantised), quantised=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantised", ((8, 0), (4, 64)), ids=("A16W8", "A16W4"))
+@pytest.mark.parametrize("ranks", (1, 2, 4, 8))
+@pytest.mark.parametrize("name", QWEN1_5)
+def test_every_yaml_compiles_for_quantised_weights_over_any_number_of_cards(compiled, module_dir, name, ranks, quantised):
+    """Or is refused with the numbers: what heads or groups of 64 do not divide."""
+    path = str(module_dir / f"predict_qwen1_5_{name}.yaml")
+    more = [f"parallel_config.model_parallel={ranks}", f"use_parallel={ranks > 1}"]
+    dims = load_config(path, options=["context.device_target=CPU"]).model.dims
+    if naming.indivisible(dims, ranks):
+        pytest.skip(naming.indivisible(dims, ranks))
+    if quantised[0] == 4 and (dims.intermediate_size // ranks % 64 or dims.hidden_size // ranks % 64):
+        with pytest.raises(WorkerError, match="the operator on Ascend takes groups of 64 or 128"):
+            compiled(path, "float16", *more, quantised=quantised)
+        return
+    check_graphs(*compiled(path, "float16", *more, quantised=quantised), quantised=True)
 
 
 @pytest.mark.parametrize("name, ranks", (("Qwen2.5-0.5B-Instruct", 1), ("Qwen2.5-7B-Instruct", 4)))
@@ -104,9 +134,10 @@ def test_float32_is_refused_by_the_operators_themselves(cards, module_dir):
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
-def test_operator_graphs_of_the_check_compile(cards, dtype):
-    found = cards(1).call("ascend_graphs.check_graphs", dtype=dtype)
-    assert len(found) == 10
+@pytest.mark.parametrize("head_dim, count", ((64, 14), (128, 10)))
+def test_operator_graphs_of_the_check_compile(cards, dtype, head_dim, count):
+    found = cards(1).call("ascend_graphs.check_graphs", dtype=dtype, head_dim=head_dim)
+    assert len(found) == count
 
 
 @pytest.mark.parametrize("ranks, vocab_emb_dp, tied, whole", (
@@ -115,9 +146,8 @@ def test_operator_graphs_of_the_check_compile(cards, dtype):
 def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp, tied, whole):
     sizes = model.dims(ranks, tied)
     yaml_path = model.save(str(tmp_path), sizes, model.random_weights(sizes), ranks, vocab_emb_dp, "bfloat16", "CPU")
-    rank = ranks - 1
-    found = cards(ranks).call("ascend_graphs.slices", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks, rank=rank,
-                               whole=whole, options=["model.model_config.param_init_type=float32"])
+    found = cards(ranks).call("ascend_graphs.slices", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks, whole=whole,
+                               options=["model.model_config.param_init_type=float32"])
 
     weights = {weight.ms: weight for weight in naming.weights(sizes)}
     caches = {name: shape for name, shape in found["shapes"].items() if name.endswith("_cache")}
@@ -132,8 +162,22 @@ def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp,
 
     for phase in ("prefill", "increment"):
         assert found[phase]["operators"] == expected_operators(phase, ranks, vocab_emb_dp)
-    assert found["wrong"] == []
+    assert found["wrong"] == [[]] * ranks, "a rank holds what is not its slice"
     assert found["account"].startswith(f"weights: loaded {len(weights)} of {len(weights)}, missing 0, unexpected 0")
+    assert found["left_behind"] == [] and found["lost"] == []
+
+
+@pytest.mark.parametrize("ranks, bits, group", ((2, 8, 0), (2, 4, 128), (4, 4, 64), (8, 8, 0)))
+def test_every_rank_holds_its_slice_of_quantised_weights(cards, tmp_path, ranks, bits, group):
+    """What integers, scales and offsets mean together is the slice of the dequantised weight, bit for bit."""
+    sizes = model.dims(ranks)
+    yaml_path = model.save(str(tmp_path), sizes, model.random_weights(sizes), ranks, False, "float16", "CPU")
+    found = cards(ranks).call("ascend_graphs.slices", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks,
+                              quantised={"layers": {"bits": bits, "group": group, "zeros": True}},
+                              options=["model.model_config.param_init_type=float32"])
+    assert found["wrong"] == [[]] * ranks
+    for phase in ("prefill", "increment"):
+        assert found[phase]["operators"] == expected_operators(phase, ranks, False, quantised=True)
     assert found["left_behind"] == [] and found["lost"] == []
 
 

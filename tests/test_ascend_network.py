@@ -83,12 +83,14 @@ def complaints(config, monkeypatch):
                 ("qkv_concat=True", "is_dynamic=False", "use_past=False", "compute_dtype=float32", "rotary_dtype=float32")]
     attempts += [
         lambda: mindformers.check(replace(model, dims=replace(model.dims, head_dim=64)), "Ascend"),
+        lambda: mindformers.check(replace(model, dims=replace(model.dims, head_dim=32, num_heads=160)), "Ascend"),
         lambda: device.require("Ascend"), lambda: check.main([]),
         lambda: memory_check.check(config("context.max_device_memory=20GB")),
         lambda: mindformers.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0")),
         lambda: mindformers.mindformers_config(config("use_parallel=True", "context.mode=1"))]
     told = [str(mindformers._explain(RuntimeError("memory isn't enough"))),
-            str(Engine._non_finite(SimpleNamespace(network=SimpleNamespace(find_non_finite=lambda: None)), [SimpleNamespace(generated=3)]))]
+            str(Engine._non_finite(SimpleNamespace(_broken_weight=None, network=SimpleNamespace(find_non_finite=lambda: None)),
+                                    SimpleNamespace(generated=3, request=SimpleNamespace(label="prompt 1"))))]
     with monkeypatch.context() as patch:
         patch.setattr("mindformers.build_context", fails)
         attempts.append(lambda: mindformers.start(SimpleNamespace()))
@@ -110,26 +112,29 @@ def _said(attempt) -> str:
 def test_the_docs_quote_what_is_said_and_leave_nothing_out(config, module_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
     pytest.importorskip("mindformers")
-    page = (module_dir.parent.parent / "docs" / "ascend.md").read_text(encoding="utf-8")
-    rows = re.search(r"\| 信息 message .*?\n\n", page, re.DOTALL)[0].strip().splitlines()[2:]
-    quoted = [quote for row in rows for quote in re.findall(r"`(.*?)`", row.split("|")[1])]
-    patterns = [re.compile(".*".join(map(re.escape, quote.split("...")))) for quote in quoted]
     told = complaints(config, monkeypatch)
-    assert [pattern.pattern for pattern in patterns if not any(map(pattern.search, told))] == []
-    assert [line for line in told if not any(pattern.search(line) for pattern in patterns)] == []
+    for name, header in (("ascend.md", "信息"), ("ascend_en.md", "message")):
+        page = (module_dir.parent.parent / "docs" / name).read_text(encoding="utf-8")
+        rows = re.search(rf"^\| {header} \|.*?(?:\n\n|\Z)", page, re.DOTALL | re.MULTILINE)[0].strip().splitlines()[2:]
+        quoted = [quote for row in rows for quote in re.findall(r"`(.*?)`", row.split("|")[1])]
+        patterns = [re.compile(".*".join(map(re.escape, quote.split("...")))) for quote in quoted]
+        assert [pattern.pattern for pattern in patterns if not any(map(pattern.search, told))] == []
+        assert [line for line in told if not any(pattern.search(line) for pattern in patterns)] == []
 
 
 RANK = """
 import sys
 import numpy as np
 import mindspore as ms
-from qwen15.network.mindformers import broadcast
+from qwen15.network.mindformers import MindFormersNetwork
 ms.set_device("CPU")
 ms.set_context(mode=ms.GRAPH_MODE)
 ms.communication.init()
 rank = ms.communication.get_rank()
+network = MindFormersNetwork.__new__(MindFormersNetwork)
+network.rank, network.ranks = rank, ms.communication.get_group_size()
 with open(f"{sys.argv[1]}/{rank}", "w") as file:
-    file.write(str(broadcast(np.asarray([7, 8, 9], np.int32) + 10 * rank).tolist()))
+    file.write(str(network.agree(np.asarray([7, 8, 9], np.int32) + 10 * rank).tolist()))
 """
 
 

@@ -111,6 +111,10 @@ def machine(tmp_path, monkeypatch):
     return machine
 
 
+def answers(found):
+    return device.Answer(None)
+
+
 def test_a_machine_without_ascend_is_fine(machine):
     ascend, target = doctor.check_ascend(*machine())
     assert (ascend.status, ascend.fix) == ("info", None)
@@ -118,7 +122,7 @@ def test_a_machine_without_ascend_is_fine(machine):
 
 
 def test_a_whole_ascend_machine_is_used(machine):
-    ascend, target = doctor.check_ascend(*machine(cards=12, cann=True))
+    ascend, *_, target = doctor.check_ascend(*machine(cards=12, cann=True), answers)
     assert ascend.status == "ok" and "12 card(s)" in ascend.detail
     assert ascend.detail.index("davinci9,") < ascend.detail.index("davinci10")
     assert target.detail.startswith("a run computes on Ascend, chosen by auto: 12 card(s)")
@@ -130,7 +134,7 @@ def test_a_whole_ascend_machine_is_used(machine):
     ({"cards": 1, "cann": True, "plugin": None}, "Ascend backend"),
 ])
 def test_half_an_ascend_machine_gets_a_warning_and_the_cpu(machine, parts, fix):
-    ascend, target = doctor.check_ascend(*machine(**parts))
+    ascend, *_, target = doctor.check_ascend(*machine(**parts), answers)
     assert ascend.status == "warn" and fix in ascend.fix
     assert target.detail.startswith("a run computes on CPU, chosen by auto: ")
 
@@ -143,7 +147,7 @@ def test_asking_for_ascend_where_there_is_none_is_refused_when_it_matters(machin
         device.require(target, "predict.yaml:70", environ, root)
     assert str(caught.value).startswith("predict.yaml:70: device_target Ascend, but this machine has no card")
     device.require("CPU", None, environ, root)
-    device.require("Ascend", None, *machine(cards=1, cann=True))
+    device.require("Ascend", None, *machine(cards=1, cann=True), answers)
     assert device.resolve("CPU", *machine(cards=1, cann=True)) == ("CPU", "CPU, asked for")
 
 
@@ -192,21 +196,3 @@ def test_a_wrong_port_number_is_bad_usage():
     done = run("--port", "70000")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --port: 70000 is not a port")
-
-
-def test_a_package_that_another_one_does_not_want_is_pointed_out():
-    """As after `pip install -U huggingface_hub` beside transformers 4.57."""
-    installed = {"transformers": "4.57.1", "huggingface-hub": "2.4.0", "numpy": "1.26.4"}
-    wants = {"transformers": ["huggingface-hub<1.0,>=0.34.0", "numpy>=1.17", "absent>=1",
-                              "torch>=2.2; extra == 'torch'"]}
-    found = doctor.check_requirements(installed.get, wants.get)
-    assert (found.name, found.status) == ("versions", "warn")
-    assert found.detail == "huggingface-hub is 2.4.0, transformers 4.57.1 wants <1.0,>=0.34.0"
-    assert found.fix == "pip install 'huggingface-hub<1.0,>=0.34.0'"
-    installed["huggingface-hub"] = "0.36.2"
-    assert doctor.check_requirements(installed.get, wants.get).status == "ok"
-
-
-def test_mindformers_is_missed_by_nobody_on_a_cpu():
-    checks = {check.name: check for check in doctor.check_packages({**GOOD, "mindformers": None}.get)}
-    assert checks["mindformers"].status == "info"

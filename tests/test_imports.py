@@ -25,9 +25,10 @@ BELOW = {
     "ascend": ["network", "config", "checkpoint"],
     "generation": ["text", "network", "config", "checkpoint", "ops", "kernels"],
     "serve": ["generation", "network", "text", "config", "checkpoint"],
-    "commands": ["generation", "network", "conversion", "launch", "text", "config", "checkpoint", "ops", "kernels"],
-    "bench": ["commands", "generation", "network", "conversion", "launch", "text", "config", "checkpoint", "ops",
-              "kernels"],
+    "commands": ["ascend", "generation", "network", "conversion", "launch", "text", "config", "checkpoint", "ops",
+                 "kernels"],
+    "bench": ["commands", "ascend", "generation", "network", "conversion", "launch", "text", "config", "checkpoint",
+              "ops", "kernels"],
 }
 """The wings that a wing's files may import, beside its own and the ground floor."""
 TOP = ["__init__", "__main__", "api"]

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import importlib.util
+import json
 import os
+import platform
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
-from typing import Mapping, Optional, Tuple
+from typing import Callable, Mapping, Optional, Tuple
 
 from .errors import UserError
 
 ASCEND, CPU, AUTO = "Ascend", "CPU", "auto"
 TARGETS = (AUTO, ASCEND, CPU)
-_CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_AICPU_PATH", "ASCEND_OPP_PATH")
-_HBM = re.compile(r"^\|.*\b\d{4}:[0-9A-F]{2}:[0-9A-F]{2}\.\d\b.*/\s*(\d+)\s*\|\s*$", re.MULTILINE | re.IGNORECASE)
-_CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
+CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_AICPU_PATH", "ASCEND_OPP_PATH")
+CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
+"""Where CANN is installed: 8.3 and before, 8.5 and later, a minimal installation."""
+_HBM = re.compile(r"^\|.*\b\d{4}:[0-9A-F]{2}:[0-9A-F]{2}\.\d\b.*\b(\d+)\s*/\s*(\d+)\s*\|\s*$",
+                  re.MULTILINE | re.IGNORECASE)
+_ELF_MACHINES = {0x3E: "x86_64", 0xB7: "aarch64"}
+_PROBE_S = 60
+
+_PROBE = """
+import ctypes, json, sys
+plugin, card = sys.argv[1], int(sys.argv[2])
+told = {}
+try:
+    ctypes.CDLL(plugin)
+    acl = ctypes.CDLL("libascendcl.so")
+except OSError as error:
+    print(json.dumps({"fault": str(error)}))
+    sys.exit()
+for name, *arguments in (("aclInit", None), ("aclrtSetDevice", card)):
+    code = getattr(acl, name)(*arguments)
+    if code:
+        print(json.dumps({"fault": "card %d does not answer (%s: error %d)" % (card, name, code)}))
+        sys.exit()
+free, total = ctypes.c_size_t(), ctypes.c_size_t()
+HBM = 1
+if acl.aclrtGetMemInfo(HBM, ctypes.byref(free), ctypes.byref(total)) == 0:
+    told = {"free_bytes": free.value, "total_bytes": total.value}
+print(json.dumps(told), flush=True)
+acl.aclrtResetDevice(card)
+acl.aclFinalize()
+"""
+"""Run in a process of its own: libraries that fail to load, or a card that hangs, leave this one as it is."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +60,7 @@ class Ascend:
         cards: device nodes, `/dev/davinci0`, ...; one per card.
         cann: CANN's folder, None when there is none.
         mindspore_plugin: MindSpore's Ascend plugin, None when MindSpore or the plugin is not installed.
-        missing: what keeps Ascend from being used, None when nothing does.
+        missing: what keeps Ascend from being used, None when nothing does as far as files can tell.
     """
 
     cards: Tuple[str, ...]
@@ -36,8 +69,22 @@ class Ascend:
     missing: Optional[str]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a card said when it was asked.
+
+    Attributes:
+        fault: why it cannot be used, None when it can.
+        free_bytes, total_bytes: its memory (HBM), None when it did not say.
+    """
+
+    fault: Optional[str]
+    free_bytes: Optional[int] = None
+    total_bytes: Optional[int] = None
+
+
 def find_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/") -> Ascend:
-    """Look for cards, CANN and MindSpore's Ascend plugin.
+    """Look for the files of cards, CANN and MindSpore's Ascend plugin; `ask` says whether they work.
 
     Args:
         environ: environment variables; the process's own by default.
@@ -46,9 +93,9 @@ def find_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/") ->
     environ = os.environ if environ is None else environ
     under = os.path.join(root, "")
     cards = tuple(sorted(glob.glob(f"{under}dev/davinci[0-9]*"), key=lambda path: (len(path), path)))
-    cann = next((environ[name] for name in _CANN_VARIABLES if environ.get(name) and os.path.isdir(environ[name])), None)
+    cann = next((environ[name] for name in CANN_VARIABLES if environ.get(name) and os.path.isdir(environ[name])), None)
     if cann is None:
-        cann = next((path for path in (f"{under}{folder.lstrip('/')}" for folder in _CANN_FOLDERS)
+        cann = next((path for path in (f"{under}{folder.lstrip('/')}" for folder in CANN_FOLDERS)
                      if os.path.isdir(path)), None)
     plugin = _plugin()
     missing = []
@@ -61,19 +108,66 @@ def find_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/") ->
     return Ascend(cards, cann, plugin, ", ".join(missing) or None)
 
 
-def _plugin() -> Optional[str]:
+def mindspore_folder() -> Optional[str]:
+    """Where MindSpore is installed, None when it is not."""
     spec = importlib.util.find_spec("mindspore")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    for folder in spec.submodule_search_locations:
-        found = glob.glob(os.path.join(folder, "lib", "plugin", "libmindspore_ascend.so*"))
-        if found:
-            return found[0]
-    return None
+    return next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None
+
+
+def _plugin() -> Optional[str]:
+    folder = mindspore_folder()
+    found = glob.glob(os.path.join(folder, "lib", "plugin", "libmindspore_ascend.so*")) if folder else []
+    return found[0] if found else None
+
+
+def ask(found: Ascend, card: Optional[int] = None, program: str = _PROBE) -> Answer:
+    """Load MindSpore's Ascend plugin and ask a card for its free memory, in a process of its own (a second or two).
+
+    Args:
+        found: what `find_ascend` found, nothing missing.
+        card: its number; by default that of this rank, DEVICE_ID or RANK_ID.
+        program: what the other process runs.
+    """
+    assert found.mindspore_plugin is not None, "find_ascend says that the plugin is missing"
+    return _ask(found.mindspore_plugin, own_card() if card is None else card, found.cann or "", program)
+
+
+@functools.lru_cache(maxsize=None)
+def _ask(plugin: str, card: int, cann: str, program: str) -> Answer:
+    try:
+        done = subprocess.run([sys.executable, "-c", program, plugin, str(card)], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=_PROBE_S, universal_newlines=True, check=False)
+    except subprocess.TimeoutExpired:
+        return Answer(f"card {card} has not answered within {_PROBE_S} s")
+    lines = done.stdout.strip().splitlines()
+    try:
+        told = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return Answer(f"asking card {card} ended with exit code {done.returncode}: {last}")
+    fault = told.get("fault")
+    if fault and "cannot open shared object file" in fault:
+        fault = f"{fault.split(': No such file')[0]}; source {set_env(cann)}"
+    return Answer(fault, told.get("free_bytes"), told.get("total_bytes"))
+
+
+def own_card() -> int:
+    """The number of this process's card."""
+    text = os.environ.get("DEVICE_ID") or os.environ.get("RANK_ID") or "0"
+    return int(text) if text.isdigit() else 0
+
+
+def set_env(cann: str) -> str:
+    """The script of a CANN folder that sets the environment: inside it, or beside it up to CANN 8.3."""
+    for folder in (cann, os.path.dirname(cann.rstrip("/"))):
+        path = os.path.join(folder, "set_env.sh")
+        if os.path.isfile(path):
+            return path
+    return "CANN's set_env.sh"
 
 
 def npu_smi() -> Tuple[Optional[str], str]:
-    """What `npu-smi info` prints; None with the reason where it cannot be run."""
+    """What `npu-smi info` prints; None with the reason where it cannot be run, as in containers without it."""
     try:
         done = subprocess.run(["npu-smi", "info"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=20,
                               universal_newlines=True, check=False)
@@ -82,44 +176,103 @@ def npu_smi() -> Tuple[Optional[str], str]:
     return (done.stdout, "") if done.returncode == 0 else (None, f"exit code {done.returncode}: {done.stdout.strip()}")
 
 
-def card_bytes() -> Optional[int]:
-    """Memory (HBM) of the smallest card that `npu-smi` shows; None when it shows none."""
+@dataclass(frozen=True)
+class CardMemory:
+    """Memory (HBM) of a card in bytes: all of it, and what nobody uses now."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+def card_memory() -> Optional[CardMemory]:
+    """Memory of this rank's card, as it says itself, otherwise as `npu-smi` shows it; None where neither does."""
+    found = find_ascend()
+    if found.missing is None:
+        answer = ask(found)
+        if answer.fault is None and answer.total_bytes and answer.free_bytes is not None:
+            return CardMemory(answer.total_bytes, answer.free_bytes)
     output, _ = npu_smi()
     # The line with a card's bus address ends in `used / all |`, in units of 2^20 bytes that it calls MB.
-    sizes = [int(size) * 2 ** 20 for size in _HBM.findall(output or "") if int(size)]
-    return min(sizes, default=None)
+    cards = [CardMemory(int(size) * 2 ** 20, (int(size) - int(used)) * 2 ** 20)
+             for used, size in _HBM.findall(output or "") if int(size)]
+    return cards[own_card() % len(cards)] if cards else None
 
 
-def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/") -> Tuple[str, str]:
+def foreign_libraries(folder: Optional[str] = None, machine: Optional[str] = None) -> Optional[str]:
+    """What to tell a user whose MindSpore was built for another processor than this one; None when it fits.
+
+    The wheels `mindspore-*-none-any.whl` say that they fit any machine, pip believes it, and only the import fails.
+
+    Args:
+        folder: MindSpore's; the installed one by default.
+        machine: this machine's architecture, as uname names it.
+    """
+    folder = mindspore_folder() if folder is None else folder
+    machine = platform.machine() if machine is None else machine
+    libraries = glob.glob(os.path.join(folder, "lib", "libmindspore_core.so")) if folder else []
+    built_for = elf_machine(libraries[0]) if libraries else None
+    if built_for is None or built_for == machine:
+        return None
+    return f"the installed MindSpore holds {built_for} libraries, and this machine is {machine}"
+
+
+def elf_machine(path: str) -> Optional[str]:
+    """'x86_64', 'aarch64' or a number: the processor that a library is for; None when it is no ELF file."""
+    with open(path, "rb") as file:
+        header = file.read(20)
+    if header[:4] != b"\x7fELF" or len(header) < 20:
+        return None
+    number = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
+    return _ELF_MACHINES.get(number, f"machine {number}")
+
+
+WHEEL_FIX = ("Install the wheel for this machine from https://www.mindspore.cn/install (linux_aarch64 in its name), "
+             "with Python 3.11.")
+
+
+def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/",
+            asked: Optional[Callable[[Ascend], Answer]] = None) -> Tuple[str, str]:
     """Turn `auto`, `Ascend` or `CPU` into the device to compute on and one line on why.
 
+    `auto` is Ascend where a card answers and the libraries load, otherwise CPU, and the line says what was wrong.
     `Ascend` that was asked for by name stays Ascend even where there is none, so that graphs can be examined on any
     machine; `require` refuses to compute on it.
+
+    Raises:
+        UserError: MindSpore's libraries are for another processor: it can compute on nothing.
     """
+    foreign = foreign_libraries()
+    if foreign:
+        raise UserError(foreign, fix=WHEEL_FIX)
     if target == CPU:
         return CPU, "CPU, asked for"
-    ascend = find_ascend(environ, root)
+    found = find_ascend(environ, root)
     if target == ASCEND:
-        found = f"but {ascend.missing}" if ascend.missing else f"{len(ascend.cards)} card(s), CANN {ascend.cann}"
-        return ASCEND, f"Ascend, asked for; {found}"
-    if ascend.missing is None:
-        return ASCEND, f"Ascend, chosen by auto: {len(ascend.cards)} card(s), CANN {ascend.cann}"
-    return CPU, f"CPU, chosen by auto: {ascend.missing}"
+        there = f"but {found.missing}" if found.missing else f"{len(found.cards)} card(s), CANN {found.cann}"
+        return ASCEND, f"Ascend, asked for; {there}"
+    fault = found.missing or (asked or ask)(found).fault
+    if fault is None:
+        return ASCEND, f"Ascend, chosen by auto: {len(found.cards)} card(s), CANN {found.cann}"
+    return CPU, f"CPU, chosen by auto: {fault}"
 
 
 def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
-            root: str = "/") -> None:
-    """Refuse to compute on an Ascend that is not there.
+            root: str = "/", asked: Optional[Callable[[Ascend], Answer]] = None) -> None:
+    """Refuse to compute on an Ascend that is not there, whose libraries do not load or whose card does not answer.
 
     Raises:
-        UserError: `target` is Ascend and this machine lacks a card, CANN or MindSpore's plugin.
+        UserError: `target` is Ascend and this machine has none to compute on; with the reason.
     """
     if target != ASCEND:
         return
-    missing = find_ascend(environ, root).missing
-    if missing:
-        raise UserError(f"device_target Ascend, but this machine has {missing}", where,
+    found = find_ascend(environ, root)
+    if found.missing:
+        raise UserError(f"device_target Ascend, but this machine has {found.missing}", where,
                         "Source CANN's set_env.sh if it is installed; otherwise use --device_target CPU (or auto).")
+    fault = (asked or ask)(found).fault
+    if fault:
+        raise UserError(f"device_target Ascend, but {fault}", where,
+                        "`qwen15 doctor` examines it; --device_target CPU does without.")
 
 
 def env_rank() -> int:

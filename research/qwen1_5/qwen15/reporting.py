@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Callable, Iterator, Optional, Set, TextIO
 
 from . import terminal
@@ -86,3 +86,18 @@ def set_encoding(json: bool) -> None:
         reconfigure(encoding="utf-8")
     else:
         reconfigure(errors="replace")
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """While libraries are imported, build and compile, what they print goes to stderr: stdout is the answer's alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,5 +1,7 @@
 """A small random Qwen1.5 and its plain NumPy forward pass: what the network on a card is compared with."""
 
+from __future__ import annotations
+
 import json
 import os
 from typing import Dict, Sequence
@@ -22,12 +24,12 @@ def dims(ranks: int = 1, tied: bool = False) -> Dims:
     """Sizes that `ranks` cards can share: grouped queries, heads of 128 as in the models from 7B on, two layers."""
     kv_heads = max(2, ranks)
     heads, head_dim = 2 * kv_heads, 128
-    return Dims(hidden_size=heads * head_dim, intermediate_size=heads * 192, num_layers=2, num_heads=heads, num_kv_heads=kv_heads,
-                head_dim=head_dim, vocab_size=1024, tie_word_embeddings=tied)
+    return Dims(hidden_size=heads * head_dim, intermediate_size=heads * 192, num_layers=2, num_heads=heads,
+                num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=1024, tie_word_embeddings=tied)
 
 
 def random_weights(sizes: Dims, seed: int = 0) -> Dict[str, np.ndarray]:
-    """Hugging Face name -> float32 array; large enough that logits differ clearly, biases and norms not the usual 0 and 1."""
+    """Hugging Face name -> float32 array, so large that logits differ clearly; biases and norms not just 0 and 1."""
     random = np.random.default_rng(seed)
     tensors = {}
     for weight in naming.weights(sizes):
@@ -56,9 +58,9 @@ def save(folder: str, sizes: Dims, tensors: Dict[str, np.ndarray], ranks: int = 
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": sizes.hidden_size,
               "intermediate_size": sizes.intermediate_size, "num_hidden_layers": sizes.num_layers,
               "num_attention_heads": sizes.num_heads, "num_key_value_heads": sizes.num_kv_heads,
-              "vocab_size": sizes.vocab_size, "tie_word_embeddings": sizes.tie_word_embeddings, "rms_norm_eps": RMS_NORM_EPS,
-              "rope_theta": THETA, "max_position_embeddings": SEQ_LENGTH, "torch_dtype": "float32", "hidden_act": "silu",
-              "bos_token_id": 0, "eos_token_id": 0}
+              "vocab_size": sizes.vocab_size, "tie_word_embeddings": sizes.tie_word_embeddings,
+              "rms_norm_eps": RMS_NORM_EPS, "rope_theta": THETA, "max_position_embeddings": SEQ_LENGTH,
+              "torch_dtype": "float32", "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 0}
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(config, file)
     path = os.path.join(folder, "predict.yaml")
@@ -96,7 +98,7 @@ model:
 
 
 def rounded(tensors: Dict[str, np.ndarray], dtype: str) -> Dict[str, np.ndarray]:
-    """The weights after a round trip through `dtype`, in float32; norm weights stay as they are, as MindFormers keeps them."""
+    """The weights after a round trip through `dtype`, in float32; norm weights stay as they are, as in MindFormers."""
     short = SHORT_NAMES[dtype]
     result = {}
     for name, array in tensors.items():
@@ -116,7 +118,8 @@ def logits(sizes: Dims, tensors: Dict[str, np.ndarray], ids: Sequence[int]) -> n
             return tensors[prefix + name]
 
         h = plain.rms_norm(x, weight("input_layernorm.weight"), RMS_NORM_EPS)
-        q, k, v = (h @ weight(f"self_attn.{name}_proj.weight").T + weight(f"self_attn.{name}_proj.bias") for name in "qkv")
+        q, k, v = (h @ weight(f"self_attn.{name}_proj.weight").T + weight(f"self_attn.{name}_proj.bias")
+                   for name in "qkv")
         q, k = plain.apply_rotary_pos_emb(q[None], k[None], cos, sin, lengths)
         attended = plain.flash_attention(q[0], k[0], v, mask, lengths, lengths, sizes.num_heads, sizes.head_dim ** -0.5)
         x = x + attended @ weight("self_attn.o_proj.weight").T

@@ -1,9 +1,11 @@
-"""Plain NumPy definitions of the Ascend operators that MindFormers' LlamaForCausalLM is made of: what each must compute.
+"""Plain NumPy definitions of the Ascend operators that MindFormers' network is made of: what each must compute.
 
 They serve as the operators when the network runs on a CPU in the tests, and as the judge of the real operators when
 `ascend_check` runs on a card. All take and return float32 values; rounding to the operator's dtype is the caller's.
 Letters: B sequences, T tokens of all sequences one after another, H query heads, K KV heads, D head size, M blocks.
 """
+
+from __future__ import annotations
 
 from typing import Optional, Tuple
 
@@ -39,7 +41,8 @@ def apply_rotary_pos_emb(query: np.ndarray, key: np.ndarray, cos: np.ndarray, si
         rows_cos, rows_sin = cos, sin
     else:
         if batch != 1 or int(np.sum(lengths)) != steps:
-            raise ValueError(f"prefill of {query.shape[:2]} tokens, but the lengths {lengths.tolist()} sum to {int(np.sum(lengths))}")
+            raise ValueError(f"prefill of {query.shape[:2]} tokens, but the lengths {lengths.tolist()} sum to "
+                             f"{int(np.sum(lengths))}")
         positions = np.concatenate([np.arange(length) for length in lengths])
         rows_cos, rows_sin = cos[positions], sin[positions]
     return _rotate(query, rows_cos, rows_sin), _rotate(key, rows_cos, rows_sin)
@@ -53,9 +56,33 @@ def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return turned.reshape(x.shape)
 
 
+def weight_quant_matmul(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, offset: Optional[np.ndarray],
+                        transpose_weight: bool) -> np.ndarray:
+    """WeightQuantBatchMatmul: x ((weight + offset) scale), the weight turned into numbers first.
+
+    Args:
+        x: (T, I).
+        weight: integers, (O, I) with `transpose_weight`, otherwise (I, O); 4-bit ones unpacked, -8..7.
+        scale, offset: (O,) with `transpose_weight`, otherwise (G, O), each row for I / G inputs; offset None is 0.
+        transpose_weight: whether the weight lies as (O, I).
+    """
+    numbers = (weight.T if transpose_weight else weight).astype(np.float32)
+    scale = scale.reshape(-1, numbers.shape[1])
+    repeat = numbers.shape[0] // scale.shape[0]
+    if offset is not None:
+        numbers = numbers + np.repeat(offset.reshape(scale.shape), repeat, axis=0)
+    return x @ (numbers * np.repeat(scale, repeat, axis=0))
+
+
+def unpack_int4(packed: np.ndarray) -> np.ndarray:
+    """(I, O / 2) int8 to (I, O) int8, -8..7: column 2 c in the low nibble of byte c, column 2 c + 1 in the high."""
+    low, high = (packed << 4).astype(np.int8) >> 4, packed >> 4
+    return np.stack((low, high), axis=-1).reshape(len(packed), -1)
+
+
 def reshape_and_cache(key: np.ndarray, value: np.ndarray, key_cache: np.ndarray, value_cache: np.ndarray,
                       slots: np.ndarray) -> None:
-    """ReshapeAndCache: write token t's key and value to slot `slots[t]` of the caches, in place; negative slots are skipped.
+    """ReshapeAndCache: write token t's key and value to slot `slots[t]` of the caches, in place, none where negative.
 
     Args:
         key, value: (1, T, K*D) or (B, 1, K*D).
@@ -115,7 +142,8 @@ def paged_attention(query: np.ndarray, key_cache: np.ndarray, value_cache: np.nd
     for row, length in enumerate(context_lens):
         blocks = block_tables[row, :-(-int(length) // block_size)]
         if np.any(blocks < 0):
-            raise ValueError(f"sequence {row} has {int(length)} tokens and the block table {block_tables[row].tolist()}")
+            raise ValueError(f"sequence {row} has {int(length)} tokens and the block table "
+                             f"{block_tables[row].tolist()}")
         keys = key_cache[blocks].reshape(-1, kv_heads, head_dim)[:length]
         values = value_cache[blocks].reshape(-1, kv_heads, head_dim)[:length]
         out[row] = _attend(query[row].reshape(1, heads, head_dim), keys, values, scale).reshape(1, -1)
@@ -123,7 +151,7 @@ def paged_attention(query: np.ndarray, key_cache: np.ndarray, value_cache: np.nd
 
 
 def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> np.ndarray:
-    """softmax(q k^T * scale) v for the last len(query) tokens of a sequence; (t, H, D), (L, K, D), (L, K, D) -> (t, H, D)."""
+    """softmax(q k^T * scale) v for a sequence's last t tokens; (t, H, D), (L, K, D), (L, K, D) -> (t, H, D)."""
     repeat = query.shape[1] // key.shape[1]
     key, value = np.repeat(key, repeat, axis=1), np.repeat(value, repeat, axis=1)
     scores = np.einsum("thd,lhd->htl", query, key) * scale
@@ -134,5 +162,5 @@ def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float)
 
 
 def causal_mask(masked: Optional[float] = None) -> np.ndarray:
-    """The 128 x 128 triangle (float32) that MindFormers hands to FlashAttentionScore: `masked` above the diagonal, 0 elsewhere."""
+    """The triangle (128, 128) float32 that MindFormers hands over: `masked` above the diagonal, 0 elsewhere."""
     return np.triu(np.full((MASK_SIZE, MASK_SIZE), 1.0 if masked is None else masked, np.float32), 1)

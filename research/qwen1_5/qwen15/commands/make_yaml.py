@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from .. import device
+from ..ascend import mcore_yaml
 from ..command_line import Parser, whole
 from ..config.hf_config import dims_from_hf_config
 from ..config.keys import KEYS, MODEL, convert, size_bytes
@@ -301,6 +302,8 @@ def parser() -> Parser:
                         help="YAML file to write, stdout by default; one that is there is not overwritten")
     made.add_argument("--model_parallel", type=whole, metavar="N",
                         help="workers; by default the fewest of 1, 2, 4, 8 on which it fits into 59 GB cards")
+    made.add_argument("--mcore", action="store_true",
+                      help="write it for MindFormers' newer network (use_legacy: False), which reads the folder itself")
     return made
 
 
@@ -310,7 +313,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.model_parallel is not None and args.model_parallel < 1:
         raise UserError(f"must be at least 1, not {args.model_parallel}", "--model_parallel")
     recipe = recipe_for(args.checkpoint, args.model_parallel)
-    text = render(recipe)
+    text = _mcore(recipe, args.checkpoint) if args.mcore else render(recipe)
     needs = (f"{recipe.model_parallel} card(s), {memory.gib(card_bytes(recipe))} on each; KV cache "
              f"{recipe.block_size * recipe.num_blocks} tokens")
     if args.output is None:
@@ -319,6 +322,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _write_new(args.output, text)
     print(f"{args.output or 'stdout'}: {needs}", file=sys.stderr)
     return 0
+
+
+def _mcore(recipe: Recipe, checkpoint: str) -> str:
+    """The YAML of MindFormers' newer network, which reads the folder itself."""
+    return mcore_yaml.render(checkpoint, recipe.dtype or "bfloat16", recipe.seq_length, recipe.block_size,
+                             recipe.num_blocks, recipe.model_parallel, recipe.max_device_memory)
 
 
 def _write_new(path: str, text: str) -> None:

@@ -24,14 +24,18 @@ def check(config: Config, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -
 
 
 def available(config: Config, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Available:
-    """What a rank may use: on Ascend `max_device_memory`, or less on a smaller card; on CPU what the machine has."""
+    """What a rank may use: on Ascend `max_device_memory`, or less if its card has less free; on CPU the machine's."""
     if config.device_target != device.ASCEND:
         return machine.memory(proc, cgroup)
-    allowed, card = config.max_device_memory_bytes, device.card_bytes()
-    if card is None or (allowed is not None and allowed <= card - memory.CARD_RESERVE_BYTES):
-        return Available(allowed, None, "max_device_memory")
-    return Available(max(0, card - memory.CARD_RESERVE_BYTES), None,
-                     f"a card of {gib(card)} less {gib(memory.CARD_RESERVE_BYTES)} for CANN and HCCL")
+    allowed, card = config.max_device_memory_bytes, device.card_memory()
+    limits = [] if allowed is None else [Available(allowed, None, "max_device_memory")]
+    if card is not None:
+        room = max(0, card.total_bytes - memory.CARD_RESERVE_BYTES)
+        whole, reserve = gib(card.total_bytes), gib(memory.CARD_RESERVE_BYTES)
+        limits += [Available(room, None, f"a card of {whole} less {reserve} for CANN and HCCL"),
+                   Available(card.free_bytes, None,
+                             f"free of a card's {whole}; `npu-smi info` shows who uses the rest")]
+    return min(limits, key=lambda limit: limit.free_bytes or 0, default=Available(None, None, "max_device_memory"))
 
 
 def held(config: Config) -> Held:

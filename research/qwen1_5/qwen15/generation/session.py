@@ -1,9 +1,7 @@
 """A configuration with its tokenizer, network and engine: prompts in, pieces of text out."""
 
 import os
-import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -14,6 +12,7 @@ from ..config.schema import Config
 from ..device import env_rank
 from ..errors import UserError
 from ..network import weights
+from ..reporting import stdout_to_stderr
 from ..text import chat
 from ..text.stream import TextStream
 from . import memory_check, sampling
@@ -189,7 +188,7 @@ class Session:
         """
         start_s = time.perf_counter()
         tell(memory_check.check(self.config))
-        with interrupts.held(), _stdout_to_stderr():
+        with interrupts.held(), stdout_to_stderr():
             from ..network.build import build_network
 
             network = build_network(self.config, self.checkpoint, tell)
@@ -383,17 +382,3 @@ def check_launch(config: Config) -> None:
         raise UserError(f"model_parallel {parallel.model_parallel} needs {parallel.model_parallel} workers and this is one process",
                         where="use_parallel", fix=f'Start them: bash scripts/msrun_launcher.sh "python run_qwen1_5.py ..." '
                         f"{parallel.model_parallel}, or pass --use_parallel False.")
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """What libraries print while they load goes to stderr: stdout is the answer's alone."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
