@@ -23,7 +23,7 @@ DATA = Path(os.environ.get("QWEN15_TEST_DATA", ROOT / "models"))
 sys.path.insert(0, str(MODULE))
 
 
-ALONE = ("test_bench", "test_interrupts", "test_kernels_selection", "test_launch", "test_machines", "test_startup", "test_tokenizer_speed")
+ALONE = ("test_bench", "test_doctor", "test_interrupts", "test_kernels_selection", "test_launch", "test_machines", "test_startup", "test_tokenizer_speed")
 """Beginnings of the files whose tests measure time, count threads or start several ranks."""
 
 

@@ -196,3 +196,21 @@ def test_a_wrong_port_number_is_bad_usage():
     done = run("--port", "70000")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --port: 70000 is not a port")
+
+
+def test_a_package_that_another_one_does_not_want_is_pointed_out():
+    """As after `pip install -U huggingface_hub` beside transformers 4.57."""
+    installed = {"transformers": "4.57.1", "huggingface-hub": "2.4.0", "numpy": "1.26.4"}
+    wants = {"transformers": ["huggingface-hub<1.0,>=0.34.0", "numpy>=1.17", "absent>=1",
+                              "torch>=2.2; extra == 'torch'"]}
+    found = doctor.check_requirements(installed.get, wants.get)
+    assert (found.name, found.status) == ("versions", "warn")
+    assert found.detail == "huggingface-hub is 2.4.0, transformers 4.57.1 wants <1.0,>=0.34.0"
+    assert found.fix == "pip install 'huggingface-hub<1.0,>=0.34.0'"
+    installed["huggingface-hub"] = "0.36.2"
+    assert doctor.check_requirements(installed.get, wants.get).status == "ok"
+
+
+def test_mindformers_is_missed_by_nobody_on_a_cpu():
+    checks = {check.name: check for check in doctor.check_packages({**GOOD, "mindformers": None}.get)}
+    assert checks["mindformers"].status == "info"

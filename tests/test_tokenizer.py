@@ -431,7 +431,7 @@ def test_contradicting_settings_are_named(copies, tmp_path):
     assert "lstrip" in problem(vocab, merges, added_tokens_decoder={"151643": {"content": "<s>", "lstrip": True}})
     assert "padding_side" in problem(vocab, merges, padding_side="top")
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer_config.json: cannot be read"):
+    with pytest.raises(UserError, match="tokenizer_config.json: is not JSON"):
         Qwen2Tokenizer.from_pretrained(tmp_path)
 
 

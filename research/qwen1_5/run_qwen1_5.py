@@ -1,9 +1,19 @@
 """Predict with Qwen1.5: `python run_qwen1_5.py --config predict_qwen1_5_72b.yaml --predict_data TEXT ...`."""
 
-import sys
+from __future__ import annotations
 
-from qwen15.commands.predict import main
+import sys
+from typing import Optional, Sequence
+
 from qwen15.errors import run_main
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line; what it imports takes long enough for a Ctrl-C, which then is no traceback."""
+    from qwen15.commands import predict
+
+    return predict.main(argv)
+
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

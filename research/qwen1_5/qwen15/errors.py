@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import signal
 import sys
 import traceback
 from typing import Callable, Iterable, Optional, Sequence
@@ -65,6 +66,8 @@ def run_main(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Opt
         _tell(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
+        if argv is None:  # the process ends now; a second Ctrl-C while it does so ends it at once and prints nothing
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         _tell("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:

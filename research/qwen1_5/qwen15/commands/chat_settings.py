@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from .. import strict_json
 from ..errors import UserError, did_you_mean
 from ..generation.session import Settings
 
-NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("max_length", "logprobs"))
-"""The window is the conversation's own business, and log probabilities are for JSON."""
 _WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False, "none": None}
 _MEANING = {
     "do_sample": "draw tokens at random; false takes the likeliest",
@@ -22,6 +19,8 @@ _MEANING = {
     "max_new_tokens": "most tokens of an answer; none leaves it to the window",
     "stop": "an answer ends before this text; none for no such text",
 }
+NAMES = tuple(_MEANING)
+"""The window is the conversation's own business, and log probabilities are for JSON."""
 
 
 def describe(settings: Settings) -> str:

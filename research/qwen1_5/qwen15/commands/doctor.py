@@ -20,7 +20,7 @@ from ..generation import memory
 from ..launch.plan import DEFAULT_PORT
 
 OK, WARN, FAIL, INFO = "ok", "warn", "fail", "info"
-_PYTHON = ((3, 9), (3, 11))
+_PYTHON = ((3, 9), (3, 12))
 _PAIRS = {"2.9": "1.9", "2.7": "1.8"}
 """MindSpore's minor version -> the MindFormers made for it."""
 
@@ -51,7 +51,7 @@ def check_python() -> Check:
     detail = f"{platform.python_version()} at {sys.executable}"
     if _PYTHON[0] <= version <= _PYTHON[1]:
         return Check("python", OK, detail)
-    return Check("python", FAIL, detail, "MindSpore 2.9 has packages for Python 3.9, 3.10 and 3.11.")
+    return Check("python", FAIL, detail, "MindSpore has packages for Python 3.9 to 3.12.")
 
 
 def version_of(package: str) -> Optional[str]:
@@ -65,15 +65,39 @@ def version_of(package: str) -> Optional[str]:
 def check_packages(version: Callable[[str], Optional[str]] = version_of) -> List[Check]:
     """What has to be installed, and whether the versions belong together."""
     checks = []
-    for name in ("mindspore", "mindformers", "numpy", "pyyaml", "safetensors", "tokenizers", "tiktoken"):
+    for name in ("mindspore", "numpy", "pyyaml", "safetensors", "tokenizers", "tiktoken"):
         found = version(name)
         if found is None:
             checks.append(Check(name, FAIL, "not installed", f"pip install {name}"))
         else:
             checks.append(_judged(name, found, version))
+    found = version("mindformers")
+    checks.append(_judged("mindformers", found, version) if found else
+                  Check("mindformers", INFO, "not installed; only Ascend needs it", None))
     torch = version("torch")
     checks.append(Check("torch", INFO, torch or "not installed; only .bin checkpoints need it"))
     return checks
+
+
+def check_requirements(version: Callable[[str], Optional[str]] = version_of,
+                       requirements: Callable[[str], Optional[List[str]]] = metadata.requires) -> Check:
+    """Whether packages are installed in the versions that those around them want (pip only warns of that)."""
+    from packaging.requirements import Requirement
+
+    details, fixes = [], []
+    for name in ("qwen15-mindspore", "mindspore", "mindformers", "transformers"):
+        by = version(name)
+        for line in (requirements(name) or ()) if by else ():
+            wanted = Requirement(line)
+            found = version(wanted.name)
+            if found is None or (wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})):
+                continue
+            if not wanted.specifier.contains(found, prereleases=True):
+                details.append(f"{wanted.name} is {found}, {name} {by} wants {wanted.specifier}")
+                fixes.append(f"'{wanted.name}{wanted.specifier}'")
+    if details:
+        return Check("versions", WARN, "; ".join(details), f"pip install {' '.join(fixes)}")
+    return Check("versions", OK, "every package has the versions that it wants")
 
 
 def _judged(name: str, found: str, version: Callable[[str], Optional[str]]) -> Check:
@@ -237,7 +261,8 @@ def check_mindspore() -> Check:
 def examine(vocab_file: Optional[str] = None, merges_file: Optional[str] = None, port: int = DEFAULT_PORT,
             deep: bool = False) -> List[Check]:
     """All findings, in the order in which they are read."""
-    checks = [check_python(), *check_packages(), check_cpu(), check_kernels(), *check_ascend(), check_memory(),
+    checks = [check_python(), *check_packages(), check_requirements(),
+              check_cpu(), check_kernels(), *check_ascend(), check_memory(),
               check_msrun(), check_port(port)]
     if vocab_file is not None or merges_file is not None:
         checks.append(check_tokenizer(vocab_file, merges_file))
