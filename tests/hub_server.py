@@ -98,7 +98,10 @@ class Hub:
         return entry
 
     def _send_file(self, request, path):
-        model, revision, name = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path).groups()
+        parts = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if parts is None:
+            return self._refuse(request, 404)
+        model, revision, name = parts.groups()
         file = self.folder / model / name
         if name in self.status:
             return self._refuse(request, self.status[name])

@@ -117,7 +117,7 @@ def run(folder, command):
         if re.search(pattern, command):
             command = command.replace(old, new)
     command = command.replace("/path/", f"{folder}/path/")
-    from_root = re.match(r"python research/|PYTHONPATH=|cd research|qwen15 predict --load_checkpoint models/", command)
+    from_root = re.match(r"python research/|PYTHONPATH=|cd research|qwen15 (predict --load_checkpoint models/|memory --update)", command)
     env = {**os.environ, "HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "home"), "LOG_MF_PATH": str(folder / "home"),
            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-c", command], cwd=folder / "repo" if from_root else folder / "repo/research/qwen1_5", env=env,
