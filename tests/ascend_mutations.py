@@ -74,7 +74,8 @@ MUTATIONS = {
                                            "    settings.model.model_config.layernorm_compute_type = 'bfloat16'", HALF),
     # Ten more.
     "phase_flag_not_set": Mutation(MF, 'is_first_iteration=phase == "prefill"', "is_first_iteration=True", NUMBERS),
-    "phase_not_named": Mutation(MF, "        self.cell.phase = phase\n", '        self.cell.phase = "prefill"\n', TWICE),
+    "phase_not_named": Mutation(MF, "        self.cell.phase = phase\n",
+                                '        self.cell.phase = "prefill"\n', TWICE),
     "lengths_without_the_new_token": Mutation(MF, '"batch_valid_length": lengths[None, :]',
                                               '"batch_valid_length": lengths[None, :] - (phase != "prefill")', NUMBERS),
     "cached_prefill_allowed": Mutation(MF, "    supports_cached_prefill = False", "    supports_cached_prefill = True",
