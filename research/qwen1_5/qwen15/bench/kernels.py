@@ -23,6 +23,9 @@ from .report import Column, number, text
 WHAT = "kernels"
 BLOCK = 32
 """Tokens in a block of the KV cache."""
+QUANTISED = {"int8": 8, "int4": 4}
+"""Weight dtypes beyond the networks' own, and their bits."""
+HEAD_GROUP = 32
 _LEAST_POOL_BYTES = 2 ** 28
 _LEAST_RUN_S = 0.05
 
@@ -49,11 +52,21 @@ class Case(NamedTuple):
 
 
 class Cases:
-    """The operators of one model's sizes on random weights."""
+    """The operators of one model's sizes on random weights.
 
-    def __init__(self, dims: Dims, dtype: str):
-        self.dims, self.dtype, self.item = dims, dtype, work.ITEM_BYTES[dtype]
-        self.pool = Pool(max(work.matrix_elements(dims), _LEAST_POOL_BYTES // self.item), dtype)
+    Args:
+        dims: the sizes.
+        dtype: of weights and KV cache; with int8 and int4 weights the cache is bfloat16.
+        group: columns that share a scale where weights are quantised.
+    """
+
+    def __init__(self, dims: Dims, dtype: str, group: int):
+        self.dims, self.bits, self.group = dims, QUANTISED.get(dtype), group
+        self.dtype = "bfloat16" if self.bits else dtype
+        self.item = work.ITEM_BYTES[self.dtype]
+        self.weight_bytes = self.bits / 8 + 2 / group if self.bits else float(self.item)
+        elements = int(work.matrix_elements(dims) * self.weight_bytes / self.item)
+        self.pool = Pool(max(elements, _LEAST_POOL_BYTES // self.item), self.dtype)
         self.rng = np.random.default_rng(1)
         self.eps = Array(np.array([1e-6], np.float32))
 
@@ -61,17 +74,38 @@ class Cases:
         """Activations, biases, norms."""
         return Array(self.rng.standard_normal(shape).astype(np.float32))
 
+    def matrix(self, rows: int, cols: int) -> List[Array]:
+        """The next weight (rows, cols), as the operators take it."""
+        if self.bits:
+            return self.pool.take_quantised(self.bits, self.group, rows, cols)
+        return [self.pool.take(rows, cols)]
+
+    def head(self) -> List[Array]:
+        """The head, and table: 8 bits where the others have 4, as the converter makes them."""
+        if self.bits:
+            return self.pool.take_quantised(8, HEAD_GROUP, self.dims.vocab_size, self.dims.hidden_size)
+        return self.matrix(self.dims.vocab_size, self.dims.hidden_size)
+
+    def saved_bytes(self) -> float:
+        """Bytes that all matrices have more than in `dtype`: less than none where they are quantised."""
+        if not self.bits:
+            return 0.0
+        head = self.dims.vocab_size * self.dims.hidden_size
+        others = work.matrix_elements(self.dims) - head
+        return others * self.weight_bytes + head * (1 + 2 / HEAD_GROUP) - (others + head) * self.item
+
     def matmul(self, name: str, operator: str, tokens: int, matrices: Sequence[Sequence[int]]) -> Case:
         """A step that multiplies with matrices of these shapes (O, I)."""
         elements = sum(o * i for o, i in matrices)
-        copies = max(1, min(64, self.pool.nbytes // (elements * self.item)))
+        copies = max(1, min(64, int(self.pool.nbytes / (elements * self.weight_bytes))))
         calls = itertools.cycle([self._matmul(operator, tokens, matrices) for _ in range(copies)])
-        return Case(name, tokens, 0, elements * self.item, 2.0 * tokens * elements, calls,
+        return Case(name, tokens, 0, elements * self.weight_bytes, 2.0 * tokens * elements, calls,
                     lambda: self._linears(tokens, matrices))
 
     def _matmul(self, operator: str, tokens: int, matrices: Sequence[Sequence[int]]) -> Callable[[], Any]:
         rows, cols = matrices[0]
-        x, weights = self.floats(tokens, cols), [self.pool.take(*shape) for shape in matrices]
+        x, parts = self.floats(tokens, cols), [self.matrix(*shape) for shape in matrices]
+        weights = [array for matrix in parts for array in matrix]
         if operator == "project_add":
             return prepare(operator, [x, *weights, self.floats(tokens, rows)], (tokens, rows))
         if operator == "gate_up":
@@ -83,7 +117,7 @@ class Cases:
         cos, sin = (Array(table) for table in rope_tables(tokens, head_dim, 1e6))
         order = Array(np.arange(tokens, dtype=np.int32))
         caches = [self.pool.take(-(-tokens // BLOCK), BLOCK, kv_heads, head_dim) for _ in range(2)]
-        biased = [array for weight in weights for array in (weight, self.floats(weight.memory.shape[0]))]
+        biased = [array for matrix in parts for array in (*matrix, self.floats(matrix[0].memory.shape[0]))]
         return prepare("qkv", [x, self.floats(cols), *biased, cos, sin, order, order, *caches, self.eps],
                        (tokens, rows))
 
@@ -139,11 +173,10 @@ class Cases:
             cache = [Array(np.zeros((blocks, BLOCK, d.num_kv_heads, d.head_dim), self.pool.take(1).memory.dtype),
                            self.dtype)
                      for _ in range(2)]
-            layers += [self.floats(e), self.pool.take(q, e), self.floats(q), self.pool.take(kv, e), self.floats(kv),
-                       self.pool.take(kv, e), self.floats(kv), self.pool.take(e, q), self.floats(e),
-                       self.pool.take(f, e),
-                       self.pool.take(f, e), self.pool.take(e, f), *cache]
-        head = self.pool.take(d.vocab_size, e)
+            layers += [self.floats(e), *self.matrix(q, e), self.floats(q), *self.matrix(kv, e), self.floats(kv),
+                       *self.matrix(kv, e), self.floats(kv), *self.matrix(e, q), self.floats(e), *self.matrix(f, e),
+                       *self.matrix(f, e), *self.matrix(e, f), *cache]
+        head = self.head()
         cos, sin = (Array(table) for table in rope_tables(each, d.head_dim, 1e6))
         place = np.tile(np.arange(each, dtype=np.int32), sequences)
         tables = np.arange(blocks, dtype=np.int32).reshape(sequences, -1)
@@ -151,10 +184,11 @@ class Cases:
         lens = Array(np.full(sequences, each, np.int32))
         ids = Array(self.rng.integers(0, d.vocab_size, tokens).astype(np.int32))
         call = prepare("decoder", [ids, Array(place), Array(slots), lens, lens, Array(tables), self.eps,
-                                   Array(np.zeros(1, np.int32)), cos, sin, head, self.floats(e), head, *layers],
+                                   Array(np.zeros(1, np.int32)), cos, sin, *head, self.floats(e), *head, *layers],
                        (sequences, d.vocab_size))
         flop = sequences * work.prefill_flop(d, each)
-        return Case("whole network", tokens, each, work.decode_bytes(d, self.dtype, sequences, each), flop,
+        read = work.decode_bytes(d, self.dtype, sequences, each) + self.saved_bytes()
+        return Case("whole network", tokens, each, read, flop,
                     itertools.repeat(call))
 
     def selection(self) -> List[Case]:
@@ -173,8 +207,11 @@ def parser() -> Parser:
     made.add_argument("--size", default="0.5b", help=f"whose shapes: one of {', '.join(FAMILY)} (default 0.5b)")
     made.add_argument("--layers", type=options.positive, metavar="N",
                       help="another number of layers than the published one")
-    made.add_argument("--dtype", choices=DTYPES, default="bfloat16",
-                      help="of weights and KV cache (default bfloat16)")
+    made.add_argument("--dtype", choices=(*DTYPES, *QUANTISED), default="bfloat16",
+                      help="of weights and KV cache (default bfloat16); with int8 and int4 the cache is bfloat16, table "
+                           "and head have 8 bits, and activations are those of computing in bfloat16")
+    made.add_argument("--group_size", type=options.positive, default=128, metavar="N",
+                      help="columns that share a scale in int8 and int4 (default 128)")
     made.add_argument("--tokens", type=options.positive, nargs="+", default=[1, 8, 16, 32, 512], metavar="T",
                       help="rows at once (default 1 8 16 32 512); those above 64 are a prompt")
     made.add_argument("--context", type=options.positive, nargs="+", default=[512, 4096, 16384], metavar="N",
@@ -196,7 +233,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         hf.check_installed()
     machine = Machine(args.threads)
     dims = dims_of(args.size, args.layers)
-    cases = Cases(dims, args.dtype)
+    cases = Cases(dims, args.dtype, args.group_size)
+    library.load().exact_activations = args.dtype not in QUANTISED
     rows = [_measure(case, machine, args) for case in _all(cases, args.tokens, args.context)]
     facts = {"model": f"shapes of Qwen1.5-{args.size.upper()}", "dtype": args.dtype, "threads": machine.threads,
              "rounds": args.rounds,
@@ -232,7 +270,7 @@ def _measure(case: Case, machine: Machine, args: argparse.Namespace) -> Dict[str
         torch.set_num_threads(machine.threads)
         contenders["torch"] = repeated(case.torch())
     samples = rounds.interleave(contenders, args.rounds,
-                                lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(args.dtype)})
+                                lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak("float32" if args.dtype in QUANTISED else args.dtype)})
     mine = samples["qwen15"]
     row = {"operator": case.name, "tokens": case.tokens, "context": case.context or None,
            "us": rounds.median_seconds(mine) * 1e6,

@@ -39,6 +39,17 @@ class Pool:
             self._memory[start:start + _STRIP] = strip[:self._memory.size - start]
         self._dtype, self._next = dtype, 0
 
+    def take_quantised(self, bits: int, group: int, rows: int, cols: int) -> List[Array]:
+        """The next bytes as a quantised matrix (rows, cols) without zero points, with scales of float16."""
+        integers = self.take_bytes(rows * cols * bits // 8).reshape(rows, -1)
+        scale = np.full((rows, cols // group), 0.02 / 2 ** (bits - 1), np.float16)
+        return [Array(integers.view(np.int8) if bits == 8 else integers), Array(scale)]
+
+    def take_bytes(self, count: int) -> np.ndarray:
+        """The next `count` bytes, from an element on."""
+        item = self._memory.itemsize
+        return self.take(-(-count // item)).memory.view(np.uint8)[:count]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""

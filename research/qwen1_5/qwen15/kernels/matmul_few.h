@@ -21,7 +21,8 @@ inline int64_t pair_distance(const Job& job, int64_t tokens) {
 
 // Whether a gated job's two matrices are quantised in the same way.
 inline bool are_cut_alike(const Job& job) {
-  return job.up.data != nullptr && job.w.dtype == job.up.dtype && job.w.groups == job.up.groups;
+  return job.up.data != nullptr && job.w.dtype == job.up.dtype && job.w.groups == job.up.groups &&
+         (job.w.zero == nullptr) == (job.up.zero == nullptr);
 }
 
 // One thread's rows [begin, end) of a job in blocks of up to kRowBlock rows at each of two places: `apart` rows from

@@ -79,9 +79,8 @@ inline void pack_quantised(const Matrix& m, int64_t row, int count, int64_t k0, 
         for (int r = 0; r < W; ++r) {
           int n = v * W + r;
           const uint8_t* p = from + n * bytes;
-          block[r] = n >= count ? v_zero()
-                                : v_mul(v_sub(nibbles ? v_load_nibbles(p, j) : v_load_bytes((const int8_t*)p + j), zero[n]),
-                                        scale[n]);
+          V q = n >= count ? v_zero() : nibbles ? v_load_nibbles(p, j) : v_load_bytes((const int8_t*)p + j);
+          block[r] = n >= count ? v_zero() : v_mul(v_sub(q, zero[n]), scale[n]);
         }
         v_transpose(block);
         for (int c = 0; c < W; ++c) v_store(panel + ((i + j + c) * vecs + v) * W, block[c]);
@@ -122,7 +121,8 @@ inline void pack_rows(const Matrix& m, int64_t row, int count, int64_t k0, int64
   Packer<R>::pack(rows, count, k, vecs, panel);
 }
 template <>
-inline void pack_rows<QuantRow>(const Matrix& m, int64_t row, int count, int64_t k0, int64_t k, int vecs, float* panel) {
+inline void pack_rows<QuantRow>(const Matrix& m, int64_t row, int count, int64_t k0, int64_t k, int vecs,
+                                float* panel) {
   pack_quantised(m, row, count, k0, k, vecs, panel);
 }
 

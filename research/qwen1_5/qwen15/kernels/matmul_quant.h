@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kSegment = 128;
 constexpr int kQuantRows = 8;           // rows of int16 that weights meet at once
+constexpr int64_t kScaleRows = 8;       // rows of weights whose scales are at hand
 constexpr int64_t kQuantPackFrom = 32;  // tokens from which packing pays
 constexpr int64_t kStep = 8 * W;        // columns of 4 bits in a vector
 
@@ -40,7 +41,7 @@ struct Cut {
 struct Words {
   int16_t* q = nullptr;     // (rows, stride); for 4 bits in the order in which nibbles come out of a vector
   float* scale = nullptr;   // (rows, scale_stride), of each segment, zeros after them
-  float* sums = nullptr;    // (rows, sum_stride), of scale q over each group, zeros after them
+  float* sums = nullptr;    // (rows, sum_stride), what scale q of a group sums up to, times -middle; zeros after them
   int64_t rows = 0, stride = 0, scale_stride = 0, sum_stride = 0;
 
   static int64_t scales(int64_t cols) { return round_up(cols / kQuantBlock, 16) + 16; }
@@ -57,8 +58,9 @@ struct Words {
   }
 };
 
-// One row of x (cols,) -> int16; `rest` (cols,), where it is given, becomes what they leave over.
-inline void make_words(const float* x, const Cut& cut, int16_t* q, float* scale, float* sums, float* rest,
+// One row of x (cols,) -> int16; `rest` (cols,), where it is given, becomes what they leave over. `middle` is the zero
+// point where the weights have none of their own, 1 where they have.
+inline void make_words(const float* x, const Cut& cut, float middle, int16_t* q, float* scale, float* sums, float* rest,
                        int64_t padded_cols) {
   for (int64_t j = 0; j < cut.segments(); ++j) {
     const float* from = x + j * cut.segment;
@@ -82,7 +84,7 @@ inline void make_words(const float* x, const Cut& cut, int16_t* q, float* scale,
       }
     }
     int64_t g = j * cut.segment / cut.group;
-    float sum = scale[j] * v_sum(i_float(total));
+    float sum = -middle * scale[j] * v_sum(i_float(total));
     sums[g] = (j * cut.segment % cut.group == 0 ? 0.0f : sums[g]) + sum;
   }
   for (int64_t j = cut.segments(); j < Words::scales(cut.cols); ++j) scale[j] = 0.0f;
@@ -106,37 +108,35 @@ struct QuantPlace {
   const uint8_t* data() const { return (const uint8_t*)m->data + row * m->row_bytes(); }
 };
 
-// The scales of one row, one for each segment with zeros after them; and what its zero points subtract from each row of
-// x, spread over a vector's lanes.
-template <int N>
-inline void row_start(const Matrix& m, int64_t row, const Cut& cut, const Words& x, int64_t first, float* scale, V* start) {
-  int64_t groups = cut.groups(), each = cut.group / cut.segment;
-#pragma GCC unroll 8
-  for (int t = 0; t < N; ++t) start[t] = v_zero();
-  bool zeros = cut.nibbles || m.zero != nullptr;
-  for (int64_t g = 0; g < groups; g += W) {
-    int n = groups - g < W ? (int)(groups - g) : W;
-    V s = n == W ? load_vector(m.scale, row * groups + g) : load_vector_part(m.scale, row * groups + g, n);
-    if (each == 1) v_store(scale + g, s);
-    else
-      for (int i = 0; i < n; ++i)
-        for (int64_t e = 0; e < each; ++e) scale[(g + i) * each + e] = s[i];
-    if (!zeros) continue;
-    V z = v_set(8.0f);
-    if (m.zero != nullptr) {
-      float values[W] = {0};
-      for (int i = 0; i < n; ++i)
-        values[i] = cut.nibbles ? (float)((const uint8_t*)m.zero)[row * groups + g + i]
-                                : (float)((const int8_t*)m.zero)[row * groups + g + i];
-      z = v_load(values);
+// Scales of some rows at a time, as floats.
+struct Scales {
+  float* scale;  // (kScaleRows, segments)
+  float* zero;   // (kScaleRows, groups): scale times zero point, the scale alone where each zero point is the middle
+
+  static int64_t floats(int64_t cols) { return 2 * (kScaleRows * (cols / kQuantBlock) + 32); }
+  Scales(float* memory, int64_t cols) : scale(memory), zero(memory + floats(cols) / 2) {}
+  // Reads those of `rows` rows from `row` on.
+  void read(const Matrix& m, int64_t row, int64_t rows, const Cut& cut) {
+    int64_t first = row * m.groups, count = rows * m.groups, each = cut.group / cut.segment;
+    for (int64_t i = 0; i < count; i += W) {
+      int n = count - i < W ? (int)(count - i) : W;
+      V s = n == W ? load_vector(m.scale, first + i) : load_vector_part(m.scale, first + i, n);
+      V z = s;
+      if (m.zero != nullptr) {
+        const int8_t* from = (const int8_t*)m.zero + first + i;
+        int8_t part[W] = {0};
+        if (n < W) memcpy(part, from, n);
+        z = v_mul(s, v_load_bytes(n < W ? part : from));
+      }
+      v_store(zero + i, z);
+      if (each == 1) v_store(scale + i, s);
+      else
+        for (int k = 0; k < n; ++k)
+          for (int64_t e = 0; e < each; ++e) scale[(i + k) * each + e] = s[k];
     }
-    z = v_mul(s, z);
-#pragma GCC unroll 8
-    for (int t = 0; t < N; ++t)
-      start[t] = v_sub(start[t], v_mul(z, v_load(x.sums + (first + t) * x.sum_stride + g)));
+    for (int i = 0; i < 16; ++i) zero[count + i] = scale[count * each + i] = 0.0f;  // is read, and meets zeros
   }
-  for (int64_t j = cut.segments(); j < round_up(cut.segments(), 16); ++j) scale[j] = 0.0f;
-}
+};
 
 // acc[t][p] += 32 columns of 8 bits
 template <int N, int P>
@@ -182,100 +182,129 @@ inline void mac_nibbles(I* acc, const S* raw, const int16_t* x, int64_t x_stride
   }
 }
 
-// `rows` rows at P places against N rows of x from `first` on: out[(p * x.rows + first + t) * kRowBlock + r].
-template <bool kNibbles, bool kMixed, int N, int P>
+// At most kScaleRows rows at P places against N rows of x from `first` on: out[(p * x.rows + first + t) * kRowBlock +
+// r].
+template <bool kNibbles, int kColumns, int N, int P>
 __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x,
-                                          int64_t first, float* scales, float* out, int64_t ahead) {
+                                          int64_t first, Scales* scales, float* out, int64_t ahead) {
+  constexpr bool kMixed = kNibbles && kColumns < kStep;  // a vector has columns of several segments
+  constexpr int kBlocks = W / 4, kSums = N * P;
+  constexpr int64_t step = kMixed ? kStep : kColumns;
   const int16_t* q = x.q + first * x.stride;
-  const float* x_scale = x.scale + first * x.scale_stride;
-  int64_t scale_room = Words::scales(cut.cols), row_bytes = places[0].m->row_bytes();
+  const int64_t x_stride = x.stride, cols = cut.cols, segments = cut.segments(), groups = cut.groups();
+  const int64_t row_bytes = places[0].m->row_bytes(), scale_stride = x.scale_stride, sum_stride = x.sum_stride;
+  const float *x_scale = x.scale + first * scale_stride, *x_sums = x.sums + first * sum_stride;
+  const uint8_t* w[P];
+  bool zeros[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    w[p] = places[p].data();
+    zeros[p] = kNibbles || places[p].m->zero != nullptr;
+    scales[p].read(*places[p].m, places[p].row, rows, cut);
+  }
   for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* w[P];
-    V total[N * P];
+    V total[kSums];
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
-      w[p] = places[p].data() + r * row_bytes;
-      V start[N];
-      row_start<N>(*places[p].m, places[p].row + r, cut, x, first, scales + p * scale_room, start);
 #pragma GCC unroll 8
-      for (int t = 0; t < N; ++t) total[t * P + p] = start[t];
+      for (int t = 0; t < N; ++t) total[t * P + p] = v_zero();
+      if (zeros[p])
+        for (int64_t g = 0; g < groups; g += W) {
+          V z = v_load(scales[p].zero + r * groups + g);
+#pragma GCC unroll 8
+          for (int t = 0; t < N; ++t)
+            total[t * P + p] = v_fma(z, v_load(x_sums + t * sum_stride + g), total[t * P + p]);
+        }
     }
-    int64_t step = kMixed ? kStep : cut.segment, j = 0;
-    for (int64_t i = 0; i < cut.cols; i += step, ++j) {
-      I acc[N * P];
+    const float* s[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) s[p] = scales[p].scale + r * segments;
+    int64_t j = 0;
+    for (int64_t i = 0; i < cols; i += step, ++j) {
+      I acc[kSums];
 #pragma GCC unroll 16
-      for (int a = 0; a < N * P; ++a) acc[a] = i_zero();
+      for (int a = 0; a < kSums; ++a) acc[a] = i_zero();
       if (kNibbles) {
-        for (int64_t at = i; at < i + step; at += kStep) {
+#pragma GCC unroll 4
+        for (int64_t at = 0; at < step; at += kStep) {
           S raw[P];
 #pragma GCC unroll 2
           for (int p = 0; p < P; ++p) {
-            if (W == 16 || at / 2 % 64 == 0) __builtin_prefetch(w[p] + at / 2 + ahead, 0, 0);
-            if (kMixed && at + kStep > cut.cols) {
+            const uint8_t* from = w[p] + (i + at) / 2;
+            if (at / 2 % 64 == 0) __builtin_prefetch(from + ahead, 0, 0);
+            if (kMixed && i + kStep > cols) {
               uint8_t rest[kStep / 2] = {0};
-              memcpy(rest, w[p] + at / 2, (cut.cols - at) / 2);
+              memcpy(rest, from, (cols - i) / 2);
               raw[p] = s_load(rest);
             } else {
-              raw[p] = s_load(w[p] + at / 2);
+              raw[p] = s_load(from);
             }
           }
-          mac_nibbles<N, P>(acc, raw, q + at, x.stride);
+          mac_nibbles<N, P>(acc, raw, q + i + at, x_stride);
         }
       } else {
-        for (int64_t at = i; at < i + step; at += kQuantBlock) {
+#pragma GCC unroll 4
+        for (int64_t at = 0; at < step; at += kQuantBlock) {
 #pragma GCC unroll 2
           for (int p = 0; p < P; ++p)
-            if (at % 64 == 0) __builtin_prefetch(w[p] + at + ahead, 0, 0);
-          mac_bytes<N, P>(acc, w, at, q, x.stride);
+            if (at % 64 == 0) __builtin_prefetch(w[p] + i + at + ahead, 0, 0);
+          mac_bytes<N, P>(acc, w, i + at, q, x_stride);
         }
       }
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
-        const float* s = scales + p * scale_room;
-        constexpr int kBlocks = W / 4;
-        V weight_scale = kMixed ? v_spread(s + j * kBlocks) : v_set(s[j]);
+        V weight_scale = kMixed ? v_spread(s[p] + j * kBlocks) : v_set(s[p][j]);
 #pragma GCC unroll 8
         for (int t = 0; t < N; ++t) {
-          const float* xs = x_scale + t * x.scale_stride;
+          const float* xs = x_scale + t * scale_stride;
           V both = v_mul(weight_scale, kMixed ? v_spread(xs + j * kBlocks) : v_set(xs[j]));
           total[t * P + p] = v_fma(i_float(acc[t * P + p]), both, total[t * P + p]);
         }
       }
     }
-#pragma GCC unroll 8
+    float sums[round_up(kSums, 4)];
+#pragma GCC unroll 4
+    for (int a = 0; a < kSums; a += 4)
+      v_sum4(total[a], total[a + 1 < kSums ? a + 1 : a], total[a + 2 < kSums ? a + 2 : a],
+             total[a + 3 < kSums ? a + 3 : a], sums + a);
     for (int t = 0; t < N; ++t)
+      for (int p = 0; p < P; ++p) out[(p * x.rows + first + t) * kRowBlock + r] = sums[t * P + p];
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) out[(p * x.rows + first + t) * kRowBlock + r] = v_sum(total[t * P + p]);
+    for (int p = 0; p < P; ++p) w[p] += row_bytes;
   }
 }
 
 template <int N, int P>
-void quant_group(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x, int64_t first, float* scales,
+void quant_group(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x, int64_t first, Scales* scales,
                  float* out, int64_t ahead) {
-  if (!cut.nibbles) return quant_rows<false, false, N, P>(places, rows, cut, x, first, scales, out, ahead);
-  if (cut.mixed()) return quant_rows<true, true, N, P>(places, rows, cut, x, first, scales, out, ahead);
-  return quant_rows<true, false, N, P>(places, rows, cut, x, first, scales, out, ahead);
+  auto* run = cut.nibbles ? cut.segment == 128  ? quant_rows<true, 128, N, P>
+                            : cut.segment == 64 ? quant_rows<true, 64, N, P>
+                                                : quant_rows<true, 32, N, P>
+              : cut.segment == 128 ? quant_rows<false, 128, N, P>
+              : cut.segment == 64  ? quant_rows<false, 64, N, P>
+                                   : quant_rows<false, 32, N, P>;
+  run(places, rows, cut, x, first, scales, out, ahead);
 }
 
-// `rows` rows at each of P places against all rows of x, some of them at a time; see dot_block.
+// `rows` rows at each of P places against all rows of x, some of both at a time: the weights come from memory for the
+// first rows of x and from the caches for the others.
 template <int P>
-void quant_block(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x, float* scales, float* out) {
+void quant_block(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x, Scales* scales, float* out) {
   constexpr int kMost = kQuantRows / P;
-  int64_t groups = (x.rows + kMost - 1) / kMost, step = groups == 1 ? rows : kReusedRows;
-  for (int64_t r = 0; r < rows; r += step) {
-    int64_t n = rows - r < step ? rows - r : step;
+  int64_t groups = (x.rows + kMost - 1) / kMost;
+  for (int64_t r = 0; r < rows; r += kScaleRows) {
+    int64_t n = rows - r < kScaleRows ? rows - r : kScaleRows;
     QuantPlace here[P];
     for (int p = 0; p < P; ++p) here[p] = {places[p].m, places[p].row + r};
     for (int64_t t = 0, left = groups; left > 0; --left) {
       int64_t group = (x.rows - t + left - 1) / left, ahead = t > 0 ? 0 : kAheadBytes;
+      if (group > 4) group = round_up(group, 2);  // there is an even number of them
       switch (group) {
         case 1: quant_group<1, P>(here, n, cut, x, t, scales, out + r, ahead); break;
         case 2: quant_group<2, P>(here, n, cut, x, t, scales, out + r, ahead); break;
         case 3: quant_group<3, P>(here, n, cut, x, t, scales, out + r, ahead); break;
         case 4: quant_group<4, P>(here, n, cut, x, t, scales, out + r, ahead); break;
-        case 5: quant_group<(5 < kMost ? 5 : kMost), P>(here, n, cut, x, t, scales, out + r, ahead); break;
         case 6: quant_group<(6 < kMost ? 6 : kMost), P>(here, n, cut, x, t, scales, out + r, ahead); break;
-        case 7: quant_group<(7 < kMost ? 7 : kMost), P>(here, n, cut, x, t, scales, out + r, ahead); break;
         default: quant_group<kMost, P>(here, n, cut, x, t, scales, out + r, ahead);
       }
       t += group;
@@ -284,8 +313,8 @@ void quant_block(const QuantPlace* places, int64_t rows, const Cut& cut, const W
 }
 
 // out (2, x.rows, kRowBlock) = the rows at both places, of which the second may have fewer.
-inline void quant_places(const QuantPlace* places, int64_t rows, int64_t second, const Cut& cut, const Words& x, float* scales,
-                         float* out) {
+inline void quant_places(const QuantPlace* places, int64_t rows, int64_t second, const Cut& cut, const Words& x,
+                         Scales* scales, float* out) {
   if (x.rows > kQuantRows / 2) {  // more rows of x at once are worth more than two places
     quant_block<1>(places, rows, cut, x, scales, out);
     if (second > 0) quant_block<1>(places + 1, second, cut, x, scales, out + x.rows * kRowBlock);
@@ -305,23 +334,34 @@ struct QuantInput {
   float* rest;
   Words words;
   Cut cut;
-  bool made = false;
+  bool made = false, has_zero = false;
 
   QuantInput(const Matrix& first, Activations activations, int64_t token_count, bool all, void* room, float* rest_room)
       : x(activations), tokens(token_count), exact(all), memory(room), rest(rest_room), cut(first) {}
 
+  static int64_t rows(int64_t tokens, bool exact) {
+    int64_t count = exact ? 2 * tokens : tokens;
+    return count > 4 ? round_up(count, 2) : count;
+  }
   const Words& meet(const Matrix& m) {
     Cut wanted(m);
-    if (made && cut == wanted) return words;
+    if (made && cut == wanted && has_zero == (m.zero != nullptr)) return words;
     made = true;
     cut = wanted;
+    has_zero = m.zero != nullptr;
     int each = exact ? 2 : 1;
-    words.place(memory, tokens * each, cut.cols);
+    words.place(memory, rows(tokens, exact), cut.cols);
     int64_t padded_cols = round_up(cut.cols, kStep);
+    if (int64_t last = words.rows - 1; last >= tokens * each) {  // stands where one is missing to an even number
+      memset(words.q + last * words.stride, 0, words.stride * sizeof(int16_t));
+      memset(words.scale + last * words.scale_stride, 0, words.scale_stride * sizeof(float));
+      memset(words.sums + last * words.sum_stride, 0, words.sum_stride * sizeof(float));
+    }
     for (int64_t t = 0; t < tokens; ++t)
       for (int e = 0; e < each; ++e) {
         int64_t row = t * each + e;
-        make_words(e == 0 ? (const float*)x.data + t * x.stride : rest, cut, words.q + row * words.stride,
+        const float* from = e == 0 ? (const float*)x.data + t * x.stride : rest;
+        make_words(from, cut, has_zero ? 1.0f : 8.0f, words.q + row * words.stride,
                    words.scale + row * words.scale_stride, words.sums + row * words.sum_stride,
                    exact && e == 0 ? rest : nullptr, padded_cols);
       }
@@ -331,18 +371,20 @@ struct QuantInput {
   void add_up(float* c, int64_t rows) const {
     if (!exact) return;
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t r = 0; r < rows; ++r) c[t * kRowBlock + r] = c[2 * t * kRowBlock + r] + c[(2 * t + 1) * kRowBlock + r];
+      for (int64_t r = 0; r < rows; ++r)
+        c[t * kRowBlock + r] = c[2 * t * kRowBlock + r] + c[(2 * t + 1) * kRowBlock + r];
   }
 };
 
 void few_quantised(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
   bool exact = x.exact;
-  int64_t cols = jobs[0].w.cols, x_rows = exact ? 2 * tokens : tokens, sums = x_rows * kRowBlock;
-  int64_t words_bytes = round_up(Words::bytes(cols, x_rows), 64), scale_floats = 2 * Words::scales(cols);
+  int64_t cols = jobs[0].w.cols, x_rows = QuantInput::rows(tokens, exact), sums = x_rows * kRowBlock;
+  int64_t words_bytes = round_up(Words::bytes(cols, x_rows), 64), scale_floats = 2 * Scales::floats(cols);
   int64_t rest_floats = round_up(cols, kStep) + 32;
   char* memory = (char*)team.scratch(words_bytes + (scale_floats + rest_floats + 4 * sums) * sizeof(float));
-  float* scales = (float*)(memory + words_bytes);
-  float *rest = scales + scale_floats, *c = rest + rest_floats, *c_up = c + 2 * sums;
+  float* floats = (float*)(memory + words_bytes);
+  Scales scales[2] = {Scales(floats, cols), Scales(floats + scale_floats / 2, cols)};
+  float *rest = floats + scale_floats, *c = rest + rest_floats, *c_up = c + 2 * sums;
   QuantInput input(jobs[0].w, x, tokens, exact, memory, rest);
   auto places_of = [&](const Job& job, int owner) { return Places(team, owner, job, tokens); };
   for_blocks(team, jobs, job_count, places_of, [&](const Job& job, const Places& places, int64_t block) {

@@ -2,11 +2,10 @@
 //
 // MindSpore's convention: params holds the inputs, then the outputs; ndims, shapes and dtypes describe each. A result
 // other than 0 becomes a RuntimeError; what was wrong is printed and kept for qwen15_last_error(). For an operator f,
-// fInferShape gives the output's shape from the inputs' shapes.
-// All int inputs are int32, activations float32; biases and norms f32/f16/bf16; caches f32/f16/bf16. A matrix (w and its
-// like, table, head) is one f32/f16/bf16 input, or quantised several that follow one another: integers int8 (O, I) or
-// uint8 (O, I / 2), scale (O, G) f32/f16/bf16, and where there are, zero (O, G) in the integers' dtype and order (I,)
-// int32. See Matrix.
+// fInferShape gives the output's shape from the inputs' shapes. All int inputs are int32, activations float32; biases
+// and norms f32/f16/bf16; caches f32/f16/bf16. A matrix (w and its like, table, head) is one f32/f16/bf16 input, or
+// quantised several that follow one another: integers int8 (O, I) or uint8 (O, I / 2), scale (O, G) f32/f16/bf16, and
+// where there are, zero (O, G) in the integers' dtype and order (I,) int32. See Matrix.
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -137,7 +136,8 @@ class Call {
   // A matrix of which rows are looked up.
   Matrix table(int& i) const {
     Matrix m = matrix(i, "table");
-    if (m.dtype == DType::q4 || m.order != nullptr) fail("the table is of 4 bits or has an order, which is not supported");
+    if (m.dtype == DType::q4 || m.order != nullptr)
+      fail("the table is of 4 bits or has an order, which is not supported");
     return m;
   }
   // Key cache at i, value cache at i + 1.
@@ -234,7 +234,8 @@ void check_rope(const Call& call, int i, int64_t head_dim) {
          static_cast<long long>(call.dim(i + 1, 1)), static_cast<long long>(head_dim));
 }
 
-// norm, wq, bq, wk, bk, wv, bv from i on, which then is the input after them. What concerns the cache, cos and sin is left.
+// norm, wq, bq, wk, bk, wv, bv from i on, which then is the input after them. What concerns the cache, cos and sin is
+// left.
 Qkv read_qkv(const Call& call, int& i, float eps, int64_t hidden) {
   Qkv s;
   s.eps = eps;
@@ -339,7 +340,8 @@ QWEN15_API int64_t qwen15_bound_addresses(int64_t number, int64_t* addresses, in
   if (found == bindings.end() || !found->second) return 0;
   const std::vector<const void*>& kept = found->second->addresses;
   int64_t count = static_cast<int64_t>(kept.size());
-  for (int64_t i = 0; i < count && i < room; ++i) addresses[i] = static_cast<int64_t>(reinterpret_cast<intptr_t>(kept[i]));
+  for (int64_t i = 0; i < count && i < room; ++i)
+    addresses[i] = static_cast<int64_t>(reinterpret_cast<intptr_t>(kept[i]));
   return count;
 }
 
@@ -477,9 +479,9 @@ QWEN15_API std::vector<int64_t> qwen15_headInferShape(int*, int64_t** shapes, Ao
   return {shapes[1][0], shapes[3][0]};
 }
 
-// ids (T,), positions (T,), slots (T,), query_lens (B,), context_lens (B,), block_tables (B, M), eps (1,), binding (1,),
-// cos (P, D), sin (P, D), table (V, E), norm (E,), head (V, E), then for each layer: norm, wq, bq, wk, bk, wv, bv, wo,
-// norm2, w1, w3, w2, key_cache, value_cache -> logits (B, V)
+// ids (T,), positions (T,), slots (T,), query_lens (B,), context_lens (B,), block_tables (B, M), eps (1,),
+// binding (1,), cos (P, D), sin (P, D), table (V, E), norm (E,), head (V, E), then for each layer: norm, wq, bq, wk, bk,
+// wv, bv, wo, norm2, w1, w3, w2, key_cache, value_cache -> logits (B, V)
 // binding: 0, or the number under which everything after it is kept for `decode`.
 QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   return guarded("decoder", [&] {

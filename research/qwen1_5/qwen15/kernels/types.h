@@ -22,10 +22,11 @@ struct Vector {  // (n,)
 
 // (rows, cols), rows are outputs and cols are inputs, as checkpoints store linear layers.
 //
-// A quantised one means scale (q - zero), with a scale and a zero point for each row and group of cols / groups columns.
+// A quantised one means scale (q - zero), with a scale and a zero point for each row and group of cols / groups
+// columns.
 //   q8  data int8 (rows, cols)
-//   q4  data uint8 (rows, cols / 2): 32 columns are 16 bytes, eight little-endian words of 16 bits; bits 4k to 4k + 3 of
-//       word l are column 8k + l, 0 to 15
+//   q4  data uint8 (rows, cols / 2): 32 columns are 16 bytes, eight little-endian words of 16 bits; bits 4k to 4k + 3
+//       of word l are column 8k + l, 0 to 15
 // cols and the columns of a group are multiples of 32. Its columns may be stored in another order: stored column j
 // belongs to input order[j].
 struct Matrix {
