@@ -1,4 +1,4 @@
-"""What memory this machine has, or the container that a process runs in."""
+"""What memory and CPUs this machine has, or the container that a process runs in."""
 
 from __future__ import annotations
 
@@ -32,6 +32,40 @@ def memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Available:
         if free is None or limit[0] - limit[1] < free:
             free, what = max(0, limit[0] - limit[1]), "the container's memory limit"
     return Available(free, whole, what)
+
+
+def cpu_quota(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Optional[float]:
+    """CPUs that this process' control groups let it use at a time (1.5: one and a half); None where there is no limit.
+
+    A container's limit (`docker run --cpus`) leaves all CPUs visible and stops every thread once the time is used up.
+    """
+    try:
+        with open(os.path.join(proc, "self", "cgroup"), encoding="utf-8") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        lines = []
+    limits = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        names = controllers.split(",")
+        if controllers and "cpu" not in names:
+            continue
+        root = cgroup if not controllers else os.path.join(cgroup, "cpu")  # version 2, version 1
+        folder = os.path.normpath(os.path.join(root, path.lstrip("/")))
+        while folder.startswith(root):
+            limits.append(_quota_at(folder))
+            folder = os.path.dirname(folder)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _quota_at(folder: str) -> Optional[float]:
+    try:
+        with open(os.path.join(folder, "cpu.max"), encoding="ascii") as file:
+            quota, period = file.read().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    old, each = (_number(os.path.join(folder, f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+    return old / each if old and each else None  # -1, no limit, is no number
 
 
 def _meminfo(path: str) -> Dict[str, int]:

@@ -86,13 +86,13 @@ class Cases:
             return self.pool.take_quantised(8, HEAD_GROUP, self.dims.vocab_size, self.dims.hidden_size)
         return self.matrix(self.dims.vocab_size, self.dims.hidden_size)
 
-    def saved_bytes(self) -> float:
-        """Bytes that all matrices have more than in `dtype`: less than none where they are quantised."""
+    def quantised_bytes(self) -> Optional[int]:
+        """Bytes of all matrices where they are quantised."""
         if not self.bits:
-            return 0.0
+            return None
         head = self.dims.vocab_size * self.dims.hidden_size
         others = work.matrix_elements(self.dims) - head
-        return others * self.weight_bytes + head * (1 + 2 / HEAD_GROUP) - (others + head) * self.item
+        return int(others * self.weight_bytes + head * (1 + 2 / HEAD_GROUP))
 
     def matmul(self, name: str, operator: str, tokens: int, matrices: Sequence[Sequence[int]]) -> Case:
         """A step that multiplies with matrices of these shapes (O, I)."""
@@ -187,7 +187,7 @@ class Cases:
                                    Array(np.zeros(1, np.int32)), cos, sin, *head, self.floats(e), *head, *layers],
                        (sequences, d.vocab_size))
         flop = sequences * work.prefill_flop(d, each)
-        read = work.decode_bytes(d, self.dtype, sequences, each) + self.saved_bytes()
+        read = work.decode_bytes(d, self.dtype, sequences, each, self.quantised_bytes())
         return Case("whole network", tokens, each, read, flop,
                     itertools.repeat(call))
 
@@ -208,7 +208,7 @@ def parser() -> Parser:
     made.add_argument("--layers", type=options.positive, metavar="N",
                       help="another number of layers than the published one")
     made.add_argument("--dtype", choices=(*DTYPES, *QUANTISED), default="bfloat16",
-                      help="of weights and KV cache (default bfloat16); with int8 and int4 the cache is bfloat16, table "
+                      help="of weights and KV cache (default bfloat16); in int8 and int4 the cache is bfloat16, table "
                            "and head have 8 bits, and activations are those of computing in bfloat16")
     made.add_argument("--group_size", type=options.positive, default=128, metavar="N",
                       help="columns that share a scale in int8 and int4 (default 128)")
@@ -269,8 +269,9 @@ def _measure(case: Case, machine: Machine, args: argparse.Namespace) -> Dict[str
 
         torch.set_num_threads(machine.threads)
         contenders["torch"] = repeated(case.torch())
+    multiplied = "float32" if args.dtype in QUANTISED else args.dtype
     samples = rounds.interleave(contenders, args.rounds,
-                                lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak("float32" if args.dtype in QUANTISED else args.dtype)})
+                                lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(multiplied)})
     mine = samples["qwen15"]
     row = {"operator": case.name, "tokens": case.tokens, "context": case.context or None,
            "us": rounds.median_seconds(mine) * 1e6,

@@ -9,6 +9,7 @@ from typing import List, Optional, Tuple
 
 import numpy as np
 
+from .. import machine
 from ..errors import UserError
 from .build import LIBRARY_NAME, OUTPUT_DIR
 
@@ -97,7 +98,8 @@ class Library:
 
     @property
     def threads(self) -> int:
-        """Threads the kernels run on: `threads = n`, else $QWEN15_THREADS, else physical cores this process may use."""
+        """Threads the kernels run on: `threads = n`, else $QWEN15_THREADS, else physical cores this process may use and
+        its container's CPU quota allows."""
         return self._handle.qwen15_threads()
 
     @threads.setter
@@ -220,4 +222,12 @@ def load() -> Library:
     global _loaded
     if _loaded is None or _loaded.path != library_path():
         _loaded = Library(library_path())
+        if not os.environ.get("QWEN15_THREADS"):
+            limit_threads(_loaded, machine.cpu_quota())
     return _loaded
+
+
+def limit_threads(kernels: Library, quota: Optional[float]) -> None:
+    """No more threads than whole CPUs of a quota: one that is stopped for want of time holds up all the others."""
+    if quota is not None and kernels.threads > max(1, int(quota)):
+        kernels.threads = max(1, int(quota))
