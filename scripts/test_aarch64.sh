@@ -16,4 +16,4 @@ cd "$root"
 say "cross-compiling for $target"
 build_driver "$folder" "$target-g++" --target "$target" --
 say "kernel tests under qemu-aarch64"
-QWEN15_KERNELS_DRIVER="qemu-aarch64 -L /usr/$target $folder/driver" python -m pytest tests/test_kernels.py "$@"
+QWEN15_KERNELS_DRIVER="qemu-aarch64 -L /usr/$target $folder/driver" python -m pytest tests/test_kernels.py tests/test_kernels_quantised.py "$@"

@@ -21,6 +21,6 @@ for sanitizers in address,undefined thread; do
     build_driver "$folder/$sanitizers" g++ --sanitizer "$sanitizers" -- \
         -fno-omit-frame-pointer "-fsanitize=$sanitizers" -fno-sanitize-recover=all
     say "kernel tests under -fsanitize=$sanitizers"
-    QWEN15_KERNELS_DRIVER=$folder/$sanitizers/driver python -m pytest tests/test_kernels.py "$@"
+    QWEN15_KERNELS_DRIVER=$folder/$sanitizers/driver python -m pytest tests/test_kernels.py tests/test_kernels_quantised.py "$@"
 done
 say "no report from AddressSanitizer, UndefinedBehaviorSanitizer or ThreadSanitizer"

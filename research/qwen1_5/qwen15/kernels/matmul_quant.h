@@ -231,7 +231,7 @@ __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows
 #pragma GCC unroll 2
           for (int p = 0; p < P; ++p) {
             const uint8_t* from = w[p] + (i + at) / 2;
-            if (at / 2 % 64 == 0) __builtin_prefetch(from + ahead, 0, 0);
+            if (at / 2 % 64 == 0) __builtin_prefetch(from + ahead, 0, kReadHint);
             if (kMixed && i + kStep > cols) {
               uint8_t rest[kStep / 2] = {0};
               memcpy(rest, from, (cols - i) / 2);
@@ -247,7 +247,7 @@ __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows
         for (int64_t at = 0; at < step; at += kQuantBlock) {
 #pragma GCC unroll 2
           for (int p = 0; p < P; ++p)
-            if (at % 64 == 0) __builtin_prefetch(w[p] + i + at + ahead, 0, 0);
+            if (at % 64 == 0) __builtin_prefetch(w[p] + i + at + ahead, 0, kReadHint);
           mac_bytes<N, P>(acc, w, i + at, q, x_stride);
         }
       }
