@@ -52,6 +52,8 @@ class Form:
     def strategies(self, parts: int) -> tuple[tuple[int, ...], ...]:
         """In how many parts each axis of x, W, scale and offset is cut, as MindSpore's `shard` takes it."""
         outputs, inputs = (parts, 1) if self.cut == naming.COLUMN else (1, parts)
+        weight: tuple[int, ...]
+        scale: tuple[int, ...]
         if self.bits == 8:
             weight, scale = (outputs, inputs), (outputs,)
         else:
@@ -60,6 +62,8 @@ class Form:
 
     def shapes(self, parts: int = 1) -> dict[str, tuple[int, ...]]:
         """'weight', 'weight_scale' and, where there is one, 'weight_offset' -> shape on each of `parts` cards."""
+        weight: tuple[int, ...]
+        scale: tuple[int, ...]
         if self.bits == 8:
             weight, scale = (self.outputs, self.inputs), (self.outputs,)
         else:
