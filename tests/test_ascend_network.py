@@ -14,7 +14,7 @@ from qwen15.ascend import check
 from qwen15.config.load import load_config
 from qwen15.errors import UserError
 from qwen15.generation import memory_check
-from qwen15.generation.engine import Engine
+from qwen15.generation.engine import non_finite_error
 from qwen15.network import mindformers
 
 
@@ -89,8 +89,7 @@ def complaints(config, monkeypatch):
         lambda: mindformers.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0")),
         lambda: mindformers.mindformers_config(config("use_parallel=True", "context.mode=1"))]
     told = [str(mindformers._explain(RuntimeError("memory isn't enough"))),
-            str(Engine._non_finite(SimpleNamespace(_broken_weight=None, network=SimpleNamespace(find_non_finite=lambda: None)),
-                                    SimpleNamespace(generated=3, request=SimpleNamespace(label="prompt 1"))))]
+            str(non_finite_error("the prompt", 3, None))]
     with monkeypatch.context() as patch:
         patch.setattr("mindformers.build_context", fails)
         attempts.append(lambda: mindformers.start(SimpleNamespace()))

@@ -6,12 +6,16 @@ import json
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 from command_fixtures import MODULE, command, environment, error_line, make_random, run
 from qwen15.commands import batch_progress, prompt_file, result_file
+from qwen15.commands.prompt_file import read_file
+from qwen15.commands.prompts import Entry
+from qwen15.commands.results import JsonLines, Text, write_line
 from qwen15.errors import EXIT_FAILED, UserError
-from qwen15.generation.request import Usage
+from qwen15.generation.request import Step, Usage
 from qwen15.generation.session import Settings
 
 DEFAULTS = Settings(False, 1.0, 0, 1.0, 1.0, None, 64, None)
@@ -290,3 +294,69 @@ def test_quiet_but_for_the_answer(random_yaml):
     default = run("--config", random_yaml, "--predict_data", "one", "--max_new_tokens", 3)
     assert default.stdout == done.stdout
     assert not any(word in default.stderr for word in ("WARNING", "Warning", "[ERROR]"))
+
+
+# ---- several answers to one prompt ----
+
+def several(count):
+    """Answers to one prompt as a session gives them, the last one first to end."""
+    from qwen15.generation.session import Answer, Piece, Prompt
+
+    class Tokenizer:
+        control_token_ids = frozenset()
+
+        @staticmethod
+        def token_bytes(token):
+            return bytes([token])
+
+    prompt = Prompt((1, 2), replace(DEFAULTS, do_sample=True, n=count), frozenset())
+    answers = [Answer(Tokenizer, prompt) for _ in range(count)]
+    usage = Usage(2, 0, 2, 0.5, 0.25)
+    for choice in reversed(range(count)):
+        for token, reason in ((ord("a") + choice, None), (ord("!"), "length")):
+            text = answers[choice].take(Step(choice, token, reason, usage if reason else None))
+            yield Piece(0, text, answers[choice], usage if reason else None, choice)
+
+
+def test_a_prompt_with_several_answers_is_one_object_once_the_last_has_ended():
+    out = io.StringIO()
+    results = JsonLines([Entry(0, "p.jsonl:1", "Hi", DEFAULTS)], lambda index, value: write_line(out, index, value), True)
+    for piece in several(3):
+        assert out.getvalue() == ""
+        results.take(piece)
+    made = json.loads(out.getvalue())
+    assert made["text"] == "a!" and [answer["text"] for answer in made["answers"]] == ["a!", "b!", "c!"]
+    assert [answer["finish_reason"] for answer in made["answers"]] == ["length"] * 3
+
+
+def test_several_answers_stream_one_after_the_other_each_behind_its_prompt():
+    out = io.StringIO()
+    text = Text(out, ["Hi: "], [3])
+    for piece in several(3):
+        text.take(piece)
+    text.close()
+    assert out.getvalue() == "Hi: a!\nHi: b!\nHi: c!\n"
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"prompt": "x", "n": 0}', "n wants a whole number from 1 to 128, not 0"),
+    ('{"prompt": "x", "logit_bias": {"a": 1}}', "logit_bias wants token ids with a number each"),
+    ('{"prompt": "x", "min_p": 1.5}', "min_p"),
+    ('{"prompt": "x", "presence_penalty": 3}', "presence_penalty"),
+    ('{"prompt": "x", "prompt_logprobs": -1}', "prompt_logprobs wants a whole number from 0 to 1000"),
+])
+def test_settings_of_sampling_are_checked_with_their_line(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(read_file(str(path), DEFAULTS))
+
+
+def test_a_prompt_reaches_another_rank_with_all_its_settings():
+    from qwen15.generation.session import Prompt
+
+    settings = DEFAULTS.changed({"logit_bias": {"7": -5, "3": float("-inf")}, "n": 4, "stop": ["a"], "min_p": 0.1,
+                                 "no_repeat_ngram_size": 3, "prompt_logprobs": 2})
+    prompt = Prompt((1, 2), settings, frozenset({9, 4}), "p:1", 3)
+    assert Prompt.from_json(json.loads(json.dumps(prompt.to_json()))) == prompt
+    assert settings.params(1, 2).logit_bias == ((3, float("-inf")), (7, -5.0))

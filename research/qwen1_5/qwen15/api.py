@@ -20,9 +20,9 @@ Example, with a checkpoint that is a Hugging Face folder of Qwen2's architecture
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
 
 from . import interrupts  # noqa: F401  (before NumPy, see there)
 from .config.flags import Flag
@@ -51,6 +51,9 @@ class Generation:
         prompt_tokens: tokens of the prompt.
         prefill_s, decode_s: seconds of the calls this prompt was part of, shared with the rest of its batch.
         logprobs: when asked for, one entry per token: token_id, token, logprob (natural), the likeliest as `top`.
+        cached_tokens: tokens of the prompt that an earlier one had left in the KV cache.
+        prompt_logprobs: when asked for, such an entry for each token of the prompt but the first.
+        answers: with `n` over 1 all of them; this one is the first.
     """
 
     text: str
@@ -60,11 +63,14 @@ class Generation:
     prefill_s: float
     decode_s: float
     logprobs: Tuple[Mapping[str, Any], ...] = ()
+    cached_tokens: int = 0
+    prompt_logprobs: Tuple[Mapping[str, Any], ...] = ()
+    answers: Tuple["Generation", ...] = ()
 
     @classmethod
     def _of(cls, answer: Answer, usage: Usage) -> "Generation":
         return cls(answer.text, tuple(answer.token_ids), answer.finish_reason, usage.prompt_tokens, usage.prefill_s,
-                   usage.decode_s, tuple(answer.logprobs))
+                   usage.decode_s, tuple(answer.logprobs), usage.cached_tokens, tuple(answer.prompt_logprobs))
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,8 @@ class Model:
         """
         session = self._open()
         prompts = self._prompts([prompt], settings)
+        if prompts[0].settings.n > 1:
+            raise UserError("a stream is of one answer", where="n", fix="Call generate.")
         session.requests(prompts)
         return (piece.text for piece in session.run(prompts) if piece.text)
 
@@ -131,11 +139,12 @@ class Model:
     def _generate(self, prompts: Sequence[Union[str, Sequence[Message]]],
                   settings: Mapping[str, Any]) -> List[Generation]:
         session = self._open()
-        made: Dict[int, Generation] = {}
-        for piece in session.run(self._prompts(prompts, settings)):
+        checked = self._prompts(prompts, settings)
+        made: List[List[Optional[Generation]]] = [[None] * prompt.settings.n for prompt in checked]
+        for piece in session.run(checked):
             if piece.usage is not None:
-                made[piece.index] = Generation._of(piece.answer, piece.usage)
-        return [made[index] for index in range(len(prompts))]
+                made[piece.index][piece.choice] = Generation._of(piece.answer, piece.usage)
+        return [_first([each for each in answers if each is not None]) for answers in made]
 
     def _prompts(self, prompts: Sequence[Union[str, Sequence[Message]]], settings: Mapping[str, Any]) -> List[Prompt]:
         session, values = self._open(), dict(settings)
@@ -184,6 +193,10 @@ def load(checkpoint: Union[str, "os.PathLike[str]"], config: Union[str, "os.Path
     return Model(session)
 
 
+def _first(answers: List[Generation]) -> Generation:
+    return answers[0] if len(answers) == 1 else replace(answers[0], answers=tuple(answers))
+
+
 def _key(name: str) -> str:
     for prefix in _PREFIXES:
         if prefix + name in KEYS:
@@ -208,8 +221,10 @@ def generate(model: Model, prompt: Union[str, Sequence[str]], **settings: Any) -
         prompt: one text gives one `Generation`, a list of texts a list, in the same order. Several run side by side;
             with float32 weights and KV cache none depends on the others.
         settings: over the model's configuration: `max_new_tokens`, `max_length` (prompt included), `do_sample`,
-            `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, `stop` (a text or several), `logprobs` (a
-            number), and `control_tokens` (False: `<|im_end|>` and the like in the text stay text).
+            `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`,
+            `no_repeat_ngram_size`, `min_new_tokens`, `logit_bias` (token id to number), `seed`, `n` (answers to
+            each prompt), `stop` (a text or several), `logprobs` and `prompt_logprobs` (a number each), and
+            `control_tokens` (False: `<|im_end|>` and the like in the text stay text).
 
     Raises:
         UserError: a prompt that is empty or too long, or a setting out of bounds; nothing is generated then.

@@ -108,7 +108,8 @@ def _work(session: Session, todo: Todo, out: Optional[ResultFile], options: Opti
 
 def _writer(entries: Sequence[Entry], out: Optional[ResultFile], options: Options) -> Union[JsonLines, Text]:
     if options.output_format == "text":
-        return Text(sys.stdout, [_asked(entry) if options.echoes else "" for entry in entries])
+        return Text(sys.stdout, [_asked(entry) if options.echoes else "" for entry in entries],
+                    [entry.settings.n for entry in entries])
     if out is not None:
         return JsonLines(entries, out.write, in_order=False)
     return JsonLines(entries, lambda index, value: write_line(sys.stdout, index, value), in_order=not options.many)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, TextIO
+from typing import Any, Dict, TextIO, Tuple
 
 from ..generation.request import Usage
 from ..generation.session import Piece
@@ -29,15 +29,16 @@ class BatchProgress:
         self._begin_s = clock()
         self._next_s = self._begin_s + (0.2 if self._tty else _LINE_EVERY_S)
         self._finished = 0
-        self._running: Dict[int, Any] = {}
+        self._running: Dict[Tuple[int, int], Any] = {}
+        self._missing: Dict[int, int] = {}
         self._prompt_tokens = self._new_tokens = 0
         self._width = 0
 
     def take(self, piece: Piece) -> None:
         """More of an answer."""
-        self._running[piece.index] = piece.answer
+        self._running[piece.index, piece.choice] = piece.answer
         if piece.usage is not None:
-            self._count(piece.index, piece.usage)
+            self._count(piece, piece.usage)
         now_s = self._clock()
         if self._shown and now_s >= self._next_s:
             self._next_s = now_s + (0.2 if self._tty else _LINE_EVERY_S)
@@ -60,10 +61,14 @@ class BatchProgress:
         return (f"{self._finished} prompts, {self._prompt_tokens} prompt tokens and {self._new_tokens} new tokens in {total_s:.2f} s: "
                 f"{self._new_tokens / max(total_s, 1e-9):.1f} new tokens/s")
 
-    def _count(self, index: int, usage: Usage) -> None:
-        self._running.pop(index, None)
-        self._finished += 1
-        self._prompt_tokens += usage.prompt_tokens
+    def _count(self, piece: Piece, usage: Usage) -> None:
+        self._running.pop((piece.index, piece.choice), None)
+        missing = self._missing.pop(piece.index, piece.answer.siblings) - 1
+        if missing:
+            self._missing[piece.index] = missing
+        else:
+            self._finished += 1
+            self._prompt_tokens += usage.prompt_tokens
         self._new_tokens += usage.generated_tokens
 
     def _show(self, text: str) -> None:

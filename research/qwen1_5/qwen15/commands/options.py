@@ -45,6 +45,11 @@ class Options:
         made = cls(tuple(args.predict_data), args.predict_file, args.chat, args.system, args.control_tokens, args.max_batch,
                    args.output_format or ("jsonl" if many else "text"), args.output_file, args.echo, args.dry_run)
         made._check(args.output_format, args.logprobs)
+        if args.prompt_logprobs is not None and made.output_format == "text":
+            raise UserError("log probabilities need JSON", where="--prompt_logprobs", fix="Add --output_format jsonl.")
+        if args.n != 1 and made.interactive:
+            raise UserError("has no effect in an interactive conversation", where="--n",
+                            fix="Pass the message with --predict_data.")
         return made
 
     @property

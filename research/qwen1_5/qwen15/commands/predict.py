@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 from .. import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
 from ..command_line import Parser, boolean, program, whole
@@ -35,6 +35,9 @@ def parser() -> Parser:
     group.add_argument("--control_tokens", type=boolean, default=True, metavar="True|False",
                        help="whether <|im_start|> and the like in a text become control tokens (default True; never with --chat)")
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer before any of these strings")
+    group.add_argument("--n", type=whole, default=1, metavar="N", help="answers to each prompt, drawn apart (with --do_sample)")
+    group.add_argument("--logit_bias", nargs="+", default=[], metavar="ID=NUMBER",
+                       help="add a number to a token's logit; -inf forbids the token")
     group.add_argument("--max_batch", type=whole, metavar="N",
                        help="most sequences that run at once (default: 16 with --predict_file, else what the KV cache holds)")
     group.add_argument("--task", default="text_generation", choices=("text_generation",), help="accepted for the original's sake")
@@ -46,6 +49,7 @@ def parser() -> Parser:
     group.add_argument("--echo", nargs="?", const=True, type=boolean, metavar="True|False",
                        help="whether the prompt is printed before its continuation (default True, False with --chat)")
     group.add_argument("--no-echo", dest="echo", action="store_const", const=False, help="the same as --echo False")
+    group.add_argument("--prompt_logprobs", type=whole, metavar="N", help="in JSON: those of the prompt's tokens")
     group.add_argument("--logprobs", type=whole, default=0, metavar="N", help="in JSON: log probabilities of the N likeliest tokens")
     group.add_argument("--dry_run", action="store_true", help="check prompts, memory and checkpoint without loading, and stop")
     group.add_argument("--log_level", choices=LEVELS, help="what is said on stderr (default info)")
@@ -91,6 +95,18 @@ def _load_config(args: argparse.Namespace) -> Config:
 
 def _settings(config: Config, args: argparse.Namespace) -> Settings:
     try:
-        return Settings.of(config).changed({"stop": args.stop, "logprobs": args.logprobs})
+        return Settings.of(config).changed({"stop": args.stop, "logprobs": args.logprobs, "n": args.n,
+                                            "prompt_logprobs": args.prompt_logprobs, "logit_bias": _biases(args.logit_bias)})
     except ValueError as error:
         raise UserError(str(error), where="command line") from None
+
+
+def _biases(texts: Sequence[str]) -> List[Tuple[int, float]]:
+    made = []
+    for text in texts:
+        token, _, value = text.partition("=")
+        try:
+            made.append((int(token), float(value)))
+        except ValueError:
+            raise ValueError(f"logit_bias wants ID=NUMBER, not {text!r}") from None
+    return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 from ..errors import UserError
@@ -95,13 +95,9 @@ def point_out(session: Session, entries: Sequence[Entry], prompts: Sequence[Prom
 
 def to_json(prompts: Sequence[Prompt]) -> bytes:
     """The prompts as rank 0 tells them to the other ranks."""
-    return json.dumps([{**asdict(prompt), "stop_ids": sorted(prompt.stop_ids)} for prompt in prompts]).encode()
+    return json.dumps([prompt.to_json() for prompt in prompts]).encode()
 
 
 def from_json(message: bytes) -> List[Prompt]:
     """What `to_json` has told."""
-    made = []
-    for value in json.loads(message):
-        settings = Settings(**{**value["settings"], "stop": tuple(value["settings"]["stop"])})
-        made.append(Prompt(tuple(value["ids"]), settings, frozenset(value["stop_ids"]), value["label"], value["stream"]))
-    return made
+    return [Prompt.from_json(value) for value in json.loads(message)]

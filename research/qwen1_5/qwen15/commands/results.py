@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import IO, Any, Callable, Dict, List, Sequence
+from typing import IO, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from .. import strict_json, terminal
 from ..generation.request import CANCELLED, Usage
 from ..generation.session import Answer, Piece
 from .prompts import Entry
+
+Ended = List[Tuple[Answer, Usage]]
+"""A prompt's answers, all of them, in the order in which they are counted."""
+
+
+class Gatherer:
+    """Keeps the answers to a prompt until the last of them has ended."""
+
+    def __init__(self) -> None:
+        self._ended: Dict[int, Dict[int, Tuple[Answer, Usage]]] = {}
+
+    def take(self, piece: Piece) -> Optional[Ended]:
+        """More of an answer; the prompt's answers when this was the last that was missing."""
+        if piece.usage is None:
+            return None
+        mine = self._ended.setdefault(piece.index, {})
+        mine[piece.choice] = (piece.answer, piece.usage)
+        if len(mine) < piece.answer.siblings:
+            return None
+        del self._ended[piece.index]
+        return [mine[choice] for choice in sorted(mine)]
 
 
 class Text:
@@ -16,24 +37,28 @@ class Text:
     Args:
         out: where to; on a terminal nothing in a text is obeyed.
         heads: printed before each answer, the prompt when it is to be shown.
+        answers: how many answers each prompt gets; None for one each.
     """
 
-    def __init__(self, out: IO[str], heads: Sequence[str]):
+    def __init__(self, out: IO[str], heads: Sequence[str], answers: Optional[Sequence[int]] = None):
         self._out = out
         self._on_terminal = out.isatty()
-        self._waiting = list(heads)
-        self._finished = [False] * len(heads)
+        counts = [1] * len(heads) if answers is None else answers
+        self._first = [sum(counts[:index]) for index in range(len(counts))]
+        self._waiting = [head for head, count in zip(heads, counts) for _ in range(count)]
+        self._finished = [False] * len(self._waiting)
         self._turn = 0
         self._within_line = False
         self._write()
 
     def take(self, piece: Piece) -> None:
         """More of an answer."""
-        self._waiting[piece.index] += piece.text
+        place = self._first[piece.index] + piece.choice
+        self._waiting[place] += piece.text
         if piece.usage is not None:
-            self._waiting[piece.index] += "\n"
-            self._finished[piece.index] = True
-        if piece.index == self._turn:
+            self._waiting[place] += "\n"
+            self._finished[place] = True
+        if place == self._turn:
             self._write()
             while self._turn < len(self._waiting) and self._finished[self._turn]:
                 self._turn += 1
@@ -66,14 +91,16 @@ class JsonLines:
 
     def __init__(self, entries: Sequence[Entry], write: Callable[[int, Dict[str, Any]], None], in_order: bool):
         self._entries, self._write, self._in_order = entries, write, in_order
+        self._gatherer = Gatherer()
         self._ready: Dict[int, Dict[str, Any]] = {}
         self._turn = 0
 
     def take(self, piece: Piece) -> None:
         """More of an answer; nothing is written before it has ended."""
-        if piece.usage is None or piece.answer.finish_reason == CANCELLED:
+        ended = self._gatherer.take(piece)
+        if ended is None or any(answer.finish_reason == CANCELLED for answer, _ in ended):
             return
-        self._ready[piece.index] = record(self._entries[piece.index], piece.answer, piece.usage)
+        self._ready[piece.index] = record(self._entries[piece.index], ended)
         for index in [piece.index] if not self._in_order else range(self._turn, len(self._entries)):
             if index not in self._ready:
                 break
@@ -84,18 +111,29 @@ class JsonLines:
         """No more comes."""
 
 
-def record(entry: Entry, answer: Answer, usage: Usage) -> Dict[str, Any]:
-    """A finished answer as JSON has it: `prompt` is the text, or `messages` those of a conversation; times in seconds."""
+def record(entry: Entry, ended: Ended) -> Dict[str, Any]:
+    """A prompt's finished answers as JSON has them; of several, the first is where a single one would be. Times in seconds."""
+    (answer, usage), *others = ended
     made: Dict[str, Any] = {"index": entry.index}
     if entry.name is not None:
         made["id"] = entry.name
     made["prompt" if isinstance(entry.source, str) else "messages"] = entry.source
-    made.update({"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": usage.prompt_tokens,
-                 "generated_tokens": len(answer.token_ids), "finish_reason": answer.finish_reason,
+    made.update({"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": usage.prompt_tokens, **_end(answer),
                  "prefill_s": round(usage.prefill_s, 6), "decode_s": round(usage.decode_s, 6)})
+    if usage.cached_tokens:
+        made["cached_tokens"] = usage.cached_tokens
+    if answer.prompt_logprobs:
+        made["prompt_logprobs"] = answer.prompt_logprobs
     if answer.logprobs:
         made["logprobs"] = answer.logprobs
+    if others:
+        made["answers"] = [{"text": each.text, "token_ids": each.token_ids, **_end(each),
+                            **({"logprobs": each.logprobs} if each.logprobs else {})} for each, _ in ended]
     return made
+
+
+def _end(answer: Answer) -> Dict[str, Any]:
+    return {"generated_tokens": len(answer.token_ids), "finish_reason": answer.finish_reason}
 
 
 def write_line(out: IO[str], index: int, value: Dict[str, Any]) -> None:

@@ -144,7 +144,8 @@ def generation_config(final: Final, files: CheckpointFiles, model: ModelConfig) 
     Raises:
         UserError: a limit that the network cannot reach.
     """
-    names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+             "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens")
     picked = {name: final.model(name, files.from_generation(name)) for name in names}
     max_length = final.model("max_decode_length", (model.seq_length, "default (= seq_length)"))
     if max_length > model.seq_length:

@@ -69,6 +69,8 @@ class GenerationConfig:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens up to this total probability; 1.0 keeps all.
         repetition_penalty: 1.0 is none.
+        min_p: keep tokens with this part of the likeliest one's probability; 0 keeps all.
+        presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens: 0 is none.
         max_length: TOTAL length in tokens, prompt included.
         max_new_tokens: continuation's length in tokens; whichever of the two limits comes first ends it.
         seed: None draws differently at every run.
@@ -82,6 +84,11 @@ class GenerationConfig:
     max_length: int
     max_new_tokens: Optional[int]
     seed: Optional[int]
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
 
 
 @dataclass(frozen=True)

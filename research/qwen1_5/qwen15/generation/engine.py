@@ -425,13 +425,17 @@ class Engine:
     def _non_finite(self, continuation: Continuation) -> UserError:
         if self._broken_weight is None:  # it reads every weight: once is enough
             self._broken_weight = (self.network.find_non_finite(),)
-        weight, label = self._broken_weight[0], continuation.request.label
-        if weight:
-            return UserError(f"{label}: the logits are not finite (NaN or infinity) because weight {weight} is not",
-                             fix="Convert or download the checkpoint again.", exit_code=EXIT_FAILED)
-        return UserError(f"{label}: the logits are not finite (NaN or infinity) after {continuation.generated} generated tokens, "
-                         "all weights are finite", exit_code=EXIT_FAILED,
-                         fix="Activations overflow: use compute_dtype and param_init_type bfloat16 or float32.")
+        return non_finite_error(continuation.request.label, continuation.generated, self._broken_weight[0])
+
+
+def non_finite_error(label: str, generated: int, weight: Optional[str]) -> UserError:
+    """What is said of a request whose logits are NaN or infinite, after so many tokens; `weight` is the one that is not finite."""
+    if weight:
+        return UserError(f"{label}: the logits are not finite (NaN or infinity) because weight {weight} is not",
+                         fix="Convert or download the checkpoint again.", exit_code=EXIT_FAILED)
+    return UserError(f"{label}: the logits are not finite (NaN or infinity) after {generated} generated tokens, "
+                     "all weights are finite", exit_code=EXIT_FAILED,
+                     fix="Activations overflow: use compute_dtype and param_init_type bfloat16 or float32.")
 
 
 def _starts(choices: Sequence[_Choice]) -> Iterator[Tuple[_Choice, int]]:

@@ -1,9 +1,11 @@
 """A configuration with its tokenizer, network and engine: prompts in, pieces of text out."""
 
+from __future__ import annotations
+
 import os
 import time
-from dataclasses import dataclass, fields, replace
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from .. import interrupts, ops
 from ..checkpoint.reader import open_checkpoint
@@ -20,9 +22,13 @@ from .engine import Engine
 from .request import STOP, Limits, LogProbs, Request, Step, Usage
 from .sampling import SamplingParams, Selection
 
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+             "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens")
+"""Settings that `sampling.SamplingParams` has under the same names."""
 _KEY_OF = {"seed": "seed", "max_length": MODEL + "max_decode_length",
-           **{name: MODEL + name for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")}}
+           **{name: MODEL + name for name in (*_SAMPLING, "max_new_tokens")}}
 _MOST_LOGPROBS = 1000
+_MOST_ANSWERS = 128
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,15 @@ class Settings:
     """How one prompt is continued.
 
     Attributes:
-        do_sample, temperature, top_k, top_p, repetition_penalty: see `sampling.SamplingParams`.
+        do_sample, temperature, top_k, top_p, repetition_penalty, min_p, presence_penalty, frequency_penalty,
+            no_repeat_ngram_size, min_new_tokens, logit_bias: see `sampling.SamplingParams`.
         seed: None draws differently at every run.
         max_length: longest text in tokens, prompt included.
         max_new_tokens: most new tokens; whichever limit comes first ends it.
         stop: the answer ends before the first of these strings.
         logprobs: report the log probabilities of this many likeliest tokens at each step, 0 for none.
-        prompt_logprobs: report those of the prompt's own tokens, with this many likeliest ones beside each; None for none.
+        prompt_logprobs: report those of the prompt's tokens, with this many likeliest ones beside each; None for none.
+        n: how many answers, each drawn for itself.
     """
 
     do_sample: bool
@@ -49,13 +57,26 @@ class Settings:
     max_new_tokens: Optional[int]
     stop: Tuple[str, ...] = ()
     logprobs: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    logit_bias: Tuple[Tuple[int, float], ...] = ()
     prompt_logprobs: Optional[int] = None
+    n: int = 1
 
     @classmethod
     def of(cls, config: Config) -> "Settings":
         """What the configuration says."""
         g = config.generation
-        return cls(g.do_sample, g.temperature, g.top_k, g.top_p, g.repetition_penalty, g.seed, g.max_length, g.max_new_tokens)
+        return cls(seed=g.seed, max_length=g.max_length, max_new_tokens=g.max_new_tokens,
+                   **{name: getattr(g, name) for name in _SAMPLING})
+
+    def params(self, seed: int, stream: int) -> SamplingParams:
+        """How the sampler chooses tokens."""
+        return SamplingParams(seed=seed, stream=stream, logit_bias=self.logit_bias,
+                              **{name: getattr(self, name) for name in _SAMPLING})
 
     def changed(self, values: Mapping[str, Any]) -> "Settings":
         """With these values in place of some; each is checked as the configuration's are.
@@ -70,10 +91,8 @@ class Settings:
                     value = convert(KEYS[_KEY_OF[name]], value, plain=False)
                     if value is None and name not in ("seed", "max_new_tokens"):
                         continue
-                elif name == "stop":
-                    value = _stop_strings(value)
-                elif name == "logprobs" or name == "prompt_logprobs" and value is not None:
-                    value = _logprobs(value)
+                elif name in _CHECKS:
+                    value = _CHECKS[name](value)
             except ValueError as error:
                 raise ValueError(f"{name} {error}") from None
             checked[name] = value
@@ -82,7 +101,7 @@ class Settings:
     @property
     def idle(self) -> Tuple[str, ...]:
         """Settings of sampling that have no effect because do_sample is off."""
-        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         return () if self.do_sample else tuple(name for name, value in neutral.items() if getattr(self, name) != value)
 
 
@@ -98,10 +117,34 @@ def _stop_strings(value: Any) -> Tuple[str, ...]:
     return strings
 
 
-def _logprobs(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_LOGPROBS:
-        raise ValueError(f"wants a whole number from 0 to {_MOST_LOGPROBS}, not {value!r}")
-    return value
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"wants a whole number from {low} to {high}, not {value!r}")
+        return value
+
+    return check
+
+
+def _logit_bias(value: Any) -> Tuple[Tuple[int, float], ...]:
+    """From a mapping of token ids, which JSON has as texts, or from pairs."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    made: Dict[int, float] = {}
+    try:
+        for token, bias in pairs:
+            if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not bias < float("inf"):
+                raise ValueError
+            made[int(token)] = float(bias)
+    except (TypeError, ValueError):
+        raise ValueError(f'wants token ids with a number each, such as {{"1234": -5}}, not {value!r}') from None
+    return tuple(sorted(made.items()))
+
+
+_CHECKS: Dict[str, Callable[[Any], Any]] = {
+    "stop": _stop_strings, "logprobs": _whole(0, _MOST_LOGPROBS), "logit_bias": _logit_bias, "n": _whole(1, _MOST_ANSWERS),
+    "prompt_logprobs": lambda value: None if value is None else _whole(0, _MOST_LOGPROBS)(value),
+}
+"""Settings that no key of the configuration has."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +165,30 @@ class Prompt:
     label: str = "the prompt"
     stream: int = 0
 
+    def to_json(self) -> Dict[str, Any]:
+        """For another rank."""
+        return {**asdict(self), "stop_ids": sorted(self.stop_ids)}
 
-class Piece(NamedTuple):
-    """More of an answer: `text` is what has become certain; `usage` comes with the last piece."""
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Prompt":
+        """What `to_json` has made."""
+        own = value["settings"]
+        settings = Settings(**{**own, "stop": tuple(own["stop"]), "logit_bias": tuple(map(tuple, own["logit_bias"]))})
+        return cls(**{**value, "ids": tuple(value["ids"]), "settings": settings, "stop_ids": frozenset(value["stop_ids"])})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of an answer: `text` is what has become certain; `usage` comes with the last piece.
+
+    `index` is the prompt's, `choice` counts its answers from 0.
+    """
 
     index: int
     text: str
     answer: "Answer"
     usage: Optional[Usage]
+    choice: int = 0
 
 
 class Session:
@@ -224,7 +283,7 @@ class Session:
         return chat.stop_ids(self.tokenizer, self.config.model.eos_token_id)
 
     def requests(self, prompts: Sequence[Prompt]) -> List[Request]:
-        """What the engine runs for `prompts`, each checked against the limits.
+        """What the engine runs for `prompts`, `settings.n` for each, checked against the limits.
 
         Raises:
             UserError: an empty or too long prompt, with the numbers.
@@ -232,11 +291,15 @@ class Session:
         made = []
         for prompt in prompts:
             s = prompt.settings
-            params = SamplingParams(s.do_sample, s.temperature, s.top_k, s.top_p, s.repetition_penalty,
-                                    sampling.pick_seed(s.seed), prompt.stream)
-            made.append(Request(prompt.ids, s.max_length, s.max_new_tokens, prompt.stop_ids, params, s.logprobs,
-                                s.prompt_logprobs, label=prompt.label))
-            self.limits.check(made[-1])
+            if s.n > 1 and not s.do_sample:
+                raise UserError(f"{prompt.label} asks for {s.n} answers, and without do_sample they would all be the same",
+                                fix="Set do_sample, or n 1.")
+            seed = sampling.pick_seed(s.seed)
+            for choice in range(s.n):
+                made.append(Request(prompt.ids, s.max_length, s.max_new_tokens, prompt.stop_ids,
+                                    s.params(seed, prompt.stream + choice), s.logprobs,
+                                    s.prompt_logprobs if choice == 0 else None, label=prompt.label))
+                self.limits.check(made[-1])
         return made
 
     def run(self, prompts: Sequence[Prompt]) -> Iterator[Piece]:
@@ -246,7 +309,8 @@ class Session:
             UserError: a request has failed (its logits were not finite); after all others have ended.
         """
         assert self.engine is not None
-        answers = [Answer(self.tokenizer, prompt) for prompt in prompts]
+        places = [(index, choice) for index, prompt in enumerate(prompts) for choice in range(prompt.settings.n)]
+        answers = [Answer(self.tokenizer, prompts[index]) for index, _ in places]
         failures: List[UserError] = []
         run = self.engine.generate(self.requests(prompts))
         for step in run:
@@ -258,21 +322,25 @@ class Session:
             if answer.stopped and step.finish_reason is None:
                 run.cancel(step.request)
             if text or step.usage is not None:
-                yield Piece(step.request, text, answer, step.usage)
+                index, choice = places[step.request]
+                yield Piece(index, text, answer, step.usage, choice)
         if failures:
             raise failures[0]
 
 
 class Answer:
-    """One request's continuation as it grows: text and token ids, and why it ended."""
+    """One request's continuation as it grows: text and token ids, and why it ended; one of `siblings` to the same prompt."""
 
     def __init__(self, tokenizer: Any, prompt: Prompt):
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer.token_bytes, tokenizer.control_token_ids, prompt.settings.stop)
         self._stop_ids = prompt.stop_ids
+        self.siblings = prompt.settings.n
         self.pieces: List[str] = []
         self.token_ids: List[int] = []
         self.logprobs: List[Dict[str, Any]] = []
+        self.prompt_logprobs: List[Dict[str, Any]] = []
+        self._prompt_ids = prompt.ids
         self.finish_reason = ""
 
     @property
@@ -288,6 +356,9 @@ class Answer:
     def take(self, step: Step) -> str:
         """Add a step and return the text that has become certain."""
         piece = ""
+        if step.prompt_logprobs is not None:
+            self.prompt_logprobs = [self.entry(token, found)
+                                    for token, found in zip(self._prompt_ids[1:], step.prompt_logprobs)]
         if step.token is not None and not self.stopped:
             self.token_ids.append(step.token)
             if step.token not in self._stop_ids:
@@ -315,7 +386,7 @@ def numbered(prompts: Sequence[Prompt]) -> List[Prompt]:
     made = []
     for prompt in prompts:
         stream = copies.get(prompt.ids, 0)
-        copies[prompt.ids] = stream + 1
+        copies[prompt.ids] = stream + prompt.settings.n
         made.append(replace(prompt, stream=stream))
     return made
 
@@ -339,10 +410,10 @@ def load_tokenizer(config: Config) -> Any:
         UserError: the files are not given, damaged, or not of this model.
     """
     files = config.tokenizer
-    for name, path in (("vocab_file", files.vocab_file), ("merges_file", files.merges_file)):
-        if path is None:
-            raise UserError("is not set and there is no such file beside the checkpoint", where=f"processor.tokenizer.{name}",
-                            fix=f"Pass --{name}, or set it in the YAML.")
+    if files.vocab_file is None or files.merges_file is None:
+        name = "vocab_file" if files.vocab_file is None else "merges_file"
+        raise UserError("is not set and there is no such file beside the checkpoint", where=f"processor.tokenizer.{name}",
+                        fix=f"Pass --{name}, or set it in the YAML.")
     from ..text.tokenizer import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer.from_files(files.vocab_file, files.merges_file, files.options)
