@@ -11,9 +11,7 @@ from ..generation.session import SETTING_NAMES, Settings
 from .prompts import Entry, Messages, conversation
 
 _OTHER_KEYS = ("id", "prompt", "messages", "system")
-_SETTINGS = tuple(name for name in SETTING_NAMES if name != "prompt_logprobs")
-"""Results of files do not report the prompt's own log probabilities."""
-_KEYS = _OTHER_KEYS + _SETTINGS
+_KEYS = _OTHER_KEYS + SETTING_NAMES
 _MOST_BYTES = 2 ** 30
 
 
@@ -87,7 +85,7 @@ def _entry_of_json(index: int, where: str, line: str, settings: Settings, as_cha
                         fix='Example: {"prompt": "Gravity is", "max_new_tokens": 20}')
     source = _text(value, where, as_chat, system) if "prompt" in value else _messages(value, where, system)
     try:
-        own = settings.changed({name: value[name] for name in _SETTINGS if name in value})
+        own = settings.changed({name: value[name] for name in SETTING_NAMES if name in value})
     except ValueError as error:
         raise UserError(str(error), where=where) from None
     return Entry(index, where, source, own, value.get("id"))
