@@ -76,7 +76,11 @@ inline void make_words(const float* x, const Cut& cut, float middle, int16_t* q,
     int16_t* to = q + j * cut.segment;
     I total = i_zero();
     for (int64_t i = 0; i < cut.segment; i += 2 * W) {
-      V a = v_round(v_mul(v_load(from + i), v_set(inverse))), b = v_round(v_mul(v_load(from + i + W), v_set(inverse)));
+      V a = v_zero(), b = v_zero();  // and stay so where something is not finite: the scale says it
+      if (step == step) {
+        a = v_round(v_mul(v_load(from + i), v_set(inverse)));
+        b = v_round(v_mul(v_load(from + i + W), v_set(inverse)));
+      }
       total = s_store(to + i, a, b, total);
       if (rest != nullptr) {
         v_store(rest + j * cut.segment + i, v_fma(a, v_set(-scale[j]), v_load(from + i)));
