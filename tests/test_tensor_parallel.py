@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, random_model
+from quantised_fixtures import Kind, quantised_model
 
 pytest.importorskip("torch")
 WORKER = ROOT / "tests" / "tensor_parallel_worker.py"
@@ -91,3 +92,13 @@ def test_slices_made_beforehand_give_the_same_as_the_whole_checkpoint(checkpoint
                    check=True, capture_output=True)
     results = run(write_job(tmp_path / "job", tmp_path / "slices", 4, True, "float32", whole=False), 4, "")
     assert all(result["tokens"] == alone["tokens"] for result in results)
+
+
+def test_quantised_tokens_and_logits_equal_one_process(tmp_path):
+    """int4 in groups of 64 that the cut of w2 divides, zero points, int8 table and head cut along the vocabulary."""
+    quantised_model(tmp_path / "q", Kind(4, 64, zero=True), Kind(8, 32))
+    alone, = run(write_job(tmp_path / "alone", tmp_path / "q", 1, False, "float32"), 1, "")
+    for result in run(write_job(tmp_path / "two", tmp_path / "q", 2, True, "float32"), 2, ""):
+        assert "weights int4 in groups of 64, table and head int8 in groups of 32" in result["note"]
+        assert result["tokens"] == alone["tokens"]
+        assert np.abs(np.array(result["logits"]) - np.array(alone["logits"])).max() < 1e-4
