@@ -2,9 +2,12 @@
 
 import doctest
 import os
+import select
 import subprocess
 import sys
+import threading
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,8 +58,14 @@ def test_log_probabilities_and_seed(model):
 def test_mistakes(model, small_model, tmp_path):
     with pytest.raises(TypeError, match="Did you mean temperature"):
         generate(model, "a", temprature=1.0)
-    with pytest.raises(UserError, match="temperature must be above 0"):
-        generate(model, "a", temperature=0)
+    with pytest.raises(UserError, match="temperature must be at least 0"):
+        generate(model, "a", temperature=-1)
+    with pytest.raises(UserError, match="do_sample True contradicts temperature 0"):
+        generate(model, "a", temperature=0, do_sample=True)
+    with pytest.raises(UserError, match=r"one conversation.*Use model.chat\(messages\)."):
+        generate(model, [{"role": "user", "content": "a"}])
+    with pytest.raises(TypeError, match="a prompt is a text, not int"):
+        generate(model, ["a", 3])
     with pytest.raises(UserError, match="is empty"):
         generate(model, "")
     with pytest.raises(UserError, match="prompt 2 is empty"):
@@ -108,3 +117,72 @@ def test_the_kernels_run_on_as_many_threads_as_the_setting_says(small_model):
     done = subprocess.run([sys.executable, "-c", THREADS, str(small_model)], cwd=MODULE, capture_output=True, text=True,
                           env={**os.environ, "QWEN15_THREADS": "2"})
     assert done.stdout.split() == ["4", "-2"], done.stdout + done.stderr
+
+
+def test_a_text_is_a_question(model):
+    asked = model.chat("Say hello.", max_new_tokens=5, do_sample=False)
+    assert asked == replace(model.chat([{"role": "user", "content": "Say hello."}], max_new_tokens=5, do_sample=False),
+                            prefill_s=asked.prefill_s, decode_s=asked.decode_s)
+    assert len(asked.token_ids) == 5
+
+
+def test_temperature_asks_for_sampling_and_temperature_0_for_none(model):
+    likeliest = generate(model, "hello", max_new_tokens=8)
+    assert generate(model, "hello", max_new_tokens=8, temperature=0).token_ids == likeliest.token_ids
+    drawn = {generate(model, "hello", max_new_tokens=8, temperature=5.0, seed=seed).token_ids for seed in range(3)}
+    assert len(drawn) == 3
+    assert generate(model, "hello", max_new_tokens=8, temperature=5.0, do_sample=False).token_ids == likeliest.token_ids
+
+
+def test_threads_take_turns_on_one_model_and_on_two(model, small_model):
+    with load(small_model, seq_length=256, num_blocks=32, device_target="CPU") as other:
+        models = (model, other)
+        expected = [generate(each, "one two", max_new_tokens=12).token_ids for each in models]
+        texts = [generate(each, "one two", max_new_tokens=12).text for each in models]
+        wrong = []
+
+        def work(number):
+            each = number % 2
+            for _ in range(3):
+                if generate(models[each], "one two", max_new_tokens=12).token_ids != expected[each]:
+                    wrong.append(("generate", number))
+                if "".join(models[each].stream("one two", max_new_tokens=12)) != texts[each]:
+                    wrong.append(("stream", number))
+
+        threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not any(thread.is_alive() for thread in threads), "they wait for each other"
+        assert wrong == []
+
+
+def test_a_stream_that_is_left_early_gives_its_turn_and_its_blocks_back(model):
+    expected = generate(model, "one two", max_new_tokens=12).token_ids
+    first = model.stream("one two", max_new_tokens=200)
+    next(first)
+    assert generate(model, "one two", max_new_tokens=12).token_ids == expected
+    first.close()
+    assert generate(model, "one two", max_new_tokens=12).token_ids == expected
+
+
+def test_a_forked_child_is_told_instead_of_waiting_for_ever(model):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = []
+        for call in (lambda: generate(model, "a", max_new_tokens=2), lambda: next(model.stream("a")),
+                     lambda: load("anything")):
+            try:
+                call()
+            except UserError as error:
+                said.append(str(error))
+        os.write(write, "\n".join(said).encode())
+        os._exit(0)
+    os.close(write)
+    assert select.select([read], [], [], 60)[0], "the child waits"
+    lines = os.read(read, 4096).decode().splitlines()
+    os.close(read)
+    os.waitpid(child, 0)
+    assert len(lines) == 3 and all("was forked off" in line and "spawn" in line for line in lines)

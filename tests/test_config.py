@@ -220,7 +220,16 @@ def test_print_config_says_where_each_value_came_from(write):
     ("    top_p: 1.5", ["must be at most 1, not 1.5"]),
     ("    top_p: 0", ["must be above 0, not 0"]),
     ("    top_k: -1", ["must be at least 0, not -1"]),
-    ("    temperature: 0", ["must be above 0", "do_sample False"]),
+    ("    temperature: -1", ["must be at least 0, not -1"]),
+    ("    num_layers\uff1a 3", ["column 15 is a fullwidth colon (U+FF1A). Write : instead."]),
+    ("    batch_size: 4\u3000", ["not the text '4\\u3000'; column 18 is an ideographic space (U+3000)"]),
+    ("    batch_size:\u00a04", ["column 16 is a non-breaking space (U+00A0). Write spaces instead."]),
+    ("    compute_dtype: \u201cbfloat16\u201d",
+     ["column 20 is an opening typographic quote (U+201C). Write \" instead."]),
+    ("    top_p: \"0.8\uff0c\"", ["column 16 is a fullwidth comma (U+FF0C). Write , instead."]),
+    ("    batch\ufeff_size: 4", ["column 10 is a byte order mark (U+FEFF). Remove it."]),
+    ("\tbatch_size: 4", ["column 1 is a tab (U+0009). Write spaces instead."]),
+    ("    num_layers: " + "9" * 12, ["num_layers"]),
     ("    temperature: .nan", ["wants a number"]),
     ("    compute_dtype: bf16", ["wants one of float32, float16, bfloat16", "write bfloat16"]),
     ("    compute_dtype: 16", ["wants a text, not 16"]),
@@ -245,7 +254,9 @@ def test_a_wrong_line_is_named_with_its_number(write, line, words):
     ("model:\n", "modle:\n", 5, ["modle is not a known key", "Did you mean model?"]),
     ("parallel_config:\n  model_parallel: 2", "parallel_config: 2", 3, ["is a section, not the value 2"]),
     ("seed: 7", "seed: 7\nseed: 8", 2, ["seed is given twice", "line 1"]),
-    ("seed: 7", "\tseed: 7", 1, ["not valid YAML", "tab"]),
+    ("seed: 7", "\tseed: 7", 1, ["not valid YAML", "column 1 is a tab"]),
+    ("seed: 7", "seed\uff1a7", 1, ["not valid YAML: column 5 is a fullwidth colon (U+FF1A). Write : instead."]),
+    ("num_layers: 2", "num_layers: 5000", 10, ["must be at most 4096, not 5000"]),
     ("seed: 7", "seed: [7", 2, ["not valid YAML"]),
     ("seed: 7", "7: seed", 1, ["the key 7 is not a word"]),
     ("type: LlamaConfig", "type: Qwen2Config", 7, ["supports only the text 'LlamaConfig'"]),
@@ -272,8 +283,10 @@ def test_a_file_that_is_not_there_or_not_yaml(write, tmp_path):
     assert "is a folder" in complaint(str(tmp_path))
     assert "is empty" in complaint(write("# nothing\n", "empty.yaml"))
     assert "not a list of `key: value`" in complaint(write("- a\n", "list.yaml"))
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "not UTF-8" in complaint(str(tmp_path / "binary.yaml"))
+    (tmp_path / "binary.yaml").write_bytes(b"seed: 1\na: \xff\xfe\x00")
+    assert "binary.yaml:2: not UTF-8 text (byte 11, column 4)" in complaint(str(tmp_path / "binary.yaml"))
+    (tmp_path / "notepad.yaml").write_text(TINY, "utf-16")
+    assert "is UTF-16 text. Save it as UTF-8." in complaint(str(tmp_path / "notepad.yaml"))
     assert "too many sections" in complaint(write("trainer: &a\n  b: *a\n", "loop.yaml"))
 
 
@@ -335,9 +348,90 @@ def test_use_past_in_two_places_must_agree(write):
 
 
 def test_new_tokens_out_of_reach_are_pointed_out(write):
-    config = load(write(TINY), [Flag("model.model_config.max_new_tokens", "--max_new_tokens", 100)])
-    assert config.generation.max_new_tokens == 100
+    config = load(write(with_line("    num_layers: 2", "    max_new_tokens: 100")))
+    assert (config.generation.max_length, config.generation.max_new_tokens) == (100, 100)
     assert "cannot be reached: max_decode_length 100" in config.notes[0]
+
+
+def flag(name, value):
+    return Flag(f"model.model_config.{name}" if name != "seed" else "seed", f"--{name}", value)
+
+
+def test_new_tokens_of_the_command_line_win_over_the_total_length_of_the_yaml(write):
+    config = load(write(TINY), [flag("max_new_tokens", 110)])
+    assert (config.generation.max_length, config.generation.max_new_tokens) == (128, 110)
+    assert config.sources["model.model_config.max_decode_length"] == "= seq_length, for --max_new_tokens"
+    both = [flag("max_new_tokens", 110), Flag("model.model_config.max_decode_length", "--predict_length", 50)]
+    assert load(write(TINY), both).generation.max_length == 50
+    assert "cannot be reached" in load(write(TINY), both).notes[0]
+
+
+# --- what settings of sampling mean
+
+GREEDY, SAMPLING = (TINY.replace("    num_layers: 2\n",
+                                 f"    num_layers: 2\n    do_sample: {do_sample}\n    top_p: 0.9\n", 1)
+                    for do_sample in (False, True))
+
+
+@pytest.mark.parametrize("given", [("temperature", 0.7), ("temperature", 1.0), ("top_k", 5), ("top_p", 0.5)])
+@pytest.mark.parametrize("yaml", [TINY, GREEDY])
+def test_a_flag_of_sampling_means_sampling_and_that_is_said(write, yaml, given):
+    config = load(write(yaml), [flag(*given)])
+    assert config.generation.do_sample and getattr(config.generation, given[0]) == given[1]
+    assert config.sources["model.model_config.do_sample"].startswith(f"for {given[0]} ")
+    assert config.sources["model.model_config.do_sample"].endswith(f"(--{given[0]})")
+    assert len(config.notes) == 1 and "means sampling, which is switched on; --do_sample False" in config.notes[0]
+
+
+def test_do_sample_false_on_the_command_line_stays(write):
+    config = load(write(SAMPLING), [flag("temperature", 0.7), flag("do_sample", False)])
+    assert not config.generation.do_sample and config.notes == ()
+    assert config.sources["model.model_config.do_sample"] == "--do_sample"
+
+
+def test_values_that_leave_nothing_out_and_those_of_a_file_switch_nothing_on(write):
+    assert not load(write(GREEDY), [flag("top_k", 0), flag("top_p", 1.0), flag("seed", 5)]).generation.do_sample
+    assert not load(write(GREEDY)).generation.do_sample
+    assert load(write(SAMPLING), [flag("top_k", 3)]).notes == ()
+
+
+@pytest.mark.parametrize("yaml", [TINY, GREEDY, SAMPLING])
+def test_temperature_0_takes_the_likeliest_token(write, yaml):
+    path = write(yaml)
+    for config in (load(path, [flag("temperature", 0.0)]), load(path, options=["model.model_config.temperature=0"])):
+        assert (config.generation.do_sample, config.generation.temperature) == (False, 1.0)
+    in_file = write(yaml.replace("    num_layers: 2\n", "    num_layers: 2\n    temperature: 0\n", 1), "zero.yaml")
+    config = load(in_file)
+    assert (config.generation.do_sample, config.generation.temperature) == (False, 1.0)
+    assert config.sources["model.model_config.temperature"] == f"for temperature 0 ({in_file}:11)"
+
+
+def test_temperature_0_and_do_sample_contradict_each_other(write):
+    line = complaint(write(TINY), [flag("temperature", 0.0), flag("do_sample", True)])
+    assert line == ("--temperature: do_sample True contradicts temperature 0, which takes the likeliest token always. "
+                    "Leave one of them out.")
+
+
+def test_the_seed_0_that_every_yaml_has_is_none_and_any_other_is_one(write):
+    path = write(TINY.replace("seed: 7", "seed: 0"))
+    config = load(path)
+    assert config.generation.seed is None and "seed" not in config.effective
+    line = next(line for line in describe(config).splitlines() if line.startswith("seed"))
+    assert line.split("# ")[1] == f"{path}:1 says 0, as every YAML does: none; --seed 0 is a seed"
+    assert load(path, [flag("seed", 0)]).generation.seed == 0
+    assert load(path, options=["seed=0"]).generation.seed == 0
+    assert load(write(TINY)).generation.seed == 7
+
+
+def test_windows_line_ends_and_a_byte_order_mark_at_the_beginning_change_nothing(write, tmp_path):
+    (tmp_path / "windows.yaml").write_bytes(b"\xef\xbb\xbf" + TINY.replace("\n", "\r\n").encode())
+    assert load(str(tmp_path / "windows.yaml")).model == load(write(TINY)).model
+
+
+def test_the_device_that_auto_chose_is_credited_to_the_line_with_auto(write):
+    path = write(TINY.replace('"CPU"', '"auto"'))
+    config = load(path)
+    assert config.sources["context.device_target"] == f"auto: {path}:23"
 
 
 # --- parallel arithmetic

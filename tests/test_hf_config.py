@@ -1,6 +1,7 @@
 """A model's config.json is read as it stands, and what the network cannot do is refused by name."""
 
 import json
+import time
 
 import pytest
 from qwen15.config.hf_config import dims_from_hf_config
@@ -83,3 +84,44 @@ def test_a_damaged_file_is_named(tmp_path, text, said):
 
 def test_a_window_that_no_layer_uses_is_no_window():
     assert dims_from_hf_config(dict(QWEN_05B, use_sliding_window=True, max_window_layers=24)).dims.num_layers == 24
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"num_hidden_layers": 2147483647}, "num_hidden_layers 2147483647 is more than 4096"),
+    ({"rms_norm_eps": 10 ** 400}, "rms_norm_eps 10000000000000000000... (401 characters) is not a positive number"),
+    ({"rope_theta": 10 ** 400}, "rope_theta 10000000000000000000... (401 characters) is not a positive number"),
+    ({"hidden_size": 10 ** 400}, "hidden_size 10000000000000000000... (401 characters) is not a positive whole number"),
+])
+def test_numbers_beyond_any_model_are_refused_at_once(change, said):
+    began = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        dims_from_hf_config({**QWEN_05B, **change})
+    assert said in str(caught.value)
+    assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{\n "a"\uff1a 1}', "config.json:2: not valid JSON: column 5 is a fullwidth colon (U+FF1A). Write : instead."),
+    ('{\n "a": 1\uff0c "b": 2}',
+     "config.json:2: not valid JSON: column 8 is a fullwidth comma (U+FF0C). Write , instead."),
+    ('{\u201ca\u201d: 1}', "config.json:1: not valid JSON: column 2 is an opening typographic quote (U+201C). "
+                           "Write \" instead."),
+    ('{"a":\u00a01}',
+     "config.json:1: not valid JSON: column 6 is a non-breaking space (U+00A0). Write spaces instead."),
+    ('{"a":\u30001}',
+     "config.json:1: not valid JSON: column 6 is an ideographic space (U+3000). Write spaces instead."),
+    ('\ufeff{"a": 1}', "config.json:1: not valid JSON: column 1 is a byte order mark (U+FEFF). Remove it."),
+    ('{"a": ' + "1" * 5000 + "}", "config.json: not a configuration: it holds a number of 5000 digits"),
+    ('{"a": 1,\r\n}', "config.json:2: not valid JSON: "),
+])
+def test_what_is_no_json_is_named_with_line_and_column(tmp_path, text, said):
+    (tmp_path / "config.json").write_bytes(text.encode())
+    with pytest.raises(UserError) as caught:
+        dims_from_hf_config(tmp_path)
+    assert said in str(caught.value)
+
+
+def test_utf_16_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}", "utf-16")
+    with pytest.raises(UserError, match="is UTF-16 text. Save it as UTF-8."):
+        dims_from_hf_config(tmp_path)

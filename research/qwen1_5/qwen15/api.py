@@ -20,6 +20,7 @@ Example, with a checkpoint that is a Hugging Face folder of Qwen2's architecture
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
@@ -31,12 +32,16 @@ from .config.load import load_config
 from .config.schema import Config
 from .errors import UserError, did_you_mean
 from .generation.request import Usage
-from .generation.session import Answer, Prompt, Session, Settings, numbered
+from .generation.session import Answer, Piece, Prompt, Session, Settings, numbered
 from .reporting import frameworks_quiet
 from .text.chat import Message
 
 __all__ = ["Conversion", "Generation", "Model", "UserError", "convert", "generate", "load"]
 
+_TURN = threading.RLock()
+"""MindSpore runs one graph at a time: two threads in it at once wait for each other for ever. They take turns."""
+_loaded_in: List[int] = []
+"""The process that has loaded a model: MindSpore's threads do not survive a fork."""
 _PREFIXES = ("", MODEL, TOKENIZER, "context.", "parallel_config.")
 
 
@@ -86,6 +91,9 @@ class Conversion:
 class Model:
     """A loaded model; made by `load`. Close it, or use it in a `with`, to free its memory.
 
+    Several threads may use it, and other models beside it: they take turns, token by token for `stream`, call by
+    call for everything else.
+
     Attributes:
         config: every setting, checked.
         tokenizer: the checkpoint's Qwen2Tokenizer.
@@ -122,28 +130,30 @@ class Model:
         if prompts[0].settings.n > 1:
             raise UserError("a stream is of one answer", where="n", fix="Call generate.")
         session.requests(prompts)
-        return (piece.text for piece in session.run(prompts) if piece.text)
+        return _in_turn(session.run(prompts))
 
-    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
+    def chat(self, messages: Union[str, Sequence[Message]], **settings: Any) -> Generation:
         """The assistant's next answer.
 
         Args:
-            messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
+            messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first; or a question as text.
             settings: as for `generate`.
 
         Raises:
             UserError: the chat template refuses the messages, or they are too long.
         """
-        return self._generate([messages], settings)[0]
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self._generate([conversation], settings)[0]
 
     def _generate(self, prompts: Sequence[Union[str, Sequence[Message]]],
                   settings: Mapping[str, Any]) -> List[Generation]:
         session = self._open()
         checked = self._prompts(prompts, settings)
         made: List[List[Optional[Generation]]] = [[None] * prompt.settings.n for prompt in checked]
-        for piece in session.run(checked):
-            if piece.usage is not None:
-                made[piece.index][piece.choice] = Generation._of(piece.answer, piece.usage)
+        with _TURN:
+            for piece in session.run(checked):
+                if piece.usage is not None:
+                    made[piece.index][piece.choice] = Generation._of(piece.answer, piece.usage)
         return [_first([each for each in answers if each is not None]) for answers in made]
 
     def _prompts(self, prompts: Sequence[Union[str, Sequence[Message]]], settings: Mapping[str, Any]) -> List[Prompt]:
@@ -153,6 +163,9 @@ class Model:
             if name not in Settings.__dataclass_fields__:
                 raise TypeError(
                     f"{name!r} is not a setting. {did_you_mean(name, Settings.__dataclass_fields__) or ''}".rstrip())
+        if values.get("max_new_tokens") is not None:
+            # Who asks for so many new tokens means them, whatever total the configuration has.
+            values.setdefault("max_length", self.config.model.seq_length)
         try:
             checked = Settings.of(self.config).changed(values)
         except ValueError as error:
@@ -167,7 +180,33 @@ class Model:
     def _open(self) -> Session:
         if self._session is None:
             raise ValueError("the model is closed")
+        _refuse_after_fork()
         return self._session
+
+
+def _in_turn(pieces: Iterator[Piece]) -> Iterator[str]:
+    try:
+        while True:
+            with _TURN:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            if piece.text:
+                yield piece.text
+    finally:
+        with _TURN:
+            pieces.close()  # type: ignore[attr-defined]  # a generator: what it holds of the KV cache is given back
+
+
+def _refuse_after_fork() -> None:
+    """MindSpore waits for ever in a forked child.
+
+    Raises:
+        UserError: this process was forked off one that has loaded a model.
+    """
+    if _loaded_in and os.getpid() not in _loaded_in:
+        raise UserError(f"process {os.getpid()} was forked off process {_loaded_in[0]}, which had loaded a model",
+                        fix="Load after the fork, or start processes afresh: multiprocessing.get_context('spawn').")
 
 
 def load(checkpoint: Union[str, "os.PathLike[str]"], config: Union[str, "os.PathLike[str]", None] = None, *,
@@ -185,10 +224,12 @@ def load(checkpoint: Union[str, "os.PathLike[str]"], config: Union[str, "os.Path
     Raises:
         UserError: a key or value that cannot be, a checkpoint that does not fit, too little memory.
     """
+    _refuse_after_fork()
     flags = [Flag("load_checkpoint", "checkpoint", os.fspath(checkpoint))]
     flags += [Flag(_key(name), name, value) for name, value in settings.items() if value is not None]
     session = Session.prepare(load_config(None if config is None else os.fspath(config), flags))
-    with frameworks_quiet():
+    with _TURN, frameworks_quiet():
+        _loaded_in.append(os.getpid())
         session.open(tell or (lambda line: None), max_batch)
     return Model(session)
 
@@ -230,7 +271,14 @@ def generate(model: Model, prompt: Union[str, Sequence[str]], **settings: Any) -
         UserError: a prompt that is empty or too long, or a setting out of bounds; nothing is generated then.
         TypeError: a setting that does not exist.
     """
-    made = model._generate([prompt] if isinstance(prompt, str) else list(prompt), settings)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for each in prompts:
+        if isinstance(each, Mapping):
+            raise UserError("a list of messages is one conversation, and generate continues texts",
+                            fix="Use model.chat(messages).")
+        if not isinstance(each, str):
+            raise TypeError(f"a prompt is a text, not {type(each).__name__}")
+    made = model._generate(prompts, settings)
     return made[0] if isinstance(prompt, str) else made
 
 

@@ -50,6 +50,8 @@ acl.aclrtResetDevice(card)
 acl.aclFinalize()
 """
 """Run in a process of its own: libraries that fail to load, or a card that hangs, leave this one as it is."""
+MOST_THREADS = 256
+"""The kernels' pool holds no more."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from typing import Any
 
+from . import odd_characters
 from .errors import UserError
 
 _LARGEST_FILE_BYTES = 16 * 2 ** 20
+_MOST_DIGITS = 400
 
 
 def read_json(path: str) -> Any:
@@ -17,15 +20,49 @@ def read_json(path: str) -> Any:
         if os.path.getsize(path) > _LARGEST_FILE_BYTES:
             raise UserError(f"{os.path.getsize(path)} bytes are too many for a configuration", path,
                             "Is this the right file?")
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        with open(path, "rb") as file:
+            text = decoded(file.read(), path)
+        return json.loads(text, parse_int=_integer)
     except FileNotFoundError:
         raise UserError("no such file", path, "Download the whole model folder, config.json included.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error.msg}", f"{path}:{error.lineno}", "Download the file again.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text (byte {error.start})", path, "Download the file again.") from None
+        raise _not_json(error, path) from None
+    except ValueError as error:
+        raise UserError(f"not a configuration: {error}", path, "Download the file again.") from None
     except RecursionError:
         raise UserError("not a configuration: nested too deeply", path, "Download the file again.") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path) from None
+
+
+def decoded(content: bytes, path: str) -> str:
+    """The text in a configuration file.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError("is UTF-16 text", path, "Save it as UTF-8.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise UserError(f"not UTF-8 text (byte {error.start}, column {column})", f"{path}:{line}",
+                        "Save it as UTF-8, or download the file again.") from None
+
+
+def _not_json(error: json.JSONDecodeError, path: str) -> UserError:
+    """What is wrong, and the character at that place when it only looks right."""
+    where = f"{path}:{error.lineno}"
+    # The parser stops at the character, or behind a key that it ends (a full-width colon).
+    odd = odd_characters.first(error.doc[error.pos:error.pos + 1])
+    if odd is not None:
+        return UserError(f"not valid JSON: column {error.colno} is {odd.what}", where, odd.fix)
+    return UserError(f"not valid JSON: {error.msg} (column {error.colno})", where, "Download the file again.")
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"it holds a number of {len(text)} digits")
+    return int(text)

@@ -8,6 +8,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 from ..config.schema import Config
 from ..errors import EXIT_INTERRUPTED, EXIT_OK
+from ..generation import memory_check
 from ..generation.ranks import Shared
 from ..generation.request import Usage
 from ..generation.session import Prompt, Session, Settings
@@ -69,6 +70,8 @@ def _entries(config: Config, settings: Settings, options: Options) -> Sequence[E
         return list(read_file(options.file, settings, options.chat, options.system))
     texts = list(options.texts)
     if len(texts) == 1 and not options.output_file:
+        if config.model.batch_size > 1:
+            memory_check.check(config)  # before so many prompts are made
         texts *= config.model.batch_size  # the original's --batch_size: one prompt, that many times side by side
     return list(of_texts(texts, settings, options.chat, options.system))
 

@@ -67,7 +67,7 @@ def render(recipe: Recipe) -> str:
     lines = [
         f"# {recipe.title}",
         "# --print_config shows every value and where it came from. All keys: docs/configuration.md.",
-        "seed: 0",
+        "# seed: 42                    # the same text at every run; without one every run draws anew",
         "load_checkpoint: ''            # converted checkpoint: a file, a folder, or a folder with rank_0, rank_1, ...",
         "auto_trans_ckpt: False         # True: each rank cuts its slice out of a whole checkpoint",
         "use_past: True                 # KV cache",

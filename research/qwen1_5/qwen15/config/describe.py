@@ -23,6 +23,8 @@ def describe(config: Config) -> str:
             remark = "  (Ascend only)"
         rows.append((f"{name} = {value!r}" if isinstance(value, str) else f"{name} = {value}",
                      f"{config.sources.get(name, 'default')}{remark}"))
+    if config.generation.seed is None:
+        rows.append(("seed = None", config.sources["seed"]))
     width = min(max(len(left) for left, _ in rows), _WIDEST)
     lines = [f"{left:<{width}}  # {right}" for left, right in rows]
     return "\n".join([*lines, f"# device: {config.device_note}"])

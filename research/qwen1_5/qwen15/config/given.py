@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Sequence, Tuple
+from typing import Any, Dict, Mapping, Sequence, Set, Tuple
 
+from .. import odd_characters
 from ..errors import UserError
 from . import yaml_lines
 from .flags import Flag
@@ -17,6 +18,7 @@ class Given:
         path: the YAML file, for messages.
         entries, places: value and place of each given key.
         inert: the given keys that prediction does not read, in order.
+        commanded: the keys that the command line (or a caller of `load`) gave.
     """
 
     def __init__(self, document: yaml_lines.Document):
@@ -24,9 +26,10 @@ class Given:
         self.entries: Dict[str, Any] = {}
         self.places: Dict[str, str] = {}
         self.inert: Dict[str, None] = {}
+        self.commanded: Set[str] = set()
         for entry in document.entries:
             where_of = {**document.sections, entry.key: entry.where}
-            self._take(entry.key, entry.value, entry.where, entry.plain, where_of)
+            self._take(entry.key, entry.value, entry.where, entry.plain, where_of, entry.column)
 
     def take_command_line(self, flags: Sequence[Flag], options: Sequence[str]) -> None:
         """Add flags and `dotted.key=value` options, over what the YAML says.
@@ -54,9 +57,11 @@ class Given:
             raise UserError(f"{key} is given twice: {given[key][1]} by {given[key][0]} and {value} by {where}",
                             "command line", "Keep one of them.")
         given[key] = (where, value)
+        self.commanded.add(key)
         self._take(key, value, where, plain, {})
 
-    def _take(self, name: str, value: Any, where: str, plain: bool, where_of: Mapping[str, str]) -> None:
+    def _take(self, name: str, value: Any, where: str, plain: bool, where_of: Mapping[str, str],
+              column: int = 0) -> None:
         row = find(name)
         if row is None:
             if value in (None, {}) and any(known.startswith(f"{name}.") for known in KEYS):
@@ -73,6 +78,10 @@ class Given:
         try:
             converted = convert(row, value, plain) if row.name == name else value
         except ValueError as error:
+            odd = odd_characters.first(value) if isinstance(value, str) else None
+            if odd is not None:
+                at = f"column {column + odd.place + (not plain)}" if column else f"character {odd.place + 1}"
+                raise UserError(f"{name} {error}; {at} is {odd.what}", where, odd.fix) from None
             raise UserError(f"{name} {error}", where) from None
         if row.role == INERT:
             self.inert[row.name] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Tuple, Union
@@ -10,9 +9,9 @@ from typing import Any, Mapping, Optional, Tuple, Union
 from ..errors import UserError, did_you_mean
 from ..json_file import read_json
 from ..naming import Dims
+from .keys import DTYPES, LARGEST_FLOAT, MOST_LAYERS
 
 CONFIG_FILE = "config.json"
-DTYPES = ("float32", "float16", "bfloat16")
 _LARGEST_SIZE = 2 ** 31 - 1
 
 
@@ -85,7 +84,7 @@ def _parse(config: Mapping[str, Any], where: str) -> HfConfig:
         raise UserError(f"head size {head_dim} is odd; rotary embedding turns pairs", where,
                         "Is this the model's own config.json?")
     dims = Dims(hidden_size=hidden, intermediate_size=_size(config, "intermediate_size", where),
-                num_layers=_size(config, "num_hidden_layers", where), num_heads=heads, num_kv_heads=kv_heads,
+                num_layers=_layers(config, where), num_heads=heads, num_kv_heads=kv_heads,
                 head_dim=head_dim, vocab_size=_size(config, "vocab_size", where),
                 tie_word_embeddings=_flag(config, "tie_word_embeddings", where))
     return HfConfig(dims=dims, rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6, where),
@@ -149,9 +148,22 @@ def _size(config: Mapping[str, Any], key: str, where: str) -> int:
     if value is None:
         raise UserError(f"{key} is missing", where, "Is this the model's own config.json?")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST_SIZE:
-        raise UserError(f"{key} {value!r} is not a positive whole number", where,
+        raise UserError(f"{key} {_short(value)} is not a positive whole number", where,
                         "Is this the model's own config.json?")
     return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
+
+
+def _layers(config: Mapping[str, Any], where: str) -> int:
+    layers = _size(config, "num_hidden_layers", where)
+    if layers > MOST_LAYERS:
+        raise UserError(f"num_hidden_layers {layers} is more than {MOST_LAYERS}, the most that is supported", where,
+                        "Is this the model's own config.json?")
+    return layers
 
 
 def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
@@ -165,8 +177,8 @@ def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
 
 def _positive(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise UserError(f"{key} {value!r} is not a positive number", where)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_FLOAT:
+        raise UserError(f"{key} {_short(value)} is not a positive number", where)
     return float(value)
 
 

@@ -6,7 +6,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Sequence, Tuple
 
-from ..device import TARGETS
+from ..device import MOST_THREADS, TARGETS
 from ..errors import did_you_mean
 from ..hub.names import HUBS
 
@@ -17,7 +17,9 @@ does not read it."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 _LARGEST_INT = 2 ** 31 - 1
-_LARGEST_FLOAT = 1e30
+MOST_LAYERS = 4096
+"""More than any model has; what is done for each layer stays short."""
+LARGEST_FLOAT = 1e30
 MODEL = "model.model_config."
 TOKENIZER = "processor.tokenizer."
 
@@ -84,7 +86,7 @@ _ROWS = [
     _model("seq_length", "int", low=1),
     _model("hidden_size", "int", low=1),
     _model("intermediate_size", "int", low=1),
-    _model("num_layers", "int", low=1),
+    _model("num_layers", "int", low=1, high=MOST_LAYERS),
     _model("num_heads", "int", low=1),
     _model("n_kv_heads", "int", low=1),
     _model("vocab_size", "int", low=1),
@@ -107,7 +109,7 @@ _ROWS = [
     _model("bos_token_id", "int", low=0),
     _model("eos_token_id", "ids"),
     _model("do_sample", "bool", default=False),
-    _model("temperature", "float", default=1.0, above=0),
+    _model("temperature", "float", default=1.0, low=0),
     _model("top_k", "int", default=0, low=0),
     _model("top_p", "float", default=1.0, above=0, high=1),
     _model("min_p", "float", default=0.0, low=0, high=1),
@@ -159,7 +161,7 @@ _ROWS = [
     Key("context.device_target", "str", allowed=TARGETS, default="auto"),
     Key("context.device_id", "int", low=0),
     Key("context.max_device_memory", "size"),
-    Key("context.runtime_num_threads", "int", low=1),
+    Key("context.runtime_num_threads", "int", low=1, high=MOST_THREADS),
     Key("context.mode", "int", DEVICE, low=0, high=1),
     Key("context.ascend_config", "section", DEVICE),
     Key("context.jit_config", "section", DEVICE),
@@ -311,7 +313,7 @@ def _to_float(value: Any, plain: bool) -> float:
             value = float(value)
         except ValueError:
             pass
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_FLOAT:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST_FLOAT:
         raise ValueError(f"wants a number, not {_shown(value)}")
     return float(value)
 
@@ -327,8 +329,7 @@ def _check_bounds(key: Key, value: float) -> None:
     if key.low is not None and value < key.low:
         raise ValueError(f"must be at least {key.low}, not {value}")
     if key.above is not None and value <= key.above:
-        hint = "; for the likeliest token always, set do_sample False" if key.name.endswith(".temperature") else ""
-        raise ValueError(f"must be above {key.above}, not {value:g}{hint}")
+        raise ValueError(f"must be above {key.above}, not {value:g}")
     high = key.high if key.high is not None or key.kind == "float" else _LARGEST_INT
     if high is not None and value > high:
         raise ValueError(f"must be at most {high}, not {value}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 from .. import device
 from ..errors import UserError
@@ -16,7 +16,11 @@ from .flags import Flag
 from .given import Given
 from .keys import KEYS, MODEL, TOKENIZER, USED, size_bytes
 from .model import model_config
+from .sampling_rules import implied, shaping
 from .schema import Config, GenerationConfig, ModelConfig, ParallelConfig, TokenizerConfig
+
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+             "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens")
 
 
 def load_config(yaml_path: Optional[str], flags: Sequence[Flag] = (), options: Sequence[str] = (),
@@ -144,10 +148,11 @@ def generation_config(final: Final, files: CheckpointFiles, model: ModelConfig) 
     Raises:
         UserError: a limit that the network cannot reach.
     """
-    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens")
-    picked = {name: final.model(name, files.from_generation(name)) for name in names}
     max_length = final.model("max_decode_length", (model.seq_length, "default (= seq_length)"))
+    if MODEL + "max_new_tokens" in final.given.commanded and MODEL + "max_decode_length" not in final.given.commanded:
+        # Who asks for so many new tokens on the command line means them, whatever total the YAML has.
+        place = final.given.places[MODEL + "max_new_tokens"]
+        max_length = final.put(MODEL + "max_decode_length", model.seq_length, f"= seq_length, for {place}")
     if max_length > model.seq_length:
         raise UserError(f"{final.place('max_decode_length')}, the total length, is over {final.place('seq_length')}",
                         fix=f"Set --predict_length {model.seq_length}, or raise --seq_length")
@@ -155,7 +160,34 @@ def generation_config(final: Final, files: CheckpointFiles, model: ModelConfig) 
     if max_new is not None and max_new >= max_length:
         final.notes.append(f"{final.place('max_new_tokens')} cannot be reached: {final.place('max_decode_length')} is "
                            "the total length, prompt included; raise it with --predict_length")
-    return GenerationConfig(max_length=max_length, max_new_tokens=max_new, seed=final.pick("seed"), **picked)
+    return GenerationConfig(max_length=max_length, max_new_tokens=max_new, seed=_seed(final), **_sampling(final, files))
+
+
+def _sampling(final: Final, files: CheckpointFiles) -> Dict[str, Any]:
+    """Everything of `_SAMPLING`, as given, with what that means."""
+    picked = {name: final.model(name, files.from_generation(name)) for name in _SAMPLING}
+    commanded = {name: picked[name] for name in _SAMPLING if MODEL + name in final.given.commanded}
+    greedy = picked["temperature"] == 0
+    try:
+        # A file gives all values, used or not: of those only temperature 0 means more than it says.
+        follows = implied({**commanded, "temperature": 0} if greedy else commanded)
+    except ValueError as error:
+        raise UserError(str(error), final.sources[MODEL + "temperature"], "Leave one of them out.") from None
+    why = final.place("temperature" if greedy else next(iter(shaping(commanded)), "do_sample"))
+    if follows.get("do_sample") and not picked["do_sample"]:
+        final.notes.append(f"{why} means sampling, which is switched on; --do_sample False takes the likeliest token")
+    for name, value in follows.items():
+        if picked[name] != value:
+            picked[name] = final.put(MODEL + name, value, f"for {why}")
+    return picked
+
+
+def _seed(final: Final) -> Optional[int]:
+    """Every YAML of the original begins with `seed: 0`, which nobody has chosen: it counts as none."""
+    seed: Optional[int] = final.pick("seed")
+    if seed == 0 and "seed" not in final.given.commanded:
+        seed = final.put("seed", None, f"{final.sources['seed']} says 0, as every YAML does: none; --seed 0 is a seed")
+    return seed
 
 
 def tokenizer_config(final: Final, files: CheckpointFiles) -> TokenizerConfig:

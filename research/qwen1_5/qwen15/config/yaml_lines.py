@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import yaml
 
+from .. import odd_characters
 from ..errors import UserError, did_you_mean
+from ..json_file import decoded
 
 _DEEPEST = 32
 _MOST_SECTIONS = 10000
@@ -26,12 +28,14 @@ class Entry:
         value: a scalar, a list, None, or {} for an empty section; never a filled section.
         where: `file.yaml:31`, the line of the key.
         plain: the value was written without quotes.
+        column: where the value begins in its line, from 1.
     """
 
     key: str
     value: Any
     where: str
     plain: bool
+    column: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,12 @@ def read(path: str) -> Document:
             raise UserError(f"{os.path.getsize(path)} bytes are too many for a configuration", path,
                             "Is this the right file?")
         with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+            text = decoded(file.read(), path)
     except FileNotFoundError:
         raise UserError("no such file", path, _nearest_file(path)) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text (byte {error.start})", path, "Is this the right file?") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path) from None
-    return parse(text, path)
+    return parse(text.lstrip("\ufeff"), path)
 
 
 def parse(text: str, path: str) -> Document:
@@ -73,8 +75,12 @@ def parse(text: str, path: str) -> Document:
         return _parse(text, path)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        odd = _odd_character(text, path, error.problem_mark, error.context_mark)
+        if odd is not None:
+            raise odd from None
         where = path if mark is None else f"{path}:{mark.line + 1}"
-        raise UserError(f"not valid YAML: {error.problem or error.context}", where, _yaml_hint(text, mark)) from None
+        raise UserError(f"not valid YAML: {error.problem or error.context}", where,
+                        "Check the indentation, quotes and brackets around this line.") from None
     except yaml.reader.ReaderError as error:
         where = f"{path}:{text.count(chr(10), 0, error.position) + 1}"
         raise UserError(f"not valid YAML: the character U+{error.character:04X} is not allowed", where,
@@ -90,7 +96,8 @@ def _parse(text: str, path: str) -> Document:
         if root is None:
             raise UserError("is empty", path, "Start from one of the predict_qwen1_5_*.yaml files.")
         if not isinstance(root, yaml.MappingNode):
-            raise UserError("is not a list of `key: value` lines", _where(path, root), "Is this the right file?")
+            raise _odd_character(text, path, root.start_mark, root.end_mark) or UserError(
+                "is not a list of `key: value` lines", _where(path, root), "Is this the right file?")
         sections: Dict[str, str] = {}
         entries = tuple(_walk(loader, root, path, "", sections, 0))
         return Document(path, entries, sections)
@@ -136,6 +143,9 @@ def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str, prefix: st
     for name, name_node, value_node in _pairs(loader, node, path):
         key = f"{prefix}{name}"
         where = _where(path, name_node)
+        odd = odd_characters.first(name)
+        if odd is not None:
+            raise UserError(f"column {name_node.start_mark.column + odd.place + 1} is {odd.what}", where, odd.fix)
         if isinstance(value_node, yaml.MappingNode) and value_node.value:
             sections[key] = where
             yield from _walk(loader, value_node, path, f"{key}.", sections, depth + 1)
@@ -147,7 +157,7 @@ def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str, prefix: st
                 value = _construct(loader, value_node)
             except ValueError as error:
                 raise UserError(f"{key}: {error}", where) from None
-            yield Entry(key, value, where, _is_plain(value_node))
+            yield Entry(key, value, where, _is_plain(value_node), value_node.start_mark.column + 1)
 
 
 def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str) -> List[Tuple[str, yaml.Node, yaml.Node]]:
@@ -180,11 +190,14 @@ def _where(path: str, node: yaml.Node) -> str:
     return f"{path}:{node.start_mark.line + 1}"
 
 
-def _yaml_hint(text: str, mark: Any) -> str:
-    lines = text.splitlines()
-    if mark is not None and mark.line < len(lines) and "\t" in lines[mark.line]:
-        return "There is a tab on this line: YAML indents with spaces."
-    return "Check the indentation, quotes and brackets around this line."
+def _odd_character(text: str, path: str, *marks: Any) -> Optional[UserError]:
+    """What only looks right on the lines at `marks`, or before them, where a value goes on to the next line."""
+    lines = text.split("\n")
+    for number in sorted({line for mark in marks if mark is not None for line in (mark.line - 1, mark.line)}):
+        odd = odd_characters.outside_quotes(lines[number]) if 0 <= number < len(lines) else None
+        if odd is not None:
+            return UserError(f"not valid YAML: column {odd.place + 1} is {odd.what}", f"{path}:{number + 1}", odd.fix)
+    return None
 
 
 def _nearest_file(path: str) -> str:

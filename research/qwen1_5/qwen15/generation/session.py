@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Opti
 from .. import interrupts, ops
 from ..checkpoint.reader import open_checkpoint
 from ..config.keys import KEYS, MODEL, convert
+from ..config.sampling_rules import implied, shaping
 from ..config.schema import Config
 from ..device import env_rank
 from ..errors import UserError
@@ -96,13 +97,13 @@ class Settings:
             except ValueError as error:
                 raise ValueError(f"{name} {error}") from None
             checked[name] = value
-        return replace(self, **checked)
+        return replace(self, **{**checked, **implied(checked)})
 
     @property
     def idle(self) -> Tuple[str, ...]:
         """Settings of sampling that have no effect because do_sample is off."""
-        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        return () if self.do_sample else tuple(name for name, value in neutral.items() if getattr(self, name) != value)
+        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        return () if self.do_sample else tuple(name for name in shaping(given) if given[name] != 1.0)
 
 
 SETTING_NAMES = tuple(field.name for field in fields(Settings))

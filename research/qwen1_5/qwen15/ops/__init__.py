@@ -37,6 +37,7 @@ import os
 from types import ModuleType
 from typing import Tuple
 
+from ..device import MOST_THREADS
 from ..errors import UserError
 
 CHOICES = ("avx512_bf16", "avx512", "avx2", "portable", "reference")
@@ -47,8 +48,10 @@ def decide() -> Tuple[str, str]:
     """The operator set for this process, 'cpu' or 'reference', and one line on why; without importing MindSpore.
 
     Raises:
-        UserError: QWEN15_KERNELS names a path that does not exist or that this machine cannot run.
+        UserError: QWEN15_KERNELS names a path that does not exist or that this machine cannot run, or QWEN15_THREADS is
+            no number of threads.
     """
+    _check_threads(os.environ.get("QWEN15_THREADS", ""))
     forced = os.environ.get("QWEN15_KERNELS", "")
     if forced and forced not in CHOICES:
         raise UserError(f"{forced!r} is not a kernel path", where="QWEN15_KERNELS",
@@ -61,6 +64,12 @@ def decide() -> Tuple[str, str]:
     if forced:
         raise UserError(f"{forced} kernels cannot be used: {why}", where="QWEN15_KERNELS")
     return "reference", f"reference operators, slow ({why})"
+
+
+def _check_threads(text: str) -> None:
+    if text and not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MOST_THREADS):
+        raise UserError(f"wants a number of threads from 1 to {MOST_THREADS}, not {text[:40]!r}", "QWEN15_THREADS",
+                        "Unset it to use this machine's cores.")
 
 
 def use_threads(count: int) -> None:

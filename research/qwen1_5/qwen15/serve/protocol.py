@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import UserError, did_you_mean
-from ..generation.session import SETTING_NAMES, Prompt, Session, Settings
+from ..generation.session import Prompt, Session, Settings
 from .refusal import Refusal
 
 MOST_CHOICES = 128
@@ -26,7 +26,6 @@ _SAMPLING = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "
                                      "frequency_penalty", "seed", "stop", "logit_bias", "no_repeat_ngram_size")}
 _SAMPLING.update(max_tokens="max_new_tokens", max_completion_tokens="max_new_tokens", min_tokens="min_new_tokens")
 """Fields that set how a token is chosen or when to stop, and the setting that each one is."""
-_ONLY_WITH_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 _NEUTRAL: Dict[str, Tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default"), "suffix": ("",),
                                         "modalities": (["text"],), "reasoning_effort": (), "best_of": (1,),
@@ -203,19 +202,10 @@ class Reader:
         """The settings, and those that the request gave itself."""
         given = {_SAMPLING[name]: body[name] for name in _SAMPLING if body.get(name) is not None}
         if "logit_bias" in given:
-            given["logit_bias"] = _logit_bias(given["logit_bias"])
-        unknown = next((name for name in body if _SAMPLING.get(name) in given and _SAMPLING[name] not in SETTING_NAMES),
-                       None)
-        if unknown is not None:
-            raise Refusal(400, f"{unknown} is not supported by this server.", unknown, "unsupported_parameter")
+            _check_logit_bias(given["logit_bias"])
         stops = given.get("stop")
         if isinstance(stops, list) and len(stops) > MOST_STOPS:
             raise Refusal(400, f"stop has {len(stops)} texts, at most {MOST_STOPS} are taken.", "stop")
-        if given.get("temperature") == 0:
-            given.update(do_sample=False)
-            del given["temperature"]
-        elif any(name in given for name in _ONLY_WITH_SAMPLING):
-            given["do_sample"] = True
         try:
             return self._settings.changed(given), given
         except ValueError as error:
@@ -443,10 +433,9 @@ def _with_logprobs(settings: Settings, logprobs: Optional[int]) -> Settings:
     return settings if logprobs is None else settings.changed({"logprobs": max(logprobs, 1)})
 
 
-def _logit_bias(value: Any) -> Dict[int, float]:
+def _check_logit_bias(value: Any) -> None:
     if not isinstance(value, dict) or not all(key.isascii() and key.isdigit() for key in value):
         raise Refusal(400, "logit_bias must map token ids to numbers from -100 to 100.", "logit_bias")
-    return {int(key): bias for key, bias in value.items()}
 
 
 def _typed(body: Mapping[str, Any], name: str, kind: type, what: str) -> Any:
