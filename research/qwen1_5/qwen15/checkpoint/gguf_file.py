@@ -102,12 +102,13 @@ class GgufFile(Checkpoint):
 
     def read(self, name: str, axis: Optional[int] = None, start: int = 0, stop: Optional[int] = None) -> np.ndarray:
         info = self.infos[name]
-        whole = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
+        whole: np.ndarray = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
         self.read_into(name, 0, whole)
         return whole if axis is None else np.ascontiguousarray(whole[(slice(None),) * axis + (slice(start, stop),)])
 
     def read_into(self, name: str, offset: int, buffer: Union[memoryview, np.ndarray]) -> None:
-        view, at = memoryview(buffer).cast("B"), self._offsets[name] + offset
+        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        at = self._offsets[name] + offset
         while len(view):
             got = os.preadv(self._fd, [view], at)
             if not got:

@@ -65,7 +65,7 @@ def regrouped(source: Checkpoint, schemes: Mapping[str, tuple[Scheme, Scheme]]) 
 
 def _repeater(source: Checkpoint, info: TensorInfo, old: int, new: int):
     def rows(first: int, last: int) -> np.ndarray:
-        stored = np.empty((last - first, old), NUMPY_DTYPES[info.dtype])
+        stored: np.ndarray = np.empty((last - first, old), NUMPY_DTYPES[info.dtype])
         source.read_into(info.name, first * old * stored.itemsize, stored)
         if new > old:
             return np.repeat(stored, new // old, axis=1)
@@ -102,7 +102,7 @@ def _joiner(ranks: list[Checkpoint], info: TensorInfo, axis: Optional[int]):
     columns = info.shape[1:] or ()
 
     def part(rank: Checkpoint, first: int, last: int) -> np.ndarray:
-        rows = np.empty((last - first, *columns), NUMPY_DTYPES[info.dtype])
+        rows: np.ndarray = np.empty((last - first, *columns), NUMPY_DTYPES[info.dtype])
         rank.read_into(info.name, first * row_bytes, rows)
         return rows
 

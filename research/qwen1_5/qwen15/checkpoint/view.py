@@ -52,7 +52,7 @@ class View(Checkpoint):
         if name not in self.made:
             return self.source.read(name, axis, start, stop)
         info = self.infos[name]
-        whole = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
+        whole: np.ndarray = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
         self.read_into(name, 0, whole)
         if axis is not None:
             whole = np.ascontiguousarray(whole[(slice(None),) * axis + (slice(start, stop),)])
@@ -63,7 +63,7 @@ class View(Checkpoint):
         if name not in self.made:
             self.source.read_into(name, offset, buffer)
             return
-        view = np.frombuffer(memoryview(buffer).cast("B"), np.uint8)
+        view = np.frombuffer(memoryview(buffer).cast("B"), np.uint8)  # type: ignore[arg-type]
         row_bytes = _row_bytes(self.infos[name])
         while view.size:
             row = offset // row_bytes
@@ -102,7 +102,7 @@ def block_of(checkpoint: Checkpoint, name: str, rows: tuple[int, int], columns: 
     """
     info = checkpoint.infos[name]
     width, size = info.shape[1], itemsize(info.dtype)
-    made = np.empty((rows[1] - rows[0], columns[1] - columns[0]), NUMPY_DTYPES[info.dtype])
+    made: np.ndarray = np.empty((rows[1] - rows[0], columns[1] - columns[0]), NUMPY_DTYPES[info.dtype])
     if columns == (0, width):
         checkpoint.read_into(name, rows[0] * width * size, made)
         return made

@@ -11,8 +11,8 @@ def implied(given: Mapping[str, Any]) -> Dict[str, Any]:
     """The settings that follow from those `given` together, whatever was in force before.
 
     temperature 0 is the likeliest token always (do_sample False, and a temperature that divides nothing). Another
-    temperature, or a top_k, top_p or min_p that leaves something out, means nothing without sampling, so it switches it on
-    unless do_sample is given as well.
+    temperature, or a top_k, top_p or min_p that leaves something out, means nothing without sampling, so it switches it
+    on unless do_sample is given as well.
 
     Raises:
         ValueError: do_sample True with temperature 0.
