@@ -123,7 +123,7 @@ def test_a_setting_that_makes_no_sense_is_named_with_its_file(folder):
     source = folder("Qwen2-7B", MODELS["Qwen2-7B"], generation_config={"temperature": -1})
     with pytest.raises(UserError) as caught:
         make_yaml.recipe_for(str(source))
-    assert f"{source / 'generation_config.json'}: temperature must be above 0" in str(caught.value)
+    assert f"{source / 'generation_config.json'}: temperature must be at least 0, not -1.0" in str(caught.value)
 
 
 def test_a_file_that_is_there_is_not_overwritten(folder, tmp_path):
