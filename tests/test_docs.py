@@ -12,6 +12,7 @@ import pytest
 import yaml
 from checkpoint_fixtures import dims, write_model
 from conftest import MODULE, ROOT
+from quantized_fixtures import Form, write_quantised
 from qwen15 import naming
 
 PAGES = [ROOT / "README.md", MODULE / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -77,6 +78,7 @@ def world(tmp_path_factory, qwen_vocabulary):
     for name in MODELS[1:]:
         (paths / name).symlink_to(model)
     (repo / "models" / "Qwen1.5-0.5B-Chat").symlink_to(model)
+    write_quantised(paths / "Qwen1.5-14B-Chat-GPTQ-Int4", Form(biases=True))
     (module / "Qwen1.5-72B").symlink_to(model)
     (module / "prompts.txt").write_text("你好\n帮助我\n", "utf-8")
     (paths / "SmolLM2-135M-Instruct").symlink_to(qwen_vocabulary.parent / "SmolLM2-135M-Instruct")

@@ -15,7 +15,8 @@ def parser():
     made = Parser(program("convert-reversed", "convert_reversed.py"), __doc__, [
         "qwen15 convert-reversed --mindspore_ckpt_path models/qwen.safetensors --torch_ckpt_path models/qwen-hf"])
     made.add_argument("--mindspore_ckpt_path", default="transform.ckpt", metavar="PATH",
-                      help="x.ckpt, x.safetensors, a folder of shards, or a folder of rank_x slices (default transform.ckpt)")
+                      help="x.ckpt, x.safetensors, a folder of shards, or a folder of rank_x slices "
+                           "(default transform.ckpt)")
     made.add_argument("--torch_ckpt_path", default="./qwen2/qwen2-hf/", metavar="PATH",
                       help="what to make: x.bin, x.safetensors, or a model folder (default ./qwen2/qwen2-hf/)")
     made.add_argument("--format", choices=("bin", "safetensors", "folder"), help="instead of going by the extension")
@@ -24,7 +25,7 @@ def parser():
     made.add_argument("--vocab_emb_dp", type=boolean, metavar="True|False",
                       help="how slices hold embedding and head; found out if not given")
     made.add_argument("--dequantize", action="store_true",
-                      help="bfloat16 weights of a quantised checkpoint, also where its original tensors can be made again")
+                      help="bfloat16 weights of a quantised checkpoint, though its original tensors can be made again")
     add_common_flags(made)
     return made
 

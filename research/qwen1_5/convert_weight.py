@@ -16,8 +16,8 @@ def parser():
         "qwen15 convert --torch_ckpt_dir models/Qwen1.5-0.5B --mindspore_ckpt_path models/qwen.safetensors",
         "qwen15 convert --torch_ckpt_dir models/Qwen1.5-72B --mindspore_ckpt_path models/slices --model_parallel 4"])
     made.add_argument("--torch_ckpt_dir", default="./", metavar="PATH",
-                      help="folder of the Hugging Face model, one weight file with config.json beside it, or the model's name on a "
-                           "hub: OWNER/NAME[@REVISION] (default ./)")
+                      help="folder of the Hugging Face model (quantised ones too), one weight file with config.json "
+                           "beside it, a .gguf file, or the model's name on a hub: OWNER/NAME[@REVISION] (default ./)")
     add_hub_flag(made)
     made.add_argument("--mindspore_ckpt_path", default="./transform.ckpt", metavar="PATH",
                       help="what to make: x.ckpt, x.safetensors, or a folder (default ./transform.ckpt)")

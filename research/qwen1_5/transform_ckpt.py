@@ -1,4 +1,4 @@
-"""Split, merge or cut anew a MindSpore Qwen1.5 checkpoint over ranks: offline, on any machine, strategy files optional."""
+"""Split, merge or cut anew a MindSpore Qwen1.5 checkpoint over ranks: offline, strategy files optional."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ def parser():
         "qwen15 transform --src_ckpt_dir models/qwen.safetensors --dst_ckpt_dir models/slices --model_parallel 4",
         "qwen15 transform --src_ckpt_dir models/slices --dst_ckpt_dir models/whole.safetensors --model_parallel 1"])
     made.add_argument("--src_ckpt_dir", default="", metavar="PATH",
-                      help="folder of rank_x slices, or a whole checkpoint: x.ckpt, x.safetensors, or a folder of shards")
+                      help="folder of rank_x slices, or a whole checkpoint: x.ckpt, x.safetensors, a folder of shards")
     made.add_argument("--dst_ckpt_dir", default="", metavar="PATH",
                       help="folder for rank_x slices; a whole checkpoint may also be x.ckpt or x.safetensors")
     made.add_argument("--model_parallel", type=whole, default=1, metavar="N",

@@ -156,5 +156,6 @@ def indivisible(dims: Dims, parts: int) -> Optional[str]:
     for label, size in (("num_heads", dims.num_heads), ("n_kv_heads", dims.num_kv_heads),
                         ("hidden_size", dims.hidden_size), ("intermediate_size", dims.intermediate_size)):
         if size % parts:
-            return f"{label} {size} is not divisible by model_parallel {parts} ({size} = {parts} x {size // parts} + {size % parts})"
+            return (f"{label} {size} is not divisible by model_parallel {parts} "
+                    f"({size} = {parts} x {size // parts} + {size % parts})")
     return None

@@ -1,6 +1,7 @@
-"""The account of a checkpoint against a model: every weight found, every other entry explained, or a refusal that says what.
+"""The account of a checkpoint against a model: every weight found, all else explained, or a refusal that says what.
 
-Missing, misshapen, surplus, tied and left out mean the same whether a checkpoint is loaded or converted, because both ask here.
+Missing, misshapen, surplus, tied and left out mean the same whether a checkpoint is loaded or converted, because both
+ask here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .tensors import element_count
 
 _COMPARED_BYTES = 4 * 2 ** 20
 """What is compared at once of two tensors that should be equal."""
-_FOREIGN_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale_inv|absmax|quant_state\..+)$")
+_FOREIGN_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale_inv|absmax|quant_state\..+)$")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Account:
     """What a checkpoint holds.
 
     Attributes:
-        stored: a weight's MindSpore name -> its name in the checkpoint; all weights of the model, in the network's order.
+        stored: a weight's MindSpore name -> its name in the checkpoint; all of the model, in the network's order.
         schemes: MindSpore name -> how it is quantised, for the weights that are.
         tied_head: the stored name of a head that equals the embedding, where the two are tied and one is enough.
         left_out: kind -> names of entries that are no weights.
@@ -68,8 +70,8 @@ def take_account(checkpoint: Checkpoint, expected: Expected) -> Account:
     """Match a checkpoint's tensors with a model's weights. Contents are read only to compare a tied head.
 
     Raises:
-        UserError: a weight is missing or has another shape, a tensor belongs to no weight, a quantised one is not whole,
-            or a tied head differs from the embedding.
+        UserError: a weight is missing or has another shape, a tensor belongs to no weight, a quantised one is not
+            whole, or a tied head differs from the embedding.
     """
     weights = {weight.ms: weight for weight in naming.weights(expected.dims)}
     stored, surplus = _match(checkpoint, weights, expected)
@@ -98,7 +100,8 @@ def take_account(checkpoint: Checkpoint, expected: Expected) -> Account:
     return Account({name: stored[name] for name in weights}, schemes, tied_head, left_out)
 
 
-def _match(checkpoint: Checkpoint, weights: Mapping[str, Weight], expected: Expected) -> tuple[dict[str, str], list[str]]:
+def _match(checkpoint: Checkpoint, weights: Mapping[str, Weight], expected: Expected
+           ) -> tuple[dict[str, str], list[str]]:
     """MindSpore name -> stored name, and the stored names that are no weight's."""
     stored: dict[str, str] = {}
     surplus = []
@@ -131,12 +134,13 @@ def _listed(names: Sequence[str]) -> str:
 
 def _refuse_misshapen(checkpoint: Checkpoint, weights: Mapping[str, Weight], stored: Mapping[str, str],
                       expected: Expected) -> None:
-    wrong = [weight for name, weight in weights.items() if checkpoint.infos[stored[name]].shape != expected.shape(weight)]
+    wrong = [weight for name, weight in weights.items()
+             if checkpoint.infos[stored[name]].shape != expected.shape(weight)]
     if not wrong:
         return
     weight, found = wrong[0], checkpoint.infos[stored[wrong[0].ms]].shape
-    what = (f"{stored[weight.ms]} has shape {list(found)}, {expected.sizes_from} makes it {list(expected.shape(weight))}"
-            + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
+    what = (f"{stored[weight.ms]} has shape {list(found)}, {expected.sizes_from} makes it "
+            f"{list(expected.shape(weight))}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
     why = _cut_otherwise(weight, found, expected) or _another_model(checkpoint, stored, expected)
     raise UserError(what + (f": {why}" if why else ""), checkpoint.path,
                     "Take weights, sizes and slices from one model.")
@@ -173,7 +177,8 @@ def _missing_hint(checkpoint: Checkpoint, missing: Sequence[str], expected: Expe
     if list(missing) in ([naming.HEAD.hf], [naming.HEAD.ms]):
         return f"If the head is the embedding, {expected.sizes_from} must say tie_word_embeddings true."
     if any(_FOREIGN_QUANTISED.search(name) for name in checkpoint.infos):
-        return "These are tensors of GPTQ, AWQ or the like: convert_weight.py reads the whole folder, config.json included."
+        return ("These are tensors of GPTQ, AWQ or the like: convert_weight.py reads the whole folder, config.json "
+                "included.")
     if expected.names == "hf" and any(naming.ms_to_hf(name) not in (None, name) for name in checkpoint.infos):
         return "These are MindSpore's names: convert_reversed.py goes from there to Hugging Face."
     if expected.names == "ms" and any(naming.hf_to_ms(name) not in (None, name) for name in checkpoint.infos):

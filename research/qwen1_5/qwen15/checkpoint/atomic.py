@@ -45,8 +45,8 @@ def check_target(target: str, sources: Sequence[str], overwrite: bool) -> None:
     for source in sources:
         inner = os.path.realpath(source)
         if inner == real or (os.path.isdir(real) and os.path.commonpath([inner, real]) == real):
-            raise UserError("is what is being converted" if inner == real else f"holds what is being converted: {source}",
-                            target, "Write somewhere else.")
+            what = "is what is being converted" if inner == real else f"holds what is being converted: {source}"
+            raise UserError(what, target, "Write somewhere else.")
     if not os.path.lexists(target) or (os.path.isdir(target) and not os.listdir(target)):
         return
     if not overwrite:
@@ -69,8 +69,8 @@ def check_space(target: str, needed_bytes: int) -> None:
         folder = os.path.dirname(folder)
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
-        raise UserError(f"needs {human_bytes(needed_bytes)} of disk, {human_bytes(free_bytes)} are free in {folder}", target,
-                        "Make room, or write to another disk.")
+        raise UserError(f"needs {human_bytes(needed_bytes)} of disk, {human_bytes(free_bytes)} are free in {folder}",
+                        target, "Make room, or write to another disk.")
 
 
 def disk_bytes(path: str) -> int:
@@ -138,7 +138,7 @@ def atomic_file(target: str) -> Iterator[Tuple[int, str]]:
 
 
 def _discard(partial: str, fd: int) -> None:
-    """Remove a scratch file, if it is still one and nobody else's; `fd` is -1 when Ctrl-C came while it was being opened."""
+    """Remove a scratch file, if it is still one and nobody else's; `fd` is -1 when Ctrl-C came while it was opened."""
     try:
         if fd >= 0:
             if os.path.samestat(os.fstat(fd), os.stat(partial)):
@@ -163,8 +163,8 @@ def write_small(target: str, content: bytes) -> None:
 class AtomicFolder:
     """A folder that appears under its name only when it is complete.
 
-    Its files gather in a scratch folder beside the target, each of them whole or absent, so that an interrupted run can be
-    taken up again.
+    Its files gather in a scratch folder beside the target, each of them whole or absent, so that an interrupted run can
+    be taken up again.
 
     Args:
         target: the folder to make.

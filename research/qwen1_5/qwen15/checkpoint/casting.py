@@ -53,7 +53,7 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=None)
 def _table(source: str, target: str) -> np.ndarray:
-    """What each of the 65536 numbers of a 16-bit dtype becomes: looking it up is several times faster than working it out."""
+    """What each of the 65536 numbers of a 16-bit dtype becomes: several times faster than working it out."""
     every = np.arange(1 << 16, dtype=np.uint16).view(NUMPY_DTYPES[source])
     return from_float32(to_float32(every, source), target)
 
@@ -61,10 +61,12 @@ def _table(source: str, target: str) -> np.ndarray:
 def _cast(chunk: np.ndarray, source: str, target: str) -> np.ndarray:
     if source == "F32":
         return from_float32(chunk, target)
-    return _table(source, target).take(chunk.view(np.uint16), mode="clip")  # no index can be outside; "clip" checks none
+    # No index can be outside; "clip" checks none.
+    return _table(source, target).take(chunk.view(np.uint16), mode="clip")
 
 
-_BITS = {"F32": (np.uint32, 0x7FFFFFFF, 0x7F800000), "F16": (np.uint16, 0x7FFF, 0x7C00), "BF16": (np.uint16, 0x7FFF, 0x7F80)}
+_BITS = {"F32": (np.uint32, 0x7FFFFFFF, 0x7F800000), "F16": (np.uint16, 0x7FFF, 0x7C00),
+         "BF16": (np.uint16, 0x7FFF, 0x7F80)}
 """Unsigned integers of a dtype's width, all bits but the sign, and infinity."""
 
 
@@ -81,7 +83,8 @@ def cast(array: np.ndarray, source: str, target: str) -> Tuple[np.ndarray, Count
     to_zero = overflowed = 0
     for start, chunk in _chunks(array):
         flat_out[start:start + chunk.size] = made = _cast(chunk, source, target)
-        # Zeros stay zeros, infinities infinities, and NaN stays NaN: what has more of them afterwards came to be so by the cast.
+        # Zeros stay zeros, infinities infinities, and NaN stays NaN: what has more of them afterwards came to be so by
+        # the cast.
         before, after = _zeros_and_infinities(chunk, source), _zeros_and_infinities(made, target)
         to_zero, overflowed = to_zero + after[0] - before[0], overflowed + after[1] - before[1]
     return out, Count(1, array.size, to_zero, overflowed)

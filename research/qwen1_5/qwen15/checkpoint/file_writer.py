@@ -1,4 +1,4 @@
-"""Write one checkpoint file front to back, at the disk's own speed: past the page cache, with threads, into reserved room."""
+"""Write one checkpoint file front to back, at the disk's own speed: past the page cache, with threads."""
 
 import ctypes
 import errno
@@ -46,7 +46,7 @@ def told(path: str) -> Iterator[None]:
 
 
 class Blocks:
-    """Memory for bytes on their way to the disk, and the threads that write it: one block is filled while others are written.
+    """Memory for bytes on their way to the disk, and the threads that write it: one block is filled, others written.
 
     To be left (`with`) before the files are closed: leaving waits for the writes that are under way.
 
@@ -60,7 +60,8 @@ class Blocks:
 
     def __init__(self, writers: int = 1):
         self._left = writers + _WRITING_THREADS + 1  # not made yet
-        self.nbytes = min(_MOST_BLOCK_BYTES, max(_LEAST_BLOCK_BYTES, _ALL_BLOCKS_BYTES // self._left)) // _PAGE_BYTES * _PAGE_BYTES
+        share = min(_MOST_BLOCK_BYTES, max(_LEAST_BLOCK_BYTES, _ALL_BLOCKS_BYTES // self._left))
+        self.nbytes = share // _PAGE_BYTES * _PAGE_BYTES
         self.all_bytes = self._left * self.nbytes
         self._memory = huge(self.all_bytes)
         self._free: "queue.SimpleQueue[np.ndarray]" = queue.SimpleQueue()
@@ -152,7 +153,7 @@ class FileWriter:
             self._direct = False
 
     def feed(self, name: str, chunk: memoryview) -> None:
-        """Take the next bytes of tensor `name`. Tensors come in the steps' order, every tensor's bytes front to back."""
+        """Take the next bytes of tensor `name`. Tensors come in the steps' order, their bytes front to back."""
         with told(self.path):
             while len(chunk):
                 if not self._left:
@@ -229,8 +230,8 @@ class FileWriter:
         with told(self.path):
             self._collect(list(self._writes))
             if self._at > self._begin:
-                # Less than a block, so most likely not of whole pages: it goes through the page cache. It stays in memory, and is
-                # written again with what follows.
+                # Less than a block, so most likely not of whole pages: it goes through the page cache. It stays in
+                # memory, and is written again with what follows.
                 direct = self._direct
                 self._go_direct(False)
                 self.write_at(memoryview(self._block)[:self._at - self._begin], self._begin)

@@ -1,4 +1,4 @@
-"""PyTorch's .bin format: a ZIP archive of a pickle and one uncompressed entry per tensor. Read and written without torch.
+"""PyTorch's .bin format: a ZIP archive of a pickle and one uncompressed entry per tensor; no torch needed.
 
 The pickle is never executed. Its instructions are read one by one, and only those that a state dict consists of are
 known: dicts, tuples, numbers, strings, and the handful of names that rebuild a tensor. Everything else is refused, so a
@@ -127,7 +127,8 @@ def _scan(fd: int) -> Scan:
         if order is not None and _small(archive, order, 16).strip() != b"little":
             raise _Refused("its numbers are big-endian")
         most_bytes = min(_LARGEST_PICKLE_BYTES, _BYTES_BESIDE + _BYTES_EACH * len(entries))
-        state = _read_state(_small(archive, by_name[pickles[0]], most_bytes), _OPERATORS_BESIDE + _OPERATORS_EACH * len(entries))
+        state = _read_state(_small(archive, by_name[pickles[0]], most_bytes),
+                            _OPERATORS_BESIDE + _OPERATORS_EACH * len(entries))
     tensors, others = {}, {}
     spans: Dict[str, Tuple[int, int]] = {}
     for name, value in state.items():
@@ -356,7 +357,8 @@ class _Archive:
         self._entries.append((f"{_ROOT}/{name}", self._at, nbytes, crc))
         padding = -(self._at + _LOCAL.size + len(encoded) + 4) % _ALIGNMENT
         extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        self._add(_LOCAL.pack(b"PK\x03\x04", 45, _STREAMED, 0, 0, 0, 0, 0, 0, len(encoded), len(extra)) + encoded + extra)
+        head = _LOCAL.pack(b"PK\x03\x04", 45, _STREAMED, 0, 0, 0, 0, 0, 0, len(encoded), len(extra))
+        self._add(head + encoded + extra)
 
     def small(self, name: str, content: bytes) -> None:
         crc = zlib.crc32(content)
@@ -390,7 +392,8 @@ def _directory(entries: Sequence[Tuple[str, int, int, Any]], at: int, crcs: Mapp
         encoded = name.encode()
         extra = struct.pack("<HHQQQ", 1, 24, nbytes, nbytes, offset)
         out += struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45, 45, _STREAMED, 0, 0, 0,
-                           crcs[crc] if isinstance(crc, str) else crc, _ZIP64, _ZIP64, len(encoded), len(extra), 0, 0, 0, 0,
+                           crcs[crc] if isinstance(crc, str) else crc, _ZIP64, _ZIP64, len(encoded), len(extra), 0, 0,
+                           0, 0,
                            _ZIP64)
         out += encoded + extra
     size, end = len(out), at + len(out)

@@ -1,11 +1,11 @@
-"""MindSpore's .ckpt format: a protobuf message `Checkpoint` of (tag, tensor) entries, read and written without MindSpore.
+"""MindSpore's .ckpt format: a protobuf message `Checkpoint` of (tag, tensor) entries; no MindSpore needed.
 
     Checkpoint  { repeated Value value = 1 }
     Value       { string tag = 1; TensorProto tensor = 2; MapTensorProto maptensor = 3 }
     TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }
 
-A tensor of more than 512 MiB is several entries of one tag in a row, each with the whole tensor's dims and a part of its
-contents. A file may end in the 17 bytes `crc_num` + CRC-32 of all before, big-endian.
+A tensor of more than 512 MiB is several entries of one tag in a row, each with the whole tensor's dims and a part of
+its contents. A file may end in the 17 bytes `crc_num` + CRC-32 of all before, big-endian.
 """
 
 import os

@@ -49,5 +49,6 @@ def sort_out(names: Iterable[str], others: Mapping[str, str]) -> Tuple[Dict[str,
 
 def account(known: Mapping[str, List[str]]) -> List[str]:
     """What was left out, a phrase for each kind: `2 KV caches (model.a.key_cache, model.a.value_cache)`."""
-    return [f"{len(names)} {kind if len(names) > 1 else kind[:-1]} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return [f"{len(names)} {kind if len(names) > 1 else kind[:-1]} "
+            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for kind, names in sorted(known.items()) if names]

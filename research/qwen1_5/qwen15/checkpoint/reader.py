@@ -145,7 +145,8 @@ class TensorFile(Checkpoint):
             return np.empty(0, np.uint8)
         if len(pieces) == 1 and pieces[0][0] % itemsize(self.stored[name].info.dtype) == 0:
             if self._map is None:
-                # A copy-on-write map: MindSpore and torch may then share the memory without being able to alter the file.
+                # A copy-on-write map: MindSpore and torch may then share the memory without being able to alter the
+                # file.
                 self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
                 # Up to 15 % less for a token at batch 1, which reads all weights: fewer addresses are translated.
                 ask_for_huge_pages(self._map)
@@ -177,7 +178,8 @@ class TensorFile(Checkpoint):
                 try:
                     got = os.preadv(self._fd, [view[done:done + nbytes]], at)
                 except OSError as error:
-                    raise UserError(f"reading {name} failed: {error.strerror}", self.path, exit_code=EXIT_FAILED) from None
+                    raise UserError(f"reading {name} failed: {error.strerror}", self.path,
+                                    exit_code=EXIT_FAILED) from None
                 if got == 0:
                     raise UserError(f"the file ended at byte {at}, inside {name}: it became shorter while it was read",
                                     self.path, "Is it still being downloaded or written?", exit_code=EXIT_FAILED)
@@ -251,12 +253,13 @@ class TensorFolder(Checkpoint):
                 raise UserError(f"{name} should be in {shard}, which does not hold it", where,
                                 "Download index and shards again, from one revision.")
             if os.path.basename(self._file[name].path) != shard:
-                raise UserError(f"{name} should be in {shard}, it is in {os.path.basename(self._file[name].path)}", where,
+                raise UserError(f"{name} should be in {shard}, it is in {os.path.basename(self._file[name].path)}",
+                                where,
                                 "Download index and shards again, from one revision.")
         unlisted = sorted(set(self.infos) - set(_weight_map(where)))
         if unlisted:
-            raise UserError(f"{len(unlisted)} tensors are in the shards and not in the index, the first is {unlisted[0]}",
-                            where, "Download index and shards again, from one revision.")
+            raise UserError(f"{len(unlisted)} tensors are in the shards and not in the index, the first is "
+                            f"{unlisted[0]}", where, "Download index and shards again, from one revision.")
 
     def file_of(self, name: str) -> TensorFile:
         return self._file[name]

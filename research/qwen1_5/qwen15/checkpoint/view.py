@@ -22,10 +22,12 @@ class Made:
     Attributes:
         info: its name, dtype and shape.
         rows: (first, last) -> the rows first:last of it, seen as a matrix, of NumPy's dtype for `info.dtype`.
+        work_bytes: memory that making one row takes, where that is more than the row itself.
     """
 
     info: TensorInfo
     rows: Callable[[int, int], np.ndarray]
+    work_bytes: int = 0
 
 
 class View(Checkpoint):
@@ -81,7 +83,8 @@ class View(Checkpoint):
             if kept == name and first <= row < first + len(block):
                 return first, block
         first = row - row % ROW_STEP
-        count = max(1, _BLOCK_BYTES // _row_bytes(info) // ROW_STEP) * ROW_STEP
+        each = max(_row_bytes(info), self.made[name].work_bytes)
+        count = max(1, _BLOCK_BYTES // each // ROW_STEP) * ROW_STEP
         rows = info.shape[0] if info.shape else 1
         block = np.ascontiguousarray(self.made[name].rows(first, min(rows, first + count)))
         if block.dtype != NUMPY_DTYPES[info.dtype]:

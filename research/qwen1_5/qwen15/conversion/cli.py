@@ -27,7 +27,8 @@ def add_common_flags(parser: argparse.ArgumentParser, dtype: bool = True) -> Non
 def add_hub_flag(parser: argparse.ArgumentParser) -> None:
     """For what reads Hugging Face folders, which may be given by their name on a hub."""
     parser.add_argument("--hub", choices=HUBS, default="hf",
-                        help="where a name OWNER/NAME[@REVISION] is looked up: hf (Hugging Face, or HF_ENDPOINT; default) or modelscope")
+                        help="where a name OWNER/NAME[@REVISION] is looked up: hf (Hugging Face, or HF_ENDPOINT; "
+                             "default) or modelscope")
 
 
 def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True) -> Any:
@@ -50,7 +51,8 @@ def _recipe(args: argparse.Namespace) -> Any:
     if kind is None:
         for flag in ("group_size", "keep_head"):
             if getattr(args, flag, None):
-                raise UserError("means nothing without --quantize", f"--{flag}", "Give --quantize int8 or int4 as well.")
+                raise UserError("means nothing without --quantize", f"--{flag}",
+                                "Give --quantize int8 or int4 as well.")
         return None
     bits = {"int8": 8, "int4": 4}[kind]
     return Recipe(bits, args.group_size or DEFAULT_GROUPS[bits], args.keep_head)
@@ -78,7 +80,8 @@ def carry_out(plan: Any, args: argparse.Namespace) -> bool:
                          allow_overflow=getattr(args, "allow_overflow", False))
         except BaseException:
             if kept_bytes(plan):
-                _tell(f"{human_bytes(kept_bytes(plan))} are kept in {partial_path(plan.target)}: the same command goes on from there")
+                _tell(f"{human_bytes(kept_bytes(plan))} are kept in {partial_path(plan.target)}: "
+                      "the same command goes on from there")
             raise
     finally:
         plan.close()
@@ -91,7 +94,8 @@ def carry_out(plan: Any, args: argparse.Namespace) -> bool:
               f"{result.resumed} of {len(plan.files)} files whole")
     written = plan.write_bytes * (1 - result.resumed_bytes / max(plan.read_bytes, 1))
     rate = human_bytes(written / max(result.seconds, 1e-9))
-    _tell(f"{plan.target}: {len(plan.moves)} tensors, {human_bytes(plan.write_bytes)} in {result.seconds:.2f} s ({rate}/s)")
+    _tell(f"{plan.target}: {len(plan.moves)} tensors, {human_bytes(plan.write_bytes)} in {result.seconds:.2f} s "
+          f"({rate}/s)")
     if args.verify:
         _tell(f"verified: {result.compared} tensors read back, equal bit for bit")
     for line in result.errors:

@@ -1,4 +1,4 @@
-"""Plan conversions between Hugging Face and MindSpore checkpoints, every weight accounted for before a byte is written."""
+"""Plan conversions between Hugging Face and MindSpore checkpoints, every weight accounted for first."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
         changes = dict(options.recipe.changes()) if options.recipe is not None else {}
         if options.dtype != "auto":
             changes["torch_dtype"] = _one_dtype(tensors)
-        plan.small.update(sidecars(folder, changes) if contents is None else _gguf_sidecars(folder, contents, changes, plan))
+        plan.small.update(sidecars(folder, changes) if contents is None else
+                          _gguf_sidecars(folder, contents, changes, plan))
         plan.small.update(small)
         if schemes:
             plan.source_bytes = sum(info.nbytes for info in source.infos.values())
@@ -139,9 +140,9 @@ def _stored_form(source: Checkpoint, settings: Optional[Settings], weights: Sequ
             raise UserError(f"is quantised already ({settings.layout}, {settings.bits} bits)", source.path,
                             "Quantise the unquantised model, or convert this one without --quantize.")
         if found.linears:
-            plan.notes.append(f"{settings.layout}, {settings.bits} bits: {len(found.linears)} linear layers keep their integers "
-                              "and scales bit for bit" + (f", {len(found.zero_biases)} biases that are zero are left out"
-                                                          if found.zero_biases else ""))
+            zeros = f", {len(found.zero_biases)} biases that are zero are left out" if found.zero_biases else ""
+            plan.notes.append(f"{settings.layout}, {settings.bits} bits: {len(found.linears)} linear layers keep their "
+                              f"integers and scales bit for bit{zeros}")
             return found.view, {LAYOUT_FILE: describe_layout(source, settings, found)}
         plan.notes.append(f"{settings.where} says {settings.layout}, and no tensor is quantised")
     if options.recipe is None:
@@ -158,8 +159,8 @@ def _gguf_sidecars(folder: str, contents: Mapping[str, object], changes: Mapping
     found = {name: content for name, content in sidecars(folder, {}).items() if name not in (CONFIG_FILE, LAYOUT_FILE)}
     absent = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if name not in found]
     if absent:
-        plan.notes.append(f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not beside the .gguf file: copy the "
-                          "tokenizer's files from the model's Hugging Face folder")
+        plan.notes.append(f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not beside the .gguf file: copy "
+                          "the tokenizer's files from the model's Hugging Face folder")
     found[CONFIG_FILE] = (json.dumps({**contents, **changes}, indent=2) + "\n").encode("utf-8")
     return found
 
@@ -251,8 +252,9 @@ def _form(options: Options, side: str) -> str:
     form = options.form or format_of(options.target) or "folder"
     other = {"ms": "bin", "hf": "ckpt"}[side]
     if form == other:
-        raise UserError(f"a .{other} file is not what {'MindSpore' if side == 'ms' else 'Hugging Face'} reads",
-                        options.target, f"Name a {'.ckpt' if side == 'ms' else '.bin'} or .safetensors file, or a folder.")
+        reader, known = ("MindSpore", ".ckpt") if side == "ms" else ("Hugging Face", ".bin")
+        raise UserError(f"a .{other} file is not what {reader} reads", options.target,
+                        f"Name a {known} or .safetensors file, or a folder.")
     return form
 
 
@@ -277,7 +279,8 @@ def _files_of(plan: Plan, options: Options, named: Sequence[TensorInfo], moves: 
         plan.files = [OutFile("", form, tuple(infos), _metadata(side) if form == "safetensors" else {})]
     for number, file in enumerate(plan.files):
         for info in file.infos:
-            plan.moves.append(replace(by_name[info.name], destinations=(Destination(number, info.name, whole(info.shape)),)))
+            plan.moves.append(replace(by_name[info.name],
+                                      destinations=(Destination(number, info.name, whole(info.shape)),)))
 
 
 def _sliced_files(plan: Plan, options: Options, tensors: Sequence[Tensor], moves: Sequence[Move]) -> None:
@@ -289,7 +292,8 @@ def _sliced_files(plan: Plan, options: Options, tensors: Sequence[Tensor], moves
         raise UserError(f"slices are .ckpt or .safetensors files, not {form}", "--format")
     plan.is_folder = True
     by_name = {tensor.name("ms"): (tensor, move) for tensor, move in zip(tensors, moves)}
-    layouts = {tensor.name("ms"): layout_of(len(tensor.shape), tensor.axis(slicing), slicing.parts) for tensor in tensors}
+    layouts = {tensor.name("ms"): layout_of(len(tensor.shape), tensor.axis(slicing), slicing.parts)
+               for tensor in tensors}
     infos = aligned([TensorInfo.of(name, tensor.target_dtype, layouts[name].slice_shape(tensor.shape))
                      for name, (tensor, _) in by_name.items()])
     plan.files = [OutFile(f"rank_{rank}/{options.prefix}{rank}.{form}", form, tuple(infos),
@@ -310,7 +314,8 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
     """Plan the conversion of a MindSpore checkpoint. Quantised ones become what they were converted from, or bfloat16.
 
     Args:
-        source_path: a .ckpt or .safetensors file, a folder of shards, or a folder of `rank_x` slices, merged on the way.
+        source_path: a .ckpt or .safetensors file, a folder of shards, or a folder of `rank_x` slices, merged on the
+        way.
         options: what to make; never sliced.
         config_path: the model's config.json; looked for beside the checkpoint if not given.
         vocab_emb_dp: how the slices hold embedding and head; found out if not given.
@@ -324,14 +329,16 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
         check_contents(ranks)
         if config is None:
             if form == "folder":
-                raise UserError(f"no {CONFIG_FILE} beside it, without which a model folder cannot be loaded", source_path,
+                raise UserError(f"no {CONFIG_FILE} beside it, without which a model folder cannot be loaded",
+                                source_path,
                                 "Give the model's own with --config_path.")
             config = infer_dims(ranks, slicing)
         weights = list(naming.weights(config.dims))
         plan = Plan(options.target, False, ranks, [], [], notes=[note for rank in ranks for note in rank.notes])
         if slicing.parts > 1:
             slicing.check(config.dims)
-            plan.notes.append(f"{source_path}: {slicing.parts} slices with vocab_emb_dp {slicing.vocab_emb_dp} are merged")
+            plan.notes.append(f"{source_path}: {slicing.parts} slices with vocab_emb_dp {slicing.vocab_emb_dp} are "
+                              "merged")
         account = account_slices(ranks, slicing, config, plan)
         changes: Dict[str, object] = {}
         if account.schemes:

@@ -17,13 +17,13 @@ from ..progress import human_bytes
 from .strips import STRIP_BYTES, Move
 
 LAYOUT_FILE = "source_layout.json"
-"""Beside a checkpoint that was converted from a quantised one: what that one's tensors were, so that it can be made again."""
+"""Beside a checkpoint that was converted from a quantised one: what that one's tensors were, to make it again."""
 _SIDECARS = ("config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
              "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", *SETTINGS_FILES,
              LAYOUT_FILE)
 _LARGEST_SIDECAR_BYTES = 64 * 2 ** 20
 _INTERPRETER_BYTES = 60 * 10 ** 6
-MADE_BYTES = 120 * 10 ** 6
+MADE_BYTES = 60 * 10 ** 6
 """Memory for making tensors of others, a few rows at a time: quantising, packing anew."""
 
 
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory that running the plan takes, about: Python itself, strips on their way, and blocks that are being written."""
+        """Memory that running the plan takes, about: Python itself, strips on their way, blocks being written."""
         making = MADE_BYTES if self.source_bytes else 0
         casting = any(move.dtype != move.target_dtype for move in self.moves)
         slicing = any(len(move.parts) > 1 or len(move.destinations) > 1 for move in self.moves)
@@ -105,18 +105,21 @@ class Plan:
         for move in self.moves:
             for destination in move.destinations[:1]:
                 name, cut = destination.name, ""
-                if len(move.destinations) > 1 or destination.region.rows * destination.region.columns != move.rows * move.columns:
+                values = destination.region.rows * destination.region.columns
+                if len(move.destinations) > 1 or values != move.rows * move.columns:
                     first = self.files[destination.file]
                     shape = next(info.shape for info in first.infos if info.name == name)
                     cut = f"  as {len(move.destinations)} x {list(shape)}"
                 cast = "" if move.dtype == move.target_dtype else f" -> {move.target_dtype}"
-                yield f"{move.label}  ->  {name}  {move.dtype}{cast} {list(move.shape)}{cut}  {human_bytes(move.nbytes)}"
+                yield (f"{move.label}  ->  {name}  {move.dtype}{cast} {list(move.shape)}{cut}  "
+                       f"{human_bytes(move.nbytes)}")
         for file in self.files:
-            yield f"{self.path_of(file, self.target)}: {len(file.infos)} tensors, {human_bytes(total_bytes(file.steps()))}"
+            yield (f"{self.path_of(file, self.target)}: {len(file.infos)} tensors, "
+                   f"{human_bytes(total_bytes(file.steps()))}")
         for name in sorted(self.small):
             yield f"{os.path.join(self._small_folder, name)}: {human_bytes(len(self.small[name]))}"
-        yield (f"{len(self.moves)} tensors; reads {human_bytes(self.source_bytes or self.read_bytes)}, writes {human_bytes(self.write_bytes)}, "
-               f"needs about {human_bytes(self.memory_bytes)} of memory")
+        yield (f"{len(self.moves)} tensors; reads {human_bytes(self.source_bytes or self.read_bytes)}, "
+               f"writes {human_bytes(self.write_bytes)}, needs about {human_bytes(self.memory_bytes)} of memory")
 
     @property
     def _small_folder(self) -> str:

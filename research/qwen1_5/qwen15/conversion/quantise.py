@@ -29,6 +29,8 @@ from ..naming import Weight
 DEFAULT_GROUPS = {8: 128, 4: 64}
 VOCABULARY_GROUP = 32
 _LARGEST_SCALE = 65504.0
+_WORK_FACTOR = 16
+"""Bytes for each value while it is quantised: a float32 and some temporaries."""
 _LARGEST_ERROR = {8: 0.5, 4: 1.0}
 """What rounding can cost, in scales: half a step; at 4 bits half more, where a rounded zero point moves the ends."""
 
@@ -87,7 +89,7 @@ def quantised(source: Checkpoint, weights: Iterable[Weight], recipe: Recipe) -> 
         rows = _Rows(source, weight, scheme)
         functions = {"": rows.integers, SCALE: rows.scale, ZERO: rows.zero}
         for info in scheme.infos(weight.hf, weight.shape):
-            made[info.name] = Made(info, functions[info.name[len(weight.hf):]])
+            made[info.name] = Made(info, functions[info.name[len(weight.hf):]], _WORK_FACTOR * weight.shape[1])
     return View(source, made)
 
 
@@ -106,9 +108,6 @@ class _Rows:
             raise UserError(f"{info.name} is {info.dtype}; {', '.join(LONG_NAMES.values())} can be quantised",
                             self.source.path)
         values = to_float32(block_of(self.source, info.name, (first, last), (0, info.shape[1])), info.dtype)
-        if not np.isfinite(values).all():
-            raise UserError(f"{info.name} holds NaN or infinite values, which no integer stands for", self.source.path,
-                            "The source is damaged, or was trained to pieces.")
         return values.reshape(last - first, self.scheme.groups, self.scheme.group_size)
 
     def scale(self, first: int, last: int) -> np.ndarray:
@@ -116,16 +115,20 @@ class _Rows:
 
     def _scale(self, groups: np.ndarray) -> np.ndarray:
         """float16 [n, G]."""
+        high, low = groups.max(axis=2), groups.min(axis=2)
         if self.scheme.bits == 8:
-            exact = np.abs(groups).max(axis=2) / np.float32(127)
+            exact = np.maximum(high, -low) / np.float32(127)
         else:
-            exact = (np.maximum(groups.max(axis=2), 0) - np.minimum(groups.min(axis=2), 0)) / np.float32(15)
+            exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(15)
+        if not np.isfinite(exact).all():
+            raise UserError(f"{self.weight.hf} holds NaN or infinite values, which no integer stands for",
+                            self.source.path, "The source is damaged; download it again.")
         if (exact > _LARGEST_SCALE).any():
             raise UserError(f"{self.weight.hf} holds values too large for scales in float16", self.source.path,
                             "Convert this model without --quantize.")
         scale = exact.astype(np.float16)
-        low = scale.astype(np.float32) < exact
-        scale[low] = np.nextafter(scale[low], np.float16(np.inf))
+        short = scale.astype(np.float32) < exact
+        scale[short] = np.nextafter(scale[short], np.float16(np.inf))
         return scale
 
     def _inverse(self, scale: np.ndarray) -> np.ndarray:
@@ -148,9 +151,11 @@ class _Rows:
         values = groups * inverse
         np.rint(values, out=values)
         if zero is None:
-            return np.clip(values, -127, 127).astype(np.int8).reshape(last - first, -1)
+            np.clip(values, -127, 127, out=values)
+            return values.astype(np.int8).reshape(last - first, -1)
         values += zero
-        return pack(np.clip(values, 0, 15).astype(np.uint8).reshape(last - first, -1))
+        np.clip(values, 0, 15, out=values)
+        return pack(values.astype(np.uint8).reshape(last - first, -1))
 
 
 @dataclass(frozen=True)

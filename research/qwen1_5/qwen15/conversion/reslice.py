@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class _Cut:
-    """One parameter: its whole shape, how it lies before and after, and where it is read whole if not from the ranks."""
+    """One parameter: its whole shape, how it lies before and after, and what it is read from if not from the ranks."""
 
     shape: Tuple[int, ...]
     before: Layout
@@ -67,8 +67,8 @@ def plan_transform(request: Request) -> Plan:
     """Plan the work.
 
     Raises:
-        UserError: anything missing, surplus or misshapen, a number of ranks that does not divide, or strategy files that
-            contradict the checkpoint; nothing is written.
+        UserError: anything missing, surplus or misshapen, a number of ranks that does not divide, or strategy files
+            that contradict the checkpoint; nothing is written.
     """
     before = read_strategy(request.source_strategy) if request.source_strategy else None
     after = read_strategy(request.target_strategy) if request.target_strategy else None
@@ -107,16 +107,17 @@ def _cuts_by_table(request: Request, ranks: Sequence[Checkpoint], slicing: Slici
     weights = list(naming.weights(config.dims))
     account = account_slices(ranks, slicing, config, plan)
     if target.parts > 1 and not target.vocab_emb_dp and config.dims.vocab_size % target.parts:
-        plan.notes.append(f"vocab_size {config.dims.vocab_size} is not divisible by {target.parts}: embedding and head stay "
-                          "whole on every rank")
+        plan.notes.append(f"vocab_size {config.dims.vocab_size} is not divisible by {target.parts}: embedding and head "
+                          "stay whole on every rank")
     if not account.schemes:
-        return {weight.ms: _Cut(weight.shape, _by_table(weight, slicing), _by_table(weight, target)) for weight in weights}
+        return {weight.ms: _Cut(weight.shape, _by_table(weight, slicing), _by_table(weight, target))
+                for weight in weights}
     return _quantised_cuts(ranks, slicing, target, account, weights, folder, plan)
 
 
 def _quantised_cuts(ranks: Sequence[Checkpoint], slicing: Slicing, target: Slicing, account: Account,
                     weights: Sequence[Weight], folder: str, plan: Plan) -> Dict[str, _Cut]:
-    """As `_cuts_by_table`; scales and zero points are read through a view where their groups become finer, or whole again."""
+    """As `_cuts_by_table`; scales and zero points are read through a view where their groups become others."""
     source, schemes = merged(ranks, slicing, account, weights)
     group_size = group_size_of(folder)
     cuts: Dict[str, _Cut] = {}
@@ -156,8 +157,9 @@ def _needed(config: Optional[HfConfig], request: Request) -> HfConfig:
 
 
 def _cuts_by_strategy(request: Request, ranks: Sequence[Checkpoint], slicing: Slicing, config: Optional[HfConfig],
-                      before: Optional[Dict[str, Layout]], after: Optional[Dict[str, Layout]], plan: Plan) -> Dict[str, _Cut]:
-    """Every tensor of the checkpoint, cut as the strategy files say; the table stands in for the file that is not given."""
+                      before: Optional[Dict[str, Layout]], after: Optional[Dict[str, Layout]],
+                      plan: Plan) -> Dict[str, _Cut]:
+    """Every tensor, cut as the strategy files say; the table stands in for the file that is not given."""
     weights = {} if config is None else {weight.ms: weight for weight in naming.weights(config.dims)}
     if (before is None and slicing.parts > 1) or (after is None and request.parts > 1):
         _needed(config, request)
@@ -165,7 +167,8 @@ def _cuts_by_strategy(request: Request, ranks: Sequence[Checkpoint], slicing: Sl
     if config is not None and after is None:
         target.check(config.dims)
     _check_ranks(before, len(ranks), request)
-    packed = next((name for name, info in ranks[0].infos.items() if companion_of(name) or info.dtype in ("I8", "U8")), None)
+    packed = next((name for name, info in ranks[0].infos.items() if companion_of(name) or info.dtype in ("I8", "U8")),
+                  None)
     if packed is not None:
         raise UserError(f"{packed} is of a quantised matrix, which strategy files do not cut", request.source,
                         "Leave the strategy files out; --model_parallel cuts it.")
@@ -179,8 +182,9 @@ def _cuts_by_strategy(request: Request, ranks: Sequence[Checkpoint], slicing: Sl
         shape = old.whole_shape(info.shape)
         new = _choose(name, TensorInfo.of(name, info.dtype, shape), after, weights, target)
         if name in weights and shape != weights[name].shape:
-            raise UserError(f"{name} in slices of {list(info.shape)} is {list(shape)} whole by the strategy; {config.where} "
-                            f"makes it {list(weights[name].shape)}", request.source_strategy or request.source,
+            raise UserError(f"{name} in slices of {list(info.shape)} is {list(shape)} whole by the strategy; "
+                            f"{config.where} makes it {list(weights[name].shape)}",
+                            request.source_strategy or request.source,
                             "Give the strategy of the job that wrote this checkpoint.")
         _divisible(name, shape, new, request)
         cuts[name] = _Cut(shape, old, new)
@@ -202,7 +206,8 @@ def _choose(name: str, info: TensorInfo, strategy: Optional[Dict[str, Layout]], 
 def _check_ranks(before: Optional[Dict[str, Layout]], ranks: int, request: Request) -> None:
     for name, layout in (before or {}).items():
         if layout.ranks != ranks:
-            raise UserError(f"cuts {name} over {layout.ranks} ranks, {request.source} has {ranks}", request.source_strategy,
+            raise UserError(f"cuts {name} over {layout.ranks} ranks, {request.source} has {ranks}",
+                            request.source_strategy,
                             "Give the strategy of the job that wrote this checkpoint.")
 
 
@@ -235,7 +240,8 @@ def _check_names(request: Request, ranks: Sequence[Checkpoint], before: Optional
     for rank in ranks[1:]:
         for name in sorted(set(rank.infos) ^ set(ranks[0].infos)):
             if kind_of(name) != "KV caches":
-                raise UserError(f"{name} is in one of rank_0 and this rank only", rank.path, "Collect all slices of one job.")
+                raise UserError(f"{name} is in one of rank_0 and this rank only", rank.path,
+                                "Collect all slices of one job.")
         for name in cuts:
             one, other = ranks[0].infos[name], rank.infos[name]
             if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -261,12 +267,14 @@ def _fill(plan: Plan, request: Request, ranks: Sequence[Checkpoint], cuts: Dict[
                      for name, cut in cuts.items()])
     metadata = {"format": "ms"} if form == "safetensors" else {}
     plan.is_folder = single is None
-    plan.files = [OutFile(f"rank_{rank}/{request.prefix}{rank}.{form}" if plan.is_folder else "", form, tuple(infos), metadata)
+    plan.files = [OutFile(f"rank_{rank}/{request.prefix}{rank}.{form}" if plan.is_folder else "", form, tuple(infos),
+                          metadata)
                   for rank in range(parts)]
     for info in infos:
         cut = cuts[info.name]
         sources = ((Part(cut.view, info.name, whole(cut.shape)),) if cut.view is not None else
-                   tuple(Part(rank, info.name, cut.before.region(cut.shape, number)) for number, rank in enumerate(ranks)))
+                   tuple(Part(rank, info.name, cut.before.region(cut.shape, number))
+                         for number, rank in enumerate(ranks)))
         targets = tuple(Destination(rank, info.name, cut.after.region(cut.shape, rank)) for rank in range(parts))
         plan.moves.append(Move(info.name, cut.shape, info.dtype, info.dtype, sources, targets))
     if parts > 1:
@@ -277,7 +285,8 @@ def _fill(plan: Plan, request: Request, ranks: Sequence[Checkpoint], cuts: Dict[
 def yaml_lines(plan: Plan, request: Request) -> List[str]:
     """The lines of a predict YAML that make it use the result."""
     parts = len(plan.files)
-    lines = [f"load_checkpoint: '{os.path.abspath(request.target)}'", "auto_trans_ckpt: False", f"use_parallel: {parts > 1}",
+    lines = [f"load_checkpoint: '{os.path.abspath(request.target)}'", "auto_trans_ckpt: False",
+             f"use_parallel: {parts > 1}",
              "parallel_config:", "  data_parallel: 1", f"  model_parallel: {parts}", "  pipeline_stage: 1"]
     if parts > 1 and request.target_strategy is None:
         lines.append(f"  vocab_emb_dp: {request.vocab_emb_dp}")

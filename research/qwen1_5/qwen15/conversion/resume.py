@@ -1,4 +1,4 @@
-"""What an interrupted conversion has on the disk already: recorded beside its files, believed by the next run of the same plan."""
+"""What an interrupted conversion has on the disk already: recorded beside its files for the next run."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ class Record:
         return name in self._begun or name in self.done
 
     def begin(self, moves: int, sizes: Mapping[str, int]) -> None:
-        """Write down that the disk has the first `moves` moves of files that are written together, so many bytes of each."""
+        """Write down that the disk has the first `moves` moves of files that are written together, so much of each."""
         self._save(self.done, moves, dict(sizes))
 
     def finish(self, names: Sequence[str]) -> None:
@@ -65,7 +65,8 @@ class Record:
                  for key, count in self.account.casts.items()}
         content = {"fingerprint": self._fingerprint, "done": done, "moves": moves, "begun": begun, "casts": casts,
                    "non_finite": self.account.non_finite}
-        # First here: who is interrupted while it is written down keeps the files, and the record that is on the disk is true of them.
+        # First here: who is interrupted while it is written down keeps the files, and the record that is on the disk is
+        # true of them.
         self.done, self._moves, self._begun = done, moves, begun
         write_small(self._path, json.dumps(content).encode("utf-8"))
 

@@ -24,7 +24,7 @@ from .resume import RECORD_FILE, Record
 from .strips import Account, Move, compare, transfer
 
 RECORD_EVERY_BYTES = 2 ** 30
-"""After so many bytes an interrupted run of many files at once can be taken up; making sure of them costs some milliseconds."""
+"""After so many bytes an interrupted run of many files at once can be taken up; that costs some milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def run(plan: Plan, verify: bool = False, overwrite: bool = False, allow_overflo
         allow_overflow: let casts make infinities.
 
     Raises:
-        UserError: the target is in the way or the disk too small (nothing was written then), or reading, writing or comparing
-            failed (nothing was put in place then).
+        UserError: the target is in the way or the disk too small (nothing was written then), or reading, writing or
+            comparing failed (nothing was put in place then).
     """
     check_plan(plan, overwrite)
     return (_run_folder if plan.is_folder else _run_file)(plan, verify, allow_overflow)
@@ -145,8 +145,10 @@ def _run_group(plan: Plan, numbers: Sequence[int], moves: Sequence[Move], folder
     first, sizes = record.begun(names)
     with ExitStack() as stack:
         opened = {number: stack.enter_context(folder.file(plan.files[number].name, record.keeps)) for number in numbers}
-        blocks = stack.enter_context(Blocks(len(numbers)))  # opened last, so that it is left before the files are closed
-        writers = {number: FileWriter(fd, path, plan.files[number].steps(), blocks, sizes.get(plan.files[number].name, 0))
+        # Opened last, so that it is left before the files are closed.
+        blocks = stack.enter_context(Blocks(len(numbers)))
+        writers = {number: FileWriter(fd, path, plan.files[number].steps(), blocks,
+                                      sizes.get(plan.files[number].name, 0))
                    for number, (fd, path) in opened.items()}
         for last in _stops(moves, first):
             transfer(moves[first:last], writers, record.account, allow_overflow, advance)

@@ -42,7 +42,8 @@ class Slicing:
         reason = naming.indivisible(dims, self.parts)
         if reason is not None:
             fitting = [parts for parts in range(1, dims.num_kv_heads + 1) if naming.indivisible(dims, parts) is None]
-            raise UserError(reason, "--model_parallel", f"This model can be cut over {', '.join(map(str, fitting))} ranks.")
+            raise UserError(reason, "--model_parallel",
+                            f"This model can be cut over {', '.join(map(str, fitting))} ranks.")
 
 
 def config_folder(path: str) -> Optional[str]:
@@ -101,18 +102,19 @@ def _slicing(ranks: Sequence[Checkpoint], config: Optional[HfConfig], vocab_emb_
     else:
         vocab = config.dims.vocab_size
         if embedding.shape[0] not in (vocab, vocab // parts if vocab % parts == 0 else vocab):
-            raise UserError(f"the embedding has {embedding.shape[0]} rows; {config.where} and {parts} ranks make it {vocab}"
-                            + (f" or {vocab // parts}" if vocab % parts == 0 else ""), ranks[0].path,
+            raise UserError(f"the embedding has {embedding.shape[0]} rows; {config.where} and {parts} ranks make it "
+                            f"{vocab}" + (f" or {vocab // parts}" if vocab % parts == 0 else ""), ranks[0].path,
                             "Take config.json and slices from one model.")
         found = embedding.shape[0] == vocab
     if vocab_emb_dp is not None and vocab_emb_dp != found and (config is None or config.dims.vocab_size % parts == 0):
-        raise UserError(f"the slices hold the embedding as vocab_emb_dp {found} does, not {vocab_emb_dp}", ranks[0].path,
+        raise UserError(f"the slices hold the embedding as vocab_emb_dp {found} does, not {vocab_emb_dp}",
+                        ranks[0].path,
                         "Leave --src_vocab_emb_dp out, or correct it.")
     return Slicing(parts, found)
 
 
 def _same_start(ranks: Sequence[Checkpoint], name: str) -> bool:
-    """Whether the first two ranks' tensors begin with the same row: without a configuration, what tells a copy from a cut."""
+    """Whether the first two ranks' tensors begin with the same row: what tells a copy from a cut."""
     first, second = (rank.infos.get(name) for rank in ranks[:2])
     if second is None or first.shape != second.shape or not first.shape[0]:
         return False
@@ -120,7 +122,7 @@ def _same_start(ranks: Sequence[Checkpoint], name: str) -> bool:
 
 
 def infer_dims(ranks: Sequence[Checkpoint], slicing: Slicing) -> HfConfig:
-    """The sizes that a checkpoint's own shapes tell. How a width divides into heads is not among them: each counts as 1 wide.
+    """The sizes that a checkpoint's own shapes tell. How a width divides into heads is not among them: each is 1 wide.
 
     Raises:
         UserError: the tensors needed for it are missing or have no such shapes.
@@ -134,7 +136,8 @@ def infer_dims(ranks: Sequence[Checkpoint], slicing: Slicing) -> HfConfig:
                             "Is this a Qwen1.5 checkpoint under MindSpore's names?")
         return info.shape[axis] * (slicing.parts if cut else 1)
 
-    layers = 1 + max((int(name.split(".")[2]) for name in infos if naming.ms_to_hf(name) and ".layers." in name), default=-1)
+    layers = 1 + max((int(name.split(".")[2]) for name in infos if naming.ms_to_hf(name) and ".layers." in name),
+                     default=-1)
     first = "model.layers.0."
     dims = Dims(hidden_size=size("model.norm_out.weight", 0, False),
                 intermediate_size=size(first + "feed_forward.w1.weight", 0, True), num_layers=layers,

@@ -1,4 +1,4 @@
-"""MindSpore's strategy files, which say how every parameter is cut over ranks: read, checked and written without MindSpore.
+"""MindSpore's strategy files, which say how parameters are cut over ranks: read, checked and written.
 
 A strategy file is the protobuf message `ParallelStrategyMap` (mindspore/train/node_strategy_pb2.py):
 
@@ -6,11 +6,12 @@ A strategy file is the protobuf message `ParallelStrategyMap` (mindspore/train/n
                           repeated LayoutItem parallel_layout_item = 3 }
     Item       { string node_name = 1; ParallelStrategys { uint32 stage = 1; repeated { repeated uint32 dim } } = 2 }
     LayoutItem { string param_name = 1; ParallelLayouts parallel_layouts = 2 }
-    ParallelLayouts { dev_matrix = 1; tensor_map = 2; param_split_shape = 3; indices_offset = 4 (each { repeated dim = 1 });
+    ParallelLayouts { dev_matrix = 1; tensor_map = 2; param_split_shape = 3; indices_offset = 4
+                      (each { repeated dim = 1 });
                       int32 field = 5; int32 opt_weight_shard_step = 6; int32 opt_weight_shard_size = 7 }
 
-`dev_matrix` arranges the devices in a grid, the last axis fastest. `tensor_map` gives for every axis of the tensor the axis
-of that grid along which it is cut, counted from the right, and -1 for an axis that is not cut.
+`dev_matrix` arranges the devices in a grid, the last axis fastest. `tensor_map` gives for every axis of the tensor the
+axis of that grid along which it is cut, counted from the right, and -1 for an axis that is not cut.
 """
 
 import os
@@ -113,7 +114,8 @@ def read_strategy(path: str) -> Dict[str, Layout]:
     for name in names[1:]:
         if _read_file(os.path.join(path, name)) != first:
             raise UserError(f"differs from {names[0]}: stages of a pipeline, which are not sliced here",
-                            os.path.join(path, name), "mindspore.transform_checkpoints does that, on merged strategy files.")
+                            os.path.join(path, name),
+                            "mindspore.transform_checkpoints does that, on merged strategy files.")
     return first
 
 
@@ -183,11 +185,12 @@ def _layouts(message: Union[int, memoryview]) -> Layout:
         elif number == 2:
             maps.append([wire.signed(item) for item in _dims(value)])
         elif number == 7 and wire.signed(value) > 1:
-            raise wire.WireError(f"the optimizer's weights are cut over {wire.signed(value)} ranks, which is not done here")
+            raise wire.WireError(f"the optimizer's weights are cut over {wire.signed(value)} ranks, not done here")
     if len(grids) != 1 or len(maps) != 1:
         raise wire.WireError(f"{len(grids)} grids and {len(maps)} maps where one of each belongs")
     layout = Layout(tuple(grids[0]), tuple(maps[0]))
-    if not layout.devices or not all(0 < size <= _MOST_DEVICES for size in layout.devices) or layout.ranks > _MOST_DEVICES:
+    absurd = not all(0 < size <= _MOST_DEVICES for size in layout.devices)
+    if not layout.devices or absurd or layout.ranks > _MOST_DEVICES:
         raise wire.WireError(f"a grid of {list(layout.devices)[:8]} devices")
     if any(not -1 <= along < len(layout.devices) for along in layout.tensor_map):
         raise wire.WireError(f"a map {list(layout.tensor_map)[:8]} that points outside the grid {list(layout.devices)}")
@@ -206,7 +209,8 @@ def write_strategy(layouts: Mapping[str, Layout]) -> bytes:
     """The contents of a strategy file that gives every parameter its layout."""
     # MindSpore refuses a file without any operator's strategy; parameters are what its tools read.
     strategys = wire.integer_field(1, 0) + wire.bytes_field(2, b"")
-    out = [wire.integer_field(1, 0), wire.bytes_field(2, wire.bytes_field(1, b"parameters") + wire.bytes_field(2, strategys))]
+    item = wire.bytes_field(1, b"parameters") + wire.bytes_field(2, strategys)
+    out = [wire.integer_field(1, 0), wire.bytes_field(2, item)]
     for name, layout in layouts.items():
         message = (wire.bytes_field(1, _repeated(layout.devices)) + wire.bytes_field(2, _repeated(layout.tensor_map))
                    + wire.bytes_field(3, b"") + wire.bytes_field(4, b"")  # only uneven slices say more here

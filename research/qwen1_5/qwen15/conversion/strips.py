@@ -1,7 +1,7 @@
-"""Move tensors from checkpoints into files strip by strip: join, look for NaN, cast, cut, write; and read back to compare.
+"""Move tensors from checkpoints into files strip by strip: join, look for NaN, cast, cut, write; read back to compare.
 
-A strip is a few MiB of whole rows. It is what bounds the memory, whatever the size of a tensor or a model: two strips are
-in flight, one being read while the other is written.
+A strip is a few MiB of whole rows. It is what bounds the memory, whatever the size of a tensor or a model: two strips
+are in flight, one being read while the other is written.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -132,7 +132,7 @@ def non_finite(array: np.ndarray, dtype: str) -> Tuple[int, int]:
     """How many (NaN, infinite) values an array of dtype 'F32', 'F16' or 'BF16' has.
 
     A float whose exponent is all ones is NaN or infinite; as a signed integer such a positive number is at least the
-    exponent's mask, as an unsigned one such a negative number at least mask and sign. Two maxima find none the fast way.
+    exponent's mask, as an unsigned one such a negative number at least mask and sign. So two maxima are enough.
     """
     unsigned, signed, exponent, sign = {"F32": (np.uint32, np.int32, 0x7F800000, 0x80000000),
                                         "F16": (np.uint16, np.int16, 0x7C00, 0x8000),
@@ -173,8 +173,8 @@ def _fill(move: Move, row: int, strip: np.ndarray) -> None:
             other = np.empty(place.shape, place.dtype)
             part.checkpoint.read_into(part.name, offset, other)
             if not np.array_equal(_bits(other), _bits(np.ascontiguousarray(place))):
-                raise UserError(f"differs from {filled[region].checkpoint.path}, though both should hold the same of it",
-                                f"{part.checkpoint.path}: {part.name}",
+                raise UserError(f"differs from {filled[region].checkpoint.path}, though both should hold the same of "
+                                "it", f"{part.checkpoint.path}: {part.name}",
                                 "The slices are not of one checkpoint, or it was trained on differently by every rank.")
             continue
         filled[region] = part
@@ -265,8 +265,8 @@ def _convert(move: Move, strip: np.ndarray, account: Account, allow_overflow: bo
         return strip
     made, count = cast(strip, move.dtype, move.target_dtype)
     if count.overflowed and not allow_overflow:
-        raise UserError(f"{count.overflowed} values are too large for {LONG_NAMES[move.target_dtype]} and would become inf",
-                        move.label, "Choose --dtype bfloat16 or float32, or accept it with --allow_overflow.")
+        raise UserError(f"{count.overflowed} values are too large for {LONG_NAMES[move.target_dtype]} and would become "
+                        "inf", move.label, "Choose --dtype bfloat16 or float32, or accept it with --allow_overflow.")
     account.add_cast(move, Count(0, count.values, count.to_zero, count.overflowed))
     return made
 
@@ -301,7 +301,8 @@ def compare(moves: Sequence[Move], results: Dict[int, Checkpoint], advance: Call
                 results[destination.file].read_into(destination.name, offset, found)
                 wrong = np.flatnonzero(found != _bits(block))
                 if wrong.size:
-                    raise _unlike(results[destination.file], destination.name, f"differs at byte {offset + int(wrong[0])}")
+                    raise _unlike(results[destination.file], destination.name,
+                                  f"differs at byte {offset + int(wrong[0])}")
             advance(strip.nbytes)
     return len(seen)
 

@@ -24,6 +24,8 @@ from ..naming import EMBEDDING, HEAD, Weight, hf_to_ms
 from .slices import Slicing
 
 _VERSION = 1
+_WORK_FACTOR = 12
+"""Bytes for each value while it is dequantised: float32s and integers."""
 
 
 def merged(ranks: Sequence[Checkpoint], slicing: Slicing, account: Account, weights: Sequence[Weight]
@@ -51,7 +53,7 @@ def dequantised(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequ
         if weight.ms in schemes:
             scheme = schemes[weight.ms]
             made[weight.ms] = Made(TensorInfo.of(weight.ms, dtype, weight.shape),
-                                   _floats(source, weight.ms, scheme, dtype))
+                                   _floats(source, weight.ms, scheme, dtype), _WORK_FACTOR * weight.shape[1])
             hidden.update(info.name for info in scheme.infos(weight.ms, weight.shape)[1:])
     return View(source, made, frozenset(hidden))
 
