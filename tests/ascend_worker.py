@@ -1,7 +1,7 @@
 """A process of its own for MindFormers, whose context can be set only once: answers requests, one JSON a line.
 
-A request is {"call": "<module>.<function>", "arguments": {...}}; the answer is {"result": ...} or {"error": "<traceback>"}.
-Answers go to the descriptor named on the command line, because MindSpore prints to stdout.
+A request is {"call": "<module>.<function>", "arguments": {...}}; the answer is {"result": ...} or {"error":
+"<traceback>"}. Answers go to the descriptor named on the command line, because MindSpore prints to stdout.
 """
 
 import importlib
@@ -34,7 +34,8 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), str(write_end)], stdin=subprocess.PIPE, stdout=self._errors,
             stderr=self._errors, cwd=folder, pass_fds=(write_end,), text=True,
-            env={**os.environ, "PYTHONPATH": paths, "LOG_MF_PATH": os.path.join(folder, "log"), "GLOG_v": "3", **environ})
+            env={**os.environ, "PYTHONPATH": paths, "LOG_MF_PATH": os.path.join(folder, "log"), "GLOG_v": "3",
+                 **environ})
         os.close(write_end)
         self._answers = os.fdopen(read_end, encoding="utf-8")
 

@@ -16,14 +16,16 @@ from qwen15.checkpoint.tensors import TensorInfo, element_count, itemsize, total
 from qwen15.naming import Dims
 
 LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "I64": "int64"}
-SIDECARS = {"generation_config.json": '{"max_length": 7}\n', "vocab.json": '{"a": 0}\n', "merges.txt": "#version: 0.2\n",
+SIDECARS = {"generation_config.json": '{"max_length": 7}\n', "vocab.json": '{"a": 0}\n',
+            "merges.txt": "#version: 0.2\n",
             "tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}\n'}
 
 Contents = Dict[str, Tuple[str, Tuple[int, ...], bytes]]
 """Tensor name -> (dtype, shape, bytes)."""
 
 
-def dims(hidden: int = 32, intermediate: int = 48, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 8,
+def dims(hidden: int = 32, intermediate: int = 48, layers: int = 2, heads: int = 4, kv_heads: int = 2,
+         head_dim: int = 8,
          vocab: int = 60, tied: bool = False) -> Dims:
     """Sizes of a toy model."""
     return Dims(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied)
@@ -42,7 +44,8 @@ def random_bits(dtype: str, shape: Sequence[int], rng: np.random.Generator) -> b
     return bits.tobytes()
 
 
-def model_contents(sizes: Dims, dtype: str = "BF16", seed: int = 0, dtypes: Optional[Dict[str, str]] = None) -> Contents:
+def model_contents(sizes: Dims, dtype: str = "BF16", seed: int = 0,
+                   dtypes: Optional[Dict[str, str]] = None) -> Contents:
     """Every weight of a model under its Hugging Face name."""
     rng = np.random.default_rng(seed)
     return {w.hf: ((dtypes or {}).get(w.hf, dtype), w.shape, random_bits((dtypes or {}).get(w.hf, dtype), w.shape, rng))
@@ -60,13 +63,16 @@ def write_config(folder: Path, sizes: Dims, **more: object) -> None:
     """The model's config.json."""
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": sizes.hidden_size,
               "intermediate_size": sizes.intermediate_size, "num_hidden_layers": sizes.num_layers,
-              "num_attention_heads": sizes.num_heads, "num_key_value_heads": sizes.num_kv_heads, "head_dim": sizes.head_dim,
-              "vocab_size": sizes.vocab_size, "tie_word_embeddings": sizes.tie_word_embeddings, "torch_dtype": "bfloat16",
+              "num_attention_heads": sizes.num_heads, "num_key_value_heads": sizes.num_kv_heads,
+              "head_dim": sizes.head_dim,
+              "vocab_size": sizes.vocab_size, "tie_word_embeddings": sizes.tie_word_embeddings,
+              "torch_dtype": "bfloat16",
               "rms_norm_eps": 1e-6, "rope_theta": 1e6, **more}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def write_model(folder: Path, sizes: Dims, contents: Optional[Contents] = None, shards: int = 1, **config: object) -> Contents:
+def write_model(folder: Path, sizes: Dims, contents: Optional[Contents] = None, shards: int = 1,
+                **config: object) -> Contents:
     """A Hugging Face folder: weights in so many shards, index, config.json and tokenizer files."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = model_contents(sizes) if contents is None else contents
@@ -90,7 +96,8 @@ def write_model(folder: Path, sizes: Dims, contents: Optional[Contents] = None, 
 def read_contents(path: Path) -> Contents:
     """Everything in a checkpoint, as `Contents`."""
     with open_checkpoint(path) as checkpoint:
-        return {name: (info.dtype, info.shape, checkpoint.read(name).tobytes()) for name, info in checkpoint.infos.items()}
+        return {name: (info.dtype, info.shape, checkpoint.read(name).tobytes()) for name,
+                info in checkpoint.infos.items()}
 
 
 def under_ms_names(contents: Contents) -> Contents:
@@ -112,12 +119,14 @@ def run_script(module_dir: Path, script: str, *arguments: object, **options: obj
 
 
 def write_sparse(folder: Path, sizes: Dims, marked: bool = False) -> None:
-    """A model whose weights are holes in a file: zeros, and no disk taken, but for one number that tells embedding from head.
+    """A model whose weights are holes in a file: zeros, and no disk taken, but for one number that tells embedding from
+    head.
 
     Args:
         folder: to make.
         sizes: of the model; all tensors are bfloat16.
-        marked: random bits at the start and at the end of every tensor, so that one in another's place, or moved, is seen.
+        marked: random bits at the start and at the end of every tensor, so that one in another's place, or moved, is
+            seen.
     """
     folder.mkdir()
     write_config(folder, sizes)
@@ -140,10 +149,12 @@ def write_sparse(folder: Path, sizes: Dims, marked: bool = False) -> None:
 
 def peak_of(module_dir: Path, script: str, *arguments: object) -> int:
     """Run one of the converters, which must succeed, and return the most bytes of memory it had resident."""
-    program = ("import runpy, sys; sys.argv = sys.argv[1:]\n"  # VmHWM, for ru_maxrss would count what we had before exec
+    # VmHWM, for ru_maxrss would count what we had before exec
+    program = ("import runpy, sys; sys.argv = sys.argv[1:]\n"
                "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
                "finally: print('peak', *(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))")
-    done = subprocess.run([sys.executable, "-c", program, str(module_dir / script), *map(str, arguments)], stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, "-c", program, str(module_dir / script), *map(str, arguments)],
+                          stdout=subprocess.PIPE,
                           universal_newlines=True)
     assert done.returncode == 0
     return int(done.stdout.split("peak ")[1]) * 1024

@@ -1,4 +1,5 @@
-"""What the tests of the command line share: a random model with a real tokenizer, run_qwen1_5.py in a process, in a terminal."""
+"""What the tests of the command line share: a random model with a real tokenizer, run_qwen1_5.py in a process, in a
+terminal."""
 
 import fcntl
 import os
@@ -33,7 +34,8 @@ model:
 def make_random(folder, small_model):
     """A random float32 model of two layers with the small model's tokenizer, and its YAML; gives the YAML's path."""
     checkpoint = folder / "random"
-    random_model(checkpoint, vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    random_model(checkpoint, vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                 num_attention_heads=4,
                  num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=2, bos_token_id=1)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(small_model / name, checkpoint)

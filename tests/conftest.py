@@ -23,7 +23,8 @@ DATA = Path(os.environ.get("QWEN15_TEST_DATA", ROOT / "models"))
 sys.path.insert(0, str(MODULE))
 
 
-ALONE = ("test_bench", "test_doctor", "test_interrupts", "test_kernels_selection", "test_launch", "test_machines", "test_startup", "test_tokenizer_speed")
+ALONE = ("test_bench", "test_doctor", "test_interrupts", "test_kernels_selection", "test_launch", "test_machines",
+         "test_startup", "test_tokenizer_speed")
 """Beginnings of the files whose tests measure time, count threads or start several ranks."""
 
 
@@ -59,14 +60,16 @@ def qwen_vocabulary() -> Path:
 
 
 def random_model(folder: Path, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **sizes):
-    """Save a random Qwen2ForCausalLM to `folder` and return it (float32, evaluation mode), its weights rounded to `dtype`.
+    """Save a random Qwen2ForCausalLM to `folder` and return it (float32, evaluation mode), its weights rounded to
+    `dtype`.
 
-    Weights are large enough that logits differ clearly between tokens; norms and biases are random as well, so that a network
-    that drops one gives other results.
+    Weights are large enough that logits differ clearly between tokens; norms and biases are random as well, so that a
+    network that drops one gives other results.
     """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6,
+    config = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
+              "num_attention_heads": 6,
               "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
               "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
     config.update(sizes)

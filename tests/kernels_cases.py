@@ -84,7 +84,8 @@ def flat(inputs: Sequence[object]) -> List[object]:
 
 
 def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *how: int) -> np.ndarray:
-    """Run qwen15_<operator> as MindSpore would; inputs are Stored or int32/float32 arrays. Raises RuntimeError on its complaint.
+    """Run qwen15_<operator> as MindSpore would; inputs are Stored or int32/float32 arrays. Raises RuntimeError on its
+    complaint.
 
     `how` goes to a driver (kernels_driver.cpp): how many threads call at once, and how often each.
     """
@@ -92,7 +93,8 @@ def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *
     output = np.full(output_shape, np.nan, np.float32)
     arrays, names = [], []
     for value in flat(inputs):
-        memory, dtype = (value.memory, value.dtype) if isinstance(value, Stored) else (np.ascontiguousarray(value), str(value.dtype))
+        memory, dtype = (value.memory, value.dtype) if isinstance(value, Stored) else (np.ascontiguousarray(value),
+                                                                                       str(value.dtype))
         arrays.append(memory)
         names.append(dtype.encode())
     arrays.append(output)
@@ -156,7 +158,8 @@ def attention(q: np.ndarray, keys: Stored, values: Stored, query_lens, context_l
 
 
 class Batch:
-    """A ragged batch over a paged cache with scattered blocks: `query_lens` new tokens on top of `cached` ones per sequence."""
+    """A ragged batch over a paged cache with scattered blocks: `query_lens` new tokens on top of `cached` ones per
+    sequence."""
 
     def __init__(self, rng: np.random.Generator, query_lens: Sequence[int], cached: Sequence[int], block_size: int,
                  spare_blocks: int = 3):
@@ -168,9 +171,11 @@ class Batch:
         self.tables = np.full((len(needed), max(needed) + 1), -1, np.int32)
         for b, count in enumerate(needed):
             self.tables[b, :count] = [free.pop() for _ in range(count)]
-        self.positions = np.concatenate([np.arange(c - q, c) for q, c in zip(self.query_lens, self.context_lens)]).astype(np.int32)
+        self.positions = np.concatenate([np.arange(c - q, c) for q,
+                                         c in zip(self.query_lens, self.context_lens)]).astype(np.int32)
         owner = np.repeat(np.arange(len(needed)), self.query_lens)
-        self.slots = (self.tables[owner, self.positions // block_size] * block_size + self.positions % block_size).astype(np.int32)
+        self.slots = (self.tables[owner, self.positions // block_size] * block_size + self.positions %
+                      block_size).astype(np.int32)
 
     @property
     def tokens(self) -> int:
@@ -183,7 +188,8 @@ def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def tolerance(weights: str, cache: str = F32) -> float:
-    """float32 sums of some thousand products; with bfloat16 an activation can round the other way than its twin's does."""
+    """float32 sums of some thousand products; with bfloat16 an activation can round the other way than its twin's
+    does."""
     if weights.startswith("int"):
         weights = F32
     if cache == BF16:

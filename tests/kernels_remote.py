@@ -1,4 +1,5 @@
-"""The kernel library in another process (kernels_driver.cpp): under a sanitizer, or as another machine's code in an emulator."""
+"""The kernel library in another process (kernels_driver.cpp): under a sanitizer, or as another machine's code in an
+emulator."""
 
 import ctypes
 import os
@@ -73,10 +74,12 @@ class RemoteHandle:
     def _read(self, n: int) -> bytes:
         data = self._process.stdout.read(n)
         if len(data) != n:
-            raise AssertionError(f"the driver has ended with {self._process.wait(timeout=60)}; what it found is on stderr")
+            raise AssertionError(f"the driver has ended with {self._process.wait(timeout=60)}; what it found is on "
+                                 f"stderr")
         return data
 
-    def _operator(self, name: str, n, params, ndims, shapes, dtypes, _stream, _extra, callers: int = 1, repeats: int = 1) -> int:
+    def _operator(self, name: str, n, params, ndims, shapes, dtypes, _stream, _extra, callers: int = 1,
+                  repeats: int = 1) -> int:
         arguments: List[object] = [callers, repeats]
         for i in range(n):
             dims = (ctypes.c_int64 * max(1, ndims[i])).from_address(shapes[i])[:ndims[i]]

@@ -31,13 +31,15 @@ class Launch:
         self.folder = Path(folder)
         self._mark = f"QWEN15_TEST_LAUNCH={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
-        changed = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"], name: value, **environ}
+        changed = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"], name: value,
+                   **environ}
         self._errors = self.folder / f"stderr-{value}"
         environ = {key: text for key, text in changed.items() if text is not None}
         words = [word if isinstance(word, bytes) else str(word) for word in arguments]
         with open(self._errors, "wb") as errors:
             # Tests that run under nohup would hand down that SIGHUP is ignored, which the launcher rightly respects.
-            self.popen = subprocess.Popen([*prefix, "bash", str(LAUNCHER), *words], cwd=folder, stdin=stdin, env=environ,
+            self.popen = subprocess.Popen([*prefix, "bash", str(LAUNCHER), *words], cwd=folder, stdin=stdin,
+                                          env=environ,
                                           preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
                                           stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         self.out = b""

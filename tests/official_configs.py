@@ -1,7 +1,9 @@
-"""config.json and generation_config.json values of the published dense Qwen models, which YAML files are held against."""
+"""config.json and generation_config.json values of the published dense Qwen models, which YAML files are held
+against."""
 
 
-def config(hidden, intermediate, layers, heads, kv_heads, vocab, *, theta=1e6, eps=1e-6, tied=False, eos=151643, longest=32768, **more):
+def config(hidden, intermediate, layers, heads, kv_heads, vocab, *, theta=1e6, eps=1e-6, tied=False, eos=151643,
+           longest=32768, **more):
     """A config.json of the Qwen2ForCausalLM architecture."""
     return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": hidden,
             "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -34,11 +36,14 @@ OTHERS = {
     "Qwen2-7B": config(3584, 18944, 28, 28, 4, 152064, longest=131072, sliding_window=131072),
     "Qwen2-72B": config(8192, 29568, 80, 64, 8, 152064, longest=131072, eps=1e-5, sliding_window=131072),
     "Qwen2.5-0.5B-Instruct": config(896, 4864, 24, 14, 2, 151936, tied=True, eos=151645),
-    "Qwen2.5-1.5B": config(1536, 8960, 28, 12, 2, 151936, tied=True, longest=131072, sliding_window=131072, use_mrope=False),
+    "Qwen2.5-1.5B": config(1536, 8960, 28, 12, 2, 151936, tied=True, longest=131072, sliding_window=131072,
+                           use_mrope=False),
     "Qwen2.5-3B-Instruct": config(2048, 11008, 36, 16, 2, 151936, tied=True, eos=151645),
     "Qwen2.5-7B-Instruct": config(3584, 18944, 28, 28, 4, 152064, eos=151645),
-    "Qwen2.5-14B": config(5120, 13824, 48, 40, 8, 152064, longest=131072, eps=1e-5, sliding_window=131072, use_mrope=False),
-    "Qwen2.5-32B": config(5120, 27648, 64, 40, 8, 152064, longest=131072, eps=1e-5, sliding_window=None, use_mrope=False),
+    "Qwen2.5-14B": config(5120, 13824, 48, 40, 8, 152064, longest=131072, eps=1e-5, sliding_window=131072,
+                          use_mrope=False),
+    "Qwen2.5-32B": config(5120, 27648, 64, 40, 8, 152064, longest=131072, eps=1e-5, sliding_window=None,
+                          use_mrope=False),
     "Qwen2.5-72B-Instruct": config(8192, 29568, 80, 64, 8, 152064, eos=151645),
 }
 """The same architecture under other names."""

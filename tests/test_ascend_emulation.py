@@ -30,10 +30,13 @@ def test_float32_generates_the_tokens_of_hugging_face(worker, tmp_path, kv_heads
     assert found["same_tokens"]
     assert found["largest_error"] < LIMITS["float32"] * found["logits_scale"]
     assert found["scattered"], "the blocks were in order: nothing is shown about block tables"
-    assert found["account"].startswith(f"weights: loaded {26 if tied else 27} of {26 if tied else 27}, missing 0, unexpected 0")
-    assert {name: found["replaced"][name] for name in ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore",
+    assert found["account"].startswith(f"weights: loaded {26 if tied else 27} of {26 if tied else 27}, missing 0, "
+                                       f"unexpected 0")
+    assert {name: found["replaced"][name] for name in ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache",
+                                                       "FlashAttentionScore",
                                                        "PagedAttention", "SiLU")} == {
-        "RmsNorm": 5, "ApplyRotaryPosEmb": 2, "ReshapeAndCache": 2, "FlashAttentionScore": 2, "PagedAttention": 2, "SiLU": 2}
+        "RmsNorm": 5, "ApplyRotaryPosEmb": 2, "ReshapeAndCache": 2, "FlashAttentionScore": 2, "PagedAttention": 2,
+                                                           "SiLU": 2}
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
@@ -72,7 +75,8 @@ def test_quantised_weights_in_half_precision_stay_within_its_rounding(worker, tm
     assert found["largest_error"] < LIMITS[dtype] * found["logits_scale"]
     told = found["account"].split("; ")[1:]
     assert [line.split(":")[0] for line in told] == [
-        f"embedding and head int8, groups of 32 -> {dtype}", *(["scale float16 -> bfloat16"] if dtype == "bfloat16" else [])]
+        f"embedding and head int8, groups of 32 -> {dtype}",
+        *(["scale float16 -> bfloat16"] if dtype == "bfloat16" else [])]
 
 
 def test_a_conversation_that_keeps_its_cache_is_prefilled_whole(worker, tmp_path):
@@ -82,8 +86,10 @@ def test_a_conversation_that_keeps_its_cache_is_prefilled_whole(worker, tmp_path
 
 @pytest.mark.parametrize("mutation", ("gate_up", "theta", "eps", "q_bias", "k_bias", "v_bias"))
 def test_the_comparison_notices(worker, tmp_path, mutation):
-    """Each fault moves the logits by far more than the limits, also that of bfloat16: agreement above is not an accident."""
-    found = worker.call("ascend_cases.compare", folder=str(tmp_path), kv_heads=2, tied=False, dtype="float32", mutation=mutation,
+    """Each fault moves the logits by far more than the limits, also that of bfloat16: agreement above is not an
+    accident."""
+    found = worker.call("ascend_cases.compare", folder=str(tmp_path), kv_heads=2, tied=False, dtype="float32",
+                        mutation=mutation,
                         generations=1)
     assert found["largest_error"] > 300 * LIMITS["float32"] * found["logits_scale"] or \
         found["largest_error"] > LIMITS["bfloat16"] * found["logits_scale"]
@@ -123,4 +129,5 @@ def test_the_check_for_cards_fails_on_a_wrong_operator(tmp_path):
         worker.close()
     failed = {line.split(" float16")[0].strip() for line in output.splitlines() if "  FAILED" in line}
     assert code == 1
-    assert failed == {"PagedAttention, heads of 64", "PagedAttention, heads of 128", *(f"network, 1 card(s){tied}: decode {turn}" for tied in ("", ", tied") for turn in (1, 2))}
+    assert failed == {"PagedAttention, heads of 64", "PagedAttention, heads of 128",
+                      *(f"network, 1 card(s){tied}: decode {turn}" for tied in ("", ", tied") for turn in (1, 2))}

@@ -1,4 +1,5 @@
-"""The 910B graphs compile up to kernel selection with the fused operators they should have, whole and cut over cards."""
+"""The 910B graphs compile up to kernel selection with the fused operators they should have, whole and cut over
+cards."""
 
 import json
 import re
@@ -57,17 +58,20 @@ def expected_operators(phase: str, ranks: int, vocab_emb_dp: bool, quantised: bo
 
 @pytest.fixture(scope="module")
 def compiled(cards):
-    """(YAML, dtype) -> (configuration, what `ascend_graphs.graphs` found); base and chat are one network, compiled once."""
+    """(YAML, dtype) -> (configuration, what `ascend_graphs.graphs` found); base and chat are one network, compiled
+    once."""
     found = {}
 
     def compiled(yaml_path: str, dtype: str, *more: str, quantised=None):
-        options = [*TWO_LAYERS, *(f"model.model_config.{key}={dtype}" for key in ("compute_dtype", "rotary_dtype", "param_init_type")),
+        options = [*TWO_LAYERS, *(f"model.model_config.{key}={dtype}"
+                                  for key in ("compute_dtype", "rotary_dtype", "param_init_type")),
                    *more]
         config = load_config(yaml_path, options=[*options, "context.device_target=CPU"])
         network = repr((replace(config.model, eos_token_id=()), config.parallel, quantised))
         if network not in found:
             ranks = config.parallel.model_parallel
-            found[network] = cards(ranks).call("ascend_graphs.graphs", yaml_path=yaml_path, options=options, ranks=ranks,
+            found[network] = cards(ranks).call("ascend_graphs.graphs", yaml_path=yaml_path, options=options,
+                                               ranks=ranks,
                                                 quantised=quantised)
         return config, found[network]
     return compiled
@@ -80,7 +84,8 @@ def check_graphs(config, found, quantised: bool = False) -> None:
                                                                config.parallel.vocab_emb_dp, quantised)
         assert found[phase]["norm_dtypes"] == ["FLOAT"], "norms are computed in float32 whatever the dtype of the rest"
         assert found[phase]["output"] == [[-1, config.model.dims.vocab_size]]
-        assert found[phase]["inputs"] == {"tokens": [[-1, -1]], "batch_valid_length": [[-1, -1]], "block_tables": [[-1, -1]],
+        assert found[phase]["inputs"] == {"tokens": [[-1, -1]], "batch_valid_length": [[-1, -1]],
+                                          "block_tables": [[-1, -1]],
                                           "slot_mapping": [[-1]]}
 
 
@@ -101,7 +106,8 @@ def test_shipped_yaml_compiles_for_quantised_weights(compiled, module_dir, name,
 @pytest.mark.parametrize("quantised", ((8, 0), (4, 64)), ids=("A16W8", "A16W4"))
 @pytest.mark.parametrize("ranks", (1, 2, 4, 8))
 @pytest.mark.parametrize("name", QWEN1_5)
-def test_every_yaml_compiles_for_quantised_weights_over_any_number_of_cards(compiled, module_dir, name, ranks, quantised):
+def test_every_yaml_compiles_for_quantised_weights_over_any_number_of_cards(compiled, module_dir, name, ranks,
+                                                                            quantised):
     """Or is refused with the numbers: what heads or groups of 64 do not divide."""
     path = str(module_dir / f"predict_qwen1_5_{name}.yaml")
     more = [f"parallel_config.model_parallel={ranks}", f"use_parallel={ranks > 1}"]
@@ -129,7 +135,8 @@ def test_yaml_of_another_model_compiles(compiled, tmp_path, name, ranks):
 def test_float32_is_refused_by_the_operators_themselves(cards, module_dir):
     """The reason for our own refusal of float32 on Ascend."""
     said = cards(1).call("ascend_graphs.refused", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"),
-                         options=TWO_LAYERS + [f"model.model_config.{key}=float32" for key in ("compute_dtype", "rotary_dtype")])
+                         options=TWO_LAYERS + [f"model.model_config.{key}=float32"
+                                               for key in ("compute_dtype", "rotary_dtype")])
     assert "ApplyRotaryPosEmb" in said and "Float32" in said
 
 
@@ -146,7 +153,8 @@ def test_operator_graphs_of_the_check_compile(cards, dtype, head_dim, count):
 def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp, tied, whole):
     sizes = model.dims(ranks, tied)
     yaml_path = model.save(str(tmp_path), sizes, model.random_weights(sizes), ranks, vocab_emb_dp, "bfloat16", "CPU")
-    found = cards(ranks).call("ascend_graphs.slices", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks, whole=whole,
+    found = cards(ranks).call("ascend_graphs.slices", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks,
+                              whole=whole,
                                options=["model.model_config.param_init_type=float32"])
 
     weights = {weight.ms: weight for weight in naming.weights(sizes)}
@@ -157,7 +165,8 @@ def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp,
     assert set(map(tuple, caches.values())) == {
         (model.NUM_BLOCKS, model.BLOCK_SIZE, sizes.num_kv_heads // ranks, sizes.head_dim)}
 
-    ours = {name: strategy.layout_of(len(weight.shape), weight.axis(ranks, vocab_emb_dp), ranks) for name, weight in weights.items()}
+    ours = {name: strategy.layout_of(len(weight.shape), weight.axis(ranks, vocab_emb_dp), ranks) for name,
+            weight in weights.items()}
     assert found["strategy"] == {name: [list(layout.devices), list(layout.tensor_map)] for name, layout in ours.items()}
 
     for phase in ("prefill", "increment"):
@@ -183,7 +192,8 @@ def test_every_rank_holds_its_slice_of_quantised_weights(cards, tmp_path, ranks,
 
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_two_generations_compile_two_graphs(cards, tmp_path, ranks):
-    """The engine's own calls, whatever their batch and lengths, run the prefill graph and the increment graph and no third."""
+    """The engine's own calls, whatever their batch and lengths, run the prefill graph and the increment graph and no
+    third."""
     sizes = model.dims(ranks)
     yaml_path = model.save(str(tmp_path), sizes, model.random_weights(sizes), ranks)
     found = cards(ranks).call("ascend_graphs.generations", yaml_path=yaml_path, checkpoint=str(tmp_path), ranks=ranks)
@@ -197,6 +207,7 @@ def test_two_generations_compile_two_graphs(cards, tmp_path, ranks):
 def test_the_check_examines_the_cut_network_on_several_cards(cards):
     """Nobody computes here: every comparison fails, and none of them because it could not be made."""
     code, output = cards(2).call("ascend_graphs.report", ranks=2)
-    results = re.findall(r"^  network, 2 card\(s\)(, vocabulary cut)?: (?:prefill|decode) [12] +b?float16 .* FAILED$", output, re.MULTILINE)
+    results = re.findall(r"^  network, 2 card\(s\)(, vocabulary cut)?: (?:prefill|decode) [12] +b?float16 .* FAILED$",
+                         output, re.MULTILINE)
     assert code == 1 and len(results) == 16 and results.count(", vocabulary cut") == 8, output
     assert "0 of 16 comparisons passed, 0 checks could not run" in output

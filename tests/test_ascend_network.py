@@ -1,4 +1,5 @@
-"""The adapter to MindFormers refuses what it cannot run before anything heavy happens, and the check says when there is no card."""
+"""The adapter to MindFormers refuses what it cannot run before anything heavy happens, and the check says when there
+is no card."""
 
 import os
 import re
@@ -21,13 +22,15 @@ from qwen15.network import mindformers
 @pytest.fixture
 def config(module_dir):
     def load(*options):
-        return load_config(str(module_dir / "predict_qwen1_5_14b.yaml"), options=["context.device_target=Ascend", *options])
+        return load_config(str(module_dir / "predict_qwen1_5_14b.yaml"),
+                           options=["context.device_target=Ascend", *options])
     return load
 
 
 @pytest.mark.parametrize("options, key", (
     (["model.model_config.qkv_concat=True"], "qkv_concat"), (["model.model_config.is_dynamic=False"], "is_dynamic"),
-    (["model.model_config.compute_dtype=float32"], "compute_dtype"), (["model.model_config.rotary_dtype=float32"], "rotary_dtype")))
+    (["model.model_config.compute_dtype=float32"], "compute_dtype"),
+    (["model.model_config.rotary_dtype=float32"], "rotary_dtype")))
 def test_what_ascend_cannot_do_is_named_with_its_fix(config, options, key):
     with pytest.raises(UserError) as caught:
         mindformers.check(config(*options).model, "Ascend")
@@ -79,8 +82,10 @@ def complaints(config, monkeypatch):
         raise RuntimeError("Device 9 is not there")
 
     model = config().model
-    attempts = [lambda option=option: mindformers.check(config(f"model.model_config.{option}").model, "Ascend") for option in
-                ("qkv_concat=True", "is_dynamic=False", "use_past=False", "compute_dtype=float32", "rotary_dtype=float32")]
+    attempts = [lambda option=option: mindformers.check(config(f"model.model_config.{option}").model, "Ascend")
+                for option in
+                ("qkv_concat=True", "is_dynamic=False", "use_past=False", "compute_dtype=float32",
+                 "rotary_dtype=float32")]
     attempts += [
         lambda: mindformers.check(replace(model, dims=replace(model.dims, head_dim=64)), "Ascend"),
         lambda: mindformers.check(replace(model, dims=replace(model.dims, head_dim=32, num_heads=160)), "Ascend"),
@@ -141,13 +146,16 @@ def test_every_rank_learns_the_token_of_rank_0(module_dir, tmp_path):
     """In graph mode, as on Ascend, where the same call goes through HCCL."""
     pytest.importorskip("mindspore")
     (tmp_path / "rank.py").write_text(RANK, encoding="utf-8")
-    result = subprocess.run([sys.executable, "-m", "qwen15.launch", f"{sys.executable} {tmp_path / 'rank.py'} {tmp_path}", "2"],
-                            cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(module_dir)})
+    result = subprocess.run([sys.executable, "-m", "qwen15.launch",
+                             f"{sys.executable} {tmp_path / 'rank.py'} {tmp_path}", "2"],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "PYTHONPATH": str(module_dir)})
     assert result.returncode == 0, result.stderr[-2000:]
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["[7, 8, 9]"] * 2
 
 
 def test_check_without_a_card_says_so(module_dir):
-    result = subprocess.run([sys.executable, "-m", "qwen15", "ascend-check"], cwd=module_dir, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-m", "qwen15", "ascend-check"], cwd=module_dir, capture_output=True,
+                            text=True, timeout=60)
     assert result.returncode == 2
     assert "no card" in result.stderr and "Traceback" not in result.stderr and not result.stdout

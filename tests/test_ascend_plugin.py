@@ -9,7 +9,8 @@ from qwen15.naming import Dims
 
 pytest.importorskip("mindformers")
 
-SIZES = Dims(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, vocab_size=151936,
+SIZES = Dims(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16,
+             vocab_size=151936,
              tie_word_embeddings=False)
 PROMPT, LENGTH = "Hello world", 10
 
@@ -24,9 +25,11 @@ def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, t
     worker = Worker(tmp_path, OM_MODULES_CACHE=str(tmp_path / "modules"), **where)
     try:
         found = worker.call(
-            "ascend_plugin.predict", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"), vocabulary=str(qwen_vocabulary),
+            "ascend_plugin.predict", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"),
+            vocabulary=str(qwen_vocabulary),
             checkpoint=checkpoint, prompt=PROMPT, max_length=LENGTH, imported=imported,
-            sizes={"seq_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "n_kv_heads": 2, "intermediate_size": 48,
+            sizes={"seq_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "n_kv_heads": 2,
+                   "intermediate_size": 48,
                    "vocab_size": 151936, "rms_norm_eps": model.RMS_NORM_EPS, "theta": model.THETA})
     finally:
         worker.close()
@@ -36,7 +39,8 @@ def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, t
         ids.append(int(model.logits(SIZES, tensors, ids)[-1].argmax()))
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     assert found["greedy"] == expected
-    # What docs/ascend.md warns of: MindFormers goes on with random weights, is greedy where it should sample, and loses a token.
+    # What docs/ascend.md warns of: MindFormers goes on with random weights, is greedy where it should sample, and loses
+    # a token.
     assert found["only in the YAML"] != expected
     assert found["top_k of the YAML"] == expected
     assert found["end of text"] == expected

@@ -38,7 +38,8 @@ class TestReading:
         assert [e.index for e in entries] == [0, 1, 2] and entries[1].where.endswith("p:3")
 
     def test_json_lines_with_settings_of_their_own(self, tmp_path):
-        lines = [{"prompt": "a", "max_new_tokens": 3, "stop": "x", "id": 7}, {"messages": [{"role": "user", "content": "b"}]},
+        lines = [{"prompt": "a", "max_new_tokens": 3, "stop": "x", "id": 7},
+                 {"messages": [{"role": "user", "content": "b"}]},
                  {"prompt": "c", "do_sample": True, "temperature": 2, "seed": 5, "stop": ["y", "z"], "logprobs": 2}]
         entries = read(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))
         assert entries[0].settings.max_new_tokens == 3 and entries[0].settings.stop == ("x",) and entries[0].name == 7
@@ -68,15 +69,18 @@ class TestReading:
         ('{"prompt": "a", "logprobs": -1}', "logprobs wants"),
         ('{"prompt": "a", "prompt": "b"}', "gives 'prompt' twice"),
         ('{"prompt": "a", "seed": NaN}', "NaN is not JSON"),
-        ('{"prompt": "a", "seed": -Infinity}', "-Infinity is not JSON"), ('{"prompt": "a", "id": 1e999}', "holds 1e999"),
-        ('{"prompt": "a", "id": ' + "7" * 5000 + "}", "a number of 5000 digits"), ('{"prompt": ' + "[" * 99999, "nested"),
+        ('{"prompt": "a", "seed": -Infinity}', "-Infinity is not JSON"),
+        ('{"prompt": "a", "id": 1e999}', "holds 1e999"),
+        ('{"prompt": "a", "id": ' + "7" * 5000 + "}", "a number of 5000 digits"),
+        ('{"prompt": ' + "[" * 99999, "nested"),
         ('{"prompt": 3}', "prompt wants a text"),
         ('{"max_new_tokens": 3}', "neither a prompt nor messages"),
         ('{"prompt": "a", "messages": []}', "both"),
         ('{"messages": []}', "list of role and content"),
         ('{"messages": [{"role": "user"}]}', "message 1"),
         ('{"prompt": "a", "system": "b"}', "Add --chat"),
-        ('[1]', "wants an object"), ('{"prompt": "a"', "is not JSON"), ("plain", "is not JSON"), ("[" * 99999, "nested"),
+        ('[1]', "wants an object"), ('{"prompt": "a"', "is not JSON"), ("plain", "is not JSON"),
+        ("[" * 99999, "nested"),
     ])
     def test_a_line_that_cannot_be_used_is_named(self, tmp_path, line, fragment):
         path = tmp_path / "p.jsonl"
@@ -84,7 +88,8 @@ class TestReading:
             read(path, '{"prompt": "fine"}\n' + line)
         assert fragment in str(caught.value) and f"{path}:2" in str(caught.value)
 
-    @pytest.mark.parametrize("contents, fragment", [(b"", "no prompt"), (b" \n\n", "no prompt"), (b"fine\n\xff", "p:2: is not UTF-8")])
+    @pytest.mark.parametrize("contents, fragment",
+                             [(b"", "no prompt"), (b" \n\n", "no prompt"), (b"fine\n\xff", "p:2: is not UTF-8")])
     def test_a_file_that_cannot_be_used(self, tmp_path, contents, fragment):
         with pytest.raises(UserError, match=fragment):
             read(tmp_path / "p", contents)
@@ -109,7 +114,8 @@ class TestResultFile:
         again.close()
         self.write(path, 1)
         lines = path.read_text().splitlines()
-        assert [json.loads(line)["index"] for line in lines] == [2, 0, 1] and json.loads(lines[0])["text"] == "x\u2028\n"
+        assert [json.loads(line)["index"] for line in lines] == [2, 0,
+                                                                 1] and json.loads(lines[0])["text"] == "x\u2028\n"
 
     def test_the_line_in_which_it_was_killed_is_cut_off(self, tmp_path):
         path = tmp_path / "out"
@@ -125,10 +131,12 @@ class TestResultFile:
     @pytest.mark.parametrize("contents, fragment", [
         ("my notes\n", "1: is not a result"), ("my notes", "1: is not a result"), ('{"a": 1}\n', "1: is not a result"),
         ('{"index": 0, "mine": true', "1: is not a result"), ('{"index": 0', "1: is not a result"),
-        ('{"index": 0, "request": "zz", "text": "', "1: is not a result"), ('{"index": 1e999, "request": "aa"}\n', "1: is not a result"),
+        ('{"index": 0, "request": "zz", "text": "', "1: is not a result"),
+        ('{"index": 1e999, "request": "aa"}\n', "1: is not a result"),
         ('{"index": ' + "1" * 5000 + "}\n", "1: is not a result"), ("[" * 100000 + "\n", "1: is not a result"),
         ('{"index": 0, "request": "aa"}\n{"index": 1, "notes": "', "2: is not a result"),
-        ('{"index": 7, "request": "aa"}\n', "there are 3 prompts"), ('{"index": 1, "request": "aa"}\n', "another prompt 1"),
+        ('{"index": 7, "request": "aa"}\n', "there are 3 prompts"),
+        ('{"index": 1, "request": "aa"}\n', "another prompt 1"),
         ('{"index": 0, "request": "aa"}\n{"index": 0, "request": "aa"}\n', "2: is a second result"),
     ])
     def test_what_is_not_its_own_is_left_as_it_is(self, tmp_path, contents, fragment):
@@ -172,7 +180,8 @@ class TestProgress:
         answer = argparse.Namespace(token_ids=[1] * 10)
         for second in range(1, 101):
             now[0] = float(second)
-            progress.take(batch_progress.Piece(second % 4, "x", answer, Usage(5, 0, 10, 1, 1) if second in (10, 60) else None))
+            progress.take(batch_progress.Piece(second % 4, "x", answer,
+                                               Usage(5, 0, 10, 1, 1) if second in (10, 60) else None))
         return screen.getvalue(), progress.finish()
 
     def test_on_a_terminal_one_line_is_rewritten(self):
@@ -192,7 +201,8 @@ def records(done):
 
 def prompts_file(path, count=24, **settings):
     words = "sea light time water house king story".split()
-    lines = [{"prompt": " ".join(words[(i * j) % 7] for j in range(1 + i % 9)), "max_new_tokens": 3 + i % 13, **settings}
+    lines = [{"prompt": " ".join(words[(i * j) % 7] for j in range(1 + i % 9)), "max_new_tokens": 3 + i % 13,
+              **settings}
              for i in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
@@ -246,14 +256,16 @@ def test_killed_and_continued_it_holds_what_one_run_holds(random_yaml, tmp_path)
 
 
 def test_stdin_stop_strings_and_log_probabilities(random_yaml):
-    plain = records(run("--config", random_yaml, "--predict_file", "-", "--max_new_tokens", 9, "--logprobs", 3, stdin="hello\n"))[0]
+    plain = records(run("--config", random_yaml, "--predict_file", "-", "--max_new_tokens", 9, "--logprobs", 3,
+                        stdin="hello\n"))[0]
     assert len(plain["logprobs"]) == 9 and all(len(step["top"]) == 3 for step in plain["logprobs"])
     for step, token in zip(plain["logprobs"], plain["token_ids"]):
         assert step["token_id"] == token == step["top"][0]["token_id"] and step["logprob"] == pytest.approx(step["top"][0]["logprob"])
         assert step["top"][0]["logprob"] >= step["top"][1]["logprob"]
     middle = len(plain["text"]) // 2
     stop = plain["text"][middle:middle + 3]
-    stopped = records(run("--config", random_yaml, "--predict_file", "-", "--max_new_tokens", 9, "--stop", stop, stdin="hello\n"))[0]
+    stopped = records(run("--config", random_yaml, "--predict_file", "-", "--max_new_tokens", 9, "--stop", stop,
+                          stdin="hello\n"))[0]
     assert stopped["text"] == plain["text"][:plain["text"].index(stop)] and stopped["finish_reason"] == "stop"
     assert stopped["generated_tokens"] < 9
 
@@ -320,7 +332,8 @@ def several(count):
 
 def test_a_prompt_with_several_answers_is_one_object_once_the_last_has_ended():
     out = io.StringIO()
-    results = JsonLines([Entry(0, "p.jsonl:1", "Hi", DEFAULTS)], lambda index, value: write_line(out, index, value), True)
+    results = JsonLines([Entry(0, "p.jsonl:1", "Hi", DEFAULTS)], lambda index, value: write_line(out, index, value),
+                        True)
     for piece in several(3):
         assert out.getvalue() == ""
         results.take(piece)

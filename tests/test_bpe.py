@@ -40,7 +40,8 @@ def applied(parts, pair):
 
 
 def by_merges(text, merges):
-    """BPE as it is defined: among the pairs present, the one that comes first in the merges; all its places, left to right."""
+    """BPE as it is defined: among the pairs present, the one that comes first in the merges; all its places, left to
+    right."""
     parts = list(text)
     rank = {pair: place for place, pair in enumerate(merges)}
     while True:
@@ -70,7 +71,8 @@ def vocabulary(merges):
 
 def canonical(merges):
     vocab = vocabulary(merges)
-    return merges_are_canonical([vocab[a] for a, _ in merges], [vocab[b] for _, b in merges], [vocab[a + b] for a, b in merges],
+    return merges_are_canonical([vocab[a] for a, _ in merges], [vocab[b] for _, b in merges],
+                                [vocab[a + b] for a, b in merges],
                                 len(vocab))
 
 
@@ -129,7 +131,8 @@ def encoder(tmp_path, merges, vocab=None, **options):
 @settings(max_examples=60, deadline=None)
 @given(picks=MERGES, seed=st.integers(0, 10**6), shuffled=st.booleans(), missing=st.booleans())
 def test_every_vocabulary_gives_the_ids_of_its_merges_file(tmp_path_factory, picks, seed, shuffled, missing):
-    """Whatever the order of the ids, whatever the merges, with all bytes or without some: ids as the merges file has them."""
+    """Whatever the order of the ids, whatever the merges, with all bytes or without some: ids as the merges file has
+    them."""
     merges, chance = chosen(picks), random.Random(seed)
     vocab = vocabulary(merges)
     if missing:
@@ -194,7 +197,8 @@ def test_the_whole_engine_is_made_once_the_small_ones_have_cost_as_much(qwen_voc
     assert made.encode("Hello") == ids
 
 
-@pytest.mark.parametrize("damage", [("a b\n", "a b \n"), ("a b\n", "a\tb\n"), ("a b\n", "a b\n\n"), ("a b\n", "a b\r\n"), ("a b\n", " a b\n")])
+@pytest.mark.parametrize("damage", [("a b\n", "a b \n"), ("a b\n", "a\tb\n"), ("a b\n", "a b\n\n"),
+                                    ("a b\n", "a b\r\n"), ("a b\n", " a b\n")])
 def test_blanks_around_a_merge_do_not_matter(tmp_path, damage):
     merges = [("a", "b"), ("ab", "c"), ("Ġ", "ab")]
     made, vocab = encoder(tmp_path, merges)

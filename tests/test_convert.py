@@ -65,19 +65,23 @@ def models(draw):
 
 
 @given(data=st.data(), model=models())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                                                 HealthCheck.too_slow])
 def test_every_way_there_and_back_gives_the_same_bits(tmp_path, data, model):
     sizes, parts = model
     shutil.rmtree(tmp_path, ignore_errors=True)
     names = [weight.hf for weight in naming.weights(sizes)]
-    dtypes = {name: data.draw(st.sampled_from(["F32", "F16", "BF16"])) for name in data.draw(st.sets(st.sampled_from(names), max_size=5))}
-    contents = model_contents(sizes, data.draw(st.sampled_from(["F32", "F16", "BF16"])), data.draw(st.integers(0, 99)), dtypes)
+    dtypes = {name: data.draw(st.sampled_from(["F32", "F16", "BF16"]))
+              for name in data.draw(st.sets(st.sampled_from(names), max_size=5))}
+    contents = model_contents(sizes, data.draw(st.sampled_from(["F32", "F16", "BF16"])), data.draw(st.integers(0, 99)),
+                              dtypes)
     write_model(tmp_path / "hf", sizes, contents, shards=data.draw(st.integers(1, 3)))
     form = data.draw(st.sampled_from(["ckpt", "safetensors", "folder", "ranks"]))
     shard_bytes = data.draw(st.sampled_from([1, 500, 3000, 10 ** 9]))
     if form == "ranks":
         slicing = Slicing(parts, data.draw(st.booleans()))
-        to_mindspore(tmp_path / "hf", tmp_path / "ms", slicing=slicing, form=data.draw(st.sampled_from(["ckpt", "safetensors"])))
+        to_mindspore(tmp_path / "hf", tmp_path / "ms", slicing=slicing,
+                     form=data.draw(st.sampled_from(["ckpt", "safetensors"])))
         there = tmp_path / "ms"
     else:
         there = tmp_path / ("ms" if form == "folder" else f"out/ms.{form}")
@@ -96,7 +100,8 @@ def test_slices_are_the_rows_and_columns_that_the_network_wants(tmp_path, vocab_
     contents = under_ms_names(write_model(tmp_path / "hf", sizes))
     to_mindspore(tmp_path / "hf", tmp_path / "ms", slicing=Slicing(2, vocab_emb_dp))
     ranks = open_ranks(tmp_path / "ms")
-    axes = {"wq.weight": 0, "wq.bias": 0, "wk.weight": 0, "wk.bias": 0, "wv.weight": 0, "wv.bias": 0, "wo.weight": 1, "w1.weight": 0,
+    axes = {"wq.weight": 0, "wq.bias": 0, "wk.weight": 0, "wk.bias": 0, "wv.weight": 0, "wv.bias": 0, "wo.weight": 1,
+            "w1.weight": 0,
             "w3.weight": 0, "w2.weight": 1, "norm.weight": None, "norm_out.weight": None,
             "embedding_weight": None if vocab_emb_dp else 0, "lm_head.weight": None if vocab_emb_dp else 0}
     for name, entry in contents.items():
@@ -125,7 +130,8 @@ def test_a_bin_checkpoint_is_a_source_like_any_other(tmp_path):
     sizes = dims()
     contents = model_contents(sizes)
     write_config_folder(tmp_path / "hf", sizes)
-    state = {name: torch.frombuffer(bytearray(data), dtype=torch.bfloat16).reshape(shape) for name, (_, shape, data) in contents.items()}
+    state = {name: torch.frombuffer(bytearray(data), dtype=torch.bfloat16).reshape(shape) for name,
+             (_, shape, data) in contents.items()}
     names = list(state)
     torch.save({name: state[name] for name in names[:9]}, tmp_path / "hf" / "pytorch_model-00001-of-00002.bin")
     torch.save({name: state[name] for name in names[9:]}, tmp_path / "hf" / "pytorch_model-00002-of-00002.bin")
@@ -167,7 +173,8 @@ def test_transformers_loads_the_way_back_without_a_word_and_says_the_same(tmp_pa
             caplog.clear()
             model, account = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / folder, dtype="auto",
                                                                                 output_loading_info=True)
-        assert not any(account.values()) and not [r for r in caplog.records if r.levelname != "INFO"], (folder, account, caplog.text)
+        assert not any(account.values()) and not [r for r in caplog.records if r.levelname != "INFO"], (folder, account,
+                                                                                                        caplog.text)
         assert model.dtype == getattr(torch, dtype)
         said.append(model.generate(tokens, max_new_tokens=12, do_sample=False).tolist())
     assert said[0] == said[1] == said[2]
@@ -183,7 +190,8 @@ def test_casts_are_those_of_torch(tmp_path, old, new):
     contents = model_contents(sizes, old)
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     write_model(tmp_path / "hf", sizes, contents)
-    result = to_mindspore(tmp_path / "hf", tmp_path / "out" / "x.safetensors", dtype=new) if new != "float16" or old == "F16" else \
+    result = to_mindspore(tmp_path / "hf", tmp_path / "out" / "x.safetensors",
+                          dtype=new) if new != "float16" or old == "F16" else \
         run_allowing_overflow(tmp_path / "hf", tmp_path / "out" / "x.safetensors", new)
     found = read_contents(tmp_path / "out" / "x.safetensors")
     zeros = overflows = 0
@@ -233,7 +241,8 @@ def test_overflow_stops_the_conversion_unless_it_is_allowed(tmp_path, module_dir
     values[4, 4] = 1e-9
     contents[name] = ("F32", values.shape, values.tobytes())
     write_model(tmp_path / "hf", sizes, contents)
-    flags = ("--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "o" / "x.ckpt", "--dtype", "float16")
+    flags = ("--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "o" / "x.ckpt", "--dtype",
+             "float16")
     done = run_script(module_dir, "convert_weight.py", *flags)
     assert done.returncode == 2 and name in done.stderr and "1 values are too large" in done.stderr and "--allow_overflow" in done.stderr
     assert os.listdir(tmp_path / "o") == []
@@ -249,7 +258,8 @@ def test_nan_and_infinity_are_told_and_carried_over(tmp_path, module_dir):
         array[-len(bits):] = bits
         contents[name] = ("BF16", contents[name][1], array.tobytes())
     write_model(tmp_path / "hf", sizes, contents)
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "o.ckpt",
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "o.ckpt",
                       "--verify")
     assert done.returncode == 0
     assert "model.norm.weight holds 1 NaN and 1 infinite values" in done.stderr and "lm_head.weight holds 1 NaN and 0" in done.stderr
@@ -275,7 +285,8 @@ def with_entry(name, shape=(3,)):
     (with_entry("model.layers.0.mlp.up_proj.qweight"), {}, ["qweight", "of a quantised model"]),
     (with_entry("visual.proj"), {}, ["visual.proj is no weight"]),
     (None, {"hidden_size": 40}, ["model.embed_tokens.weight has shape [60, 32], ", "makes it [60, 40]", "more)"]),
-    (None, {"tie_word_embeddings": True}, ["lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings false"]),
+    (None, {"tie_word_embeddings": True}, ["lm_head.weight differs from model.embed_tokens.weight",
+                                           "tie_word_embeddings false"]),
     (None, {"num_hidden_layers": 3}, ["model.layers.2.", "are missing"]),
     (None, {"model_type": "qwen2_moe"}, ["qwen2_moe"]),
 ])
@@ -318,7 +329,8 @@ def test_float64_and_integer_weights_are_refused(tmp_path):
 
 def test_ranks_that_do_not_divide_are_refused_with_the_arithmetic(tmp_path, module_dir):
     write_model(tmp_path / "hf", dims())
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "o",
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "o",
                       "--model_parallel", 4)
     assert done.returncode == 2 and "n_kv_heads 2 is not divisible by model_parallel 4" in done.stderr and "1, 2 ranks" in done.stderr
 
@@ -343,15 +355,19 @@ def test_caches_optimizer_states_and_counters_are_left_out_and_named(tmp_path, m
     contents = write_model(tmp_path / "hf", dims())
     to_mindspore(tmp_path / "hf", tmp_path / "ms.ckpt")
     loaded = mindspore.load_checkpoint(str(tmp_path / "ms.ckpt"))
-    extra = {"model.layers.0.attention.infer_attention.paged_attention_mgr.key_cache": mindspore.Tensor(np.zeros((2, 4), np.float16)),
+    extra = {"model.layers.0.attention.infer_attention.paged_attention_mgr.key_cache": mindspore.Tensor(np.zeros((2, 4),
+                                                                                                                 np.float16)),
              "adam_m.model.norm_out.weight": mindspore.Tensor(np.zeros(32, np.float32)),
              "global_step": mindspore.Tensor(np.zeros(1, np.int32))}
     mindspore.save_checkpoint([{"name": name, "data": value} for name, value in {**loaded, **extra}.items()],
-                              str(tmp_path / "trained.ckpt"), crc_check=True, append_dict={"epoch_num": 2, "remark": "text"})
-    done = run_script(module_dir, "convert_reversed.py", "--mindspore_ckpt_path", tmp_path / "trained.ckpt", "--torch_ckpt_path",
+                              str(tmp_path / "trained.ckpt"), crc_check=True,
+                              append_dict={"epoch_num": 2, "remark": "text"})
+    done = run_script(module_dir, "convert_reversed.py", "--mindspore_ckpt_path", tmp_path / "trained.ckpt",
+                      "--torch_ckpt_path",
                       tmp_path / "back")
     assert done.returncode == 0, done.stderr
-    for said in ("1 KV cache (model.layers.0.attention.infer", "1 optimizer state (adam_m", "2 training counters (", "remark"):
+    for said in ("1 KV cache (model.layers.0.attention.infer", "1 optimizer state (adam_m", "2 training counters (",
+                 "remark"):
         assert said in done.stderr
     assert read_contents(tmp_path / "back") == contents
     assert done.stdout.strip() == str(tmp_path / "back")
@@ -363,7 +379,8 @@ def test_a_damaged_byte_in_a_checkpoint_with_a_checksum_stops_the_way_back(tmp_p
     to_mindspore(tmp_path / "hf", tmp_path / "ms.ckpt")
     loaded = mindspore.load_checkpoint(str(tmp_path / "ms.ckpt"))
     path = tmp_path / "crc.ckpt"
-    mindspore.save_checkpoint([{"name": name, "data": value} for name, value in loaded.items()], str(path), crc_check=True)
+    mindspore.save_checkpoint([{"name": name, "data": value} for name, value in loaded.items()], str(path),
+                              crc_check=True)
     os.chmod(path, 0o644)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
@@ -404,7 +421,8 @@ def test_replicas_that_differ_between_ranks_are_refused(tmp_path):
 def test_the_result_has_what_predicting_needs_and_the_yaml_lines_point_at_it(tmp_path, module_dir):
     yaml = pytest.importorskip("yaml")
     write_model(tmp_path / "hf", dims(), shards=2)
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "o" / "x.ckpt")
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "o" / "x.ckpt")
     assert done.returncode == 0 and "27 tensors" in done.stderr
     lines = yaml.safe_load(done.stdout)
     assert lines["load_checkpoint"] == str(tmp_path / "o" / "x.ckpt") and lines["auto_trans_ckpt"] is False
@@ -413,7 +431,8 @@ def test_the_result_has_what_predicting_needs_and_the_yaml_lines_point_at_it(tmp
                                                "merges_file": str(tmp_path / "o" / "merges.txt")}
     for name, text in SIDECARS.items():
         assert (tmp_path / "o" / name).read_text() == text
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "r",
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "r",
                       "--model_parallel", 2, "--vocab_emb_dp", "False")
     lines = yaml.safe_load(done.stdout)
     assert lines["use_parallel"] is True and lines["parallel_config"]["model_parallel"] == 2
@@ -423,10 +442,12 @@ def test_the_result_has_what_predicting_needs_and_the_yaml_lines_point_at_it(tmp
 def test_a_dry_run_names_every_tensor_and_writes_nothing(tmp_path, module_dir):
     contents = write_model(tmp_path / "hf", dims())
     nbytes = sum(len(data) for _, _, data in contents.values())
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "o",
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "o",
                       "--model_parallel", 2, "--dtype", "float32", "--dry_run")
     assert done.returncode == 0 and os.listdir(tmp_path) == ["hf"]
-    assert ("model.layers.1.self_attn.o_proj.weight  ->  model.layers.1.attention.wo.weight  BF16 -> F32 [32, 32]  as 2 x [32, 16]  "
+    assert ("model.layers.1.self_attn.o_proj.weight  ->  model.layers.1.attention.wo.weight  BF16 -> F32 [32, 32]  as "
+            "2 x [32, 16]  "
             "2.05 kB") in done.stdout
     assert done.stdout.count("  ->  ") == 27 and f"27 tensors; reads {nbytes / 1000:.2f} kB, writes" in done.stdout and "of memory" in done.stdout
 
@@ -477,7 +498,8 @@ def test_another_models_configuration_beside_the_result_is_not_replaced(tmp_path
     to_mindspore(tmp_path / "a", tmp_path / "o" / "a2.ckpt")
 
 
-@pytest.mark.parametrize("text, nbytes", [("4GB", 4 * 10 ** 9), ("2GiB", 2 ** 31), ("500 mb", 5 * 10 ** 8), ("17", 17), ("1.5kb", 1500)])
+@pytest.mark.parametrize("text, nbytes", [("4GB", 4 * 10 ** 9), ("2GiB", 2 ** 31), ("500 mb", 5 * 10 ** 8), ("17", 17),
+                                          ("1.5kb", 1500)])
 def test_sizes_are_read_as_people_write_them(text, nbytes):
     assert parse_size(text) == nbytes
 

@@ -151,7 +151,8 @@ def test_killed_by_a_signal_there_is_no_result_or_a_whole_one(tmp_path, module_d
     sizes = dims(hidden=512, intermediate=2048, layers=4, vocab=8000)
     contents = write_model(tmp_path / "hf", sizes, model_contents(sizes), shards=3)
     target = target_of(form, tmp_path)
-    flags = {"file": [], "shards": ["--max_shard_size", "4MB"], "ranks": ["--model_parallel", "2", "--vocab_emb_dp", "False"]}[form]
+    flags = {"file": [], "shards": ["--max_shard_size", "4MB"],
+             "ranks": ["--model_parallel", "2", "--vocab_emb_dp", "False"]}[form]
     command = [sys.executable, str(module_dir / "convert_weight.py"), "--torch_ckpt_dir", str(tmp_path / "hf"),
                "--mindspore_ckpt_path", str(target), *flags]
     rng = random.Random(1)
@@ -232,14 +233,16 @@ def test_work_on_files_that_are_written_together_is_taken_up_inside_of_them(tmp_
         with pytest.raises(KeyboardInterrupt):
             run(plan(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(running, "transfer", lambda moves, *rest: (moved.extend(move.label for move in moves), original(moves, *rest)))
+    monkeypatch.setattr(running, "transfer", lambda moves,
+                        *rest: (moved.extend(move.label for move in moves), original(moves, *rest)))
     again = plan(tmp_path / "out")
     result = run(again, verify=True)
     assert moved == [move.label for move in again.moves]  # every tensor once
     assert result.resumed == 0 and 5000 < result.resumed_bytes < again.read_bytes
     monkeypatch.undo()
     run(plan(tmp_path / "undisturbed"))
-    names = sorted(os.path.relpath(os.path.join(root, name), tmp_path / "out") for root, _, names in os.walk(tmp_path / "out")
+    names = sorted(os.path.relpath(os.path.join(root, name), tmp_path / "out") for root, _,
+                   names in os.walk(tmp_path / "out")
                    for name in names)
     assert len(names) >= 6 and not any(name.startswith(".") for name in names)
     for name in names:
@@ -259,9 +262,11 @@ def test_killed_while_it_writes_slices_it_goes_on_from_the_last_record(tmp_path,
     program = ("import runpy, sys, time; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
                "from qwen15.conversion import run as running; running.RECORD_EVERY_BYTES = 4 * 10 ** 6\n"
                "begin = running.Record.begin\n"
-               "running.Record.begin = lambda *rest: (begin(*rest), time.sleep(0.05))\n"  # so that the signal comes between two
+               # So that the signal comes between two
+               "running.Record.begin = lambda *rest: (begin(*rest), time.sleep(0.05))\n"
                "runpy.run_path(sys.argv[0], run_name='__main__')")
-    command = [sys.executable, "-c", program, str(module_dir / script), *flags, "--model_parallel", "2", "--vocab_emb_dp", "False"]
+    command = [sys.executable, "-c", program, str(module_dir / script), *flags, "--model_parallel", "2",
+               "--vocab_emb_dp", "False"]
     kills, before = 0, -1
     while kills < 3:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -273,7 +278,8 @@ def test_killed_while_it_writes_slices_it_goes_on_from_the_last_record(tmp_path,
         assert moves_of(record) > before  # every run gets further
         before = moves_of(record)
         kills += 1
-    done = subprocess.run(command + ["--verify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    done = subprocess.run(command + ["--verify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True)
     assert done.returncode == 0 and "were done by an interrupted run, 0 of 2 files whole" in done.stderr, done.stderr
     assert contents_of("ranks", target, sizes) == contents
 
@@ -290,7 +296,8 @@ def test_an_interruption_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatc
     write_model(tmp_path / "hf", dims())
     monkeypatch.syspath_prepend(str(module_dir))
     import convert_weight
-    flags = ["--torch_ckpt_dir", str(tmp_path / "hf"), "--mindspore_ckpt_path", str(tmp_path / "ms"), "--max_shard_size", "6kB"]
+    flags = ["--torch_ckpt_dir", str(tmp_path / "hf"), "--mindspore_ckpt_path", str(tmp_path / "ms"),
+             "--max_shard_size", "6kB"]
     with monkeypatch.context() as patched:
         patched.setattr(running, "transfer", interrupt_after(running.transfer, 2))
         with pytest.raises(KeyboardInterrupt):
@@ -392,7 +399,8 @@ def test_a_disk_that_fills_up_on_the_way_leaves_no_result(tmp_path, small_disk, 
 def test_a_limit_on_file_sizes_is_told_and_leaves_nothing(tmp_path, module_dir):
     sizes = dims(vocab=5000)
     write_model(tmp_path / "hf", sizes, model_contents(sizes))
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "o" / "x.ckpt",
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "o" / "x.ckpt",
                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)))
     assert done.returncode == 1 and "File too large" in done.stderr and "ulimit -f" in done.stderr and "Traceback" not in done.stderr
     assert os.listdir(tmp_path / "o") == []
@@ -402,7 +410,8 @@ def test_a_target_that_cannot_be_written_is_told(tmp_path, small_disk, module_di
     write_model(tmp_path / "hf", dims())
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for target in ("x.ckpt", "folder", "a/b/x.safetensors"):
-        done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", small_disk / target)
+        done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                          small_disk / target)
         assert done.returncode == 1 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
         assert done.stderr.count("\n") == 1
 
@@ -411,14 +420,16 @@ def test_a_target_that_cannot_be_written_is_told(tmp_path, small_disk, module_di
 def test_a_target_without_permission_is_told(tmp_path, module_dir):
     write_model(tmp_path / "hf", dims())
     (tmp_path / "closed").mkdir(mode=0o555)
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "closed" / "x.ckpt")
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "closed" / "x.ckpt")
     assert done.returncode == 1 and "Permission denied" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_target_below_a_file_is_told(tmp_path, module_dir):
     write_model(tmp_path / "hf", dims())
     (tmp_path / "file").write_text("")
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "file" / "x.ckpt")
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "file" / "x.ckpt")
     assert done.returncode in (1, 2) and "x.ckpt" in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -463,7 +474,8 @@ def test_two_conversions_to_one_place_do_not_mix(tmp_path, module_dir):
         holder = atomic.atomic_file(str(tmp_path / target)) if "." in target else atomic.AtomicFolder(str(tmp_path / target))
         if "." in target:
             holder.__enter__()
-        done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / target)
+        done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                          tmp_path / target)
         assert done.returncode == 1 and "another conversion is writing this right now" in done.stderr
 
 
@@ -471,7 +483,8 @@ def test_a_link_where_the_scratch_file_goes_is_not_followed(tmp_path, module_dir
     write_model(tmp_path / "hf", dims())
     (tmp_path / "precious").write_text("mine")
     os.symlink(tmp_path / "precious", partial_path(str(tmp_path / "x.ckpt")))
-    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path", tmp_path / "x.ckpt")
+    done = run_script(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", "--mindspore_ckpt_path",
+                      tmp_path / "x.ckpt")
     assert done.returncode == 1 and "Traceback" not in done.stderr and (tmp_path / "precious").read_text() == "mine"
 
 

@@ -1,4 +1,5 @@
-"""Every command in the documents is run, in the order of the pages, by a small model in place of a large one; every link leads somewhere."""
+"""Every command in the documents is run, in the order of the pages, by a small model in place of a large one; every
+link leads somewhere."""
 
 import os
 import re
@@ -71,7 +72,8 @@ def world(tmp_path_factory, qwen_vocabulary):
         elif source.suffix in (".py", ".yaml") or source.name == "qwen15":
             (module / source.name).symlink_to(source)
     model = paths / MODELS[0]
-    write_model(model, SIZES, finite_contents(), shards=2, eos_token_id=151643, bos_token_id=151643, max_position_embeddings=32768)
+    write_model(model, SIZES, finite_contents(), shards=2, eos_token_id=151643, bos_token_id=151643,
+                max_position_embeddings=32768)
     (model / "tokenizer_config.json").unlink()
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(qwen_vocabulary / name, model)
@@ -87,7 +89,8 @@ def world(tmp_path_factory, qwen_vocabulary):
     command.chmod(0o755)
     for target, more in (("your.ckpt", ()), ("transform.ckpt", ()), ("model_dir/model.safetensors", ()),
                          ("slices", ("--model_parallel", "4"))):
-        done = run(folder, f"python convert_weight.py --torch_ckpt_dir /path/hf_model --mindspore_ckpt_path /path/{target} " + " ".join(more))
+        done = run(folder, f"python convert_weight.py --torch_ckpt_dir /path/hf_model --mindspore_ckpt_path "
+                           f"/path/{target} " + " ".join(more))
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -96,8 +99,10 @@ def shrunk(source):
     """A shipped YAML with this test's sizes: short answers, float32, the CPU."""
     config = yaml.safe_load(source.read_text("utf-8"))
     config["model"]["model_config"].update(
-        hidden_size=SIZES.hidden_size, intermediate_size=SIZES.intermediate_size, num_layers=SIZES.num_layers, num_heads=SIZES.num_heads,
-        n_kv_heads=SIZES.num_kv_heads, vocab_size=SIZES.vocab_size, tie_word_embeddings=False, seq_length=128, num_blocks=64,
+        hidden_size=SIZES.hidden_size, intermediate_size=SIZES.intermediate_size, num_layers=SIZES.num_layers,
+        num_heads=SIZES.num_heads,
+        n_kv_heads=SIZES.num_kv_heads, vocab_size=SIZES.vocab_size, tie_word_embeddings=False, seq_length=128,
+        num_blocks=64,
         block_size=16, max_decode_length=48)
     config["context"]["device_target"] = "CPU"
     return yaml.safe_dump(config, allow_unicode=True)
@@ -119,11 +124,15 @@ def run(folder, command):
         if re.search(pattern, command):
             command = command.replace(old, new)
     command = command.replace("/path/", f"{folder}/path/")
-    from_root = re.match(r"python research/|PYTHONPATH=|cd research|qwen15 (predict --load_checkpoint models/|memory --update)", command)
-    env = {**os.environ, "HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "home"), "LOG_MF_PATH": str(folder / "home"),
+    from_root = re.match(r"python research/|PYTHONPATH=|cd research|qwen15 (predict --load_checkpoint models/|memory "
+                         r"--update)", command)
+    env = {**os.environ, "HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "home"),
+           "LOG_MF_PATH": str(folder / "home"),
            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(["bash", "-c", command], cwd=folder / "repo" if from_root else folder / "repo/research/qwen1_5", env=env,
-                          input="你好\n/quit\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
+    return subprocess.run(["bash", "-c", command],
+                          cwd=folder / "repo" if from_root else folder / "repo/research/qwen1_5", env=env,
+                          input="你好\n/quit\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                          errors="replace",
                           timeout=240)
 
 

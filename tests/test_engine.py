@@ -194,7 +194,8 @@ def test_what_can_never_run_is_refused_before_any_work(request_, message):
     assert network.calls == []
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(do_sample=True), SamplingParams(repetition_penalty=1.1)],
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(do_sample=True),
+                                    SamplingParams(repetition_penalty=1.1)],
                          ids=str)
 def test_logits_that_are_not_finite_end_that_request_and_name_the_weight(params):
     class Broken(Recalling):
@@ -286,7 +287,8 @@ def test_interrupt_ends_what_runs_and_what_waits_on_every_rank(after):
     assert all(step.request < 2 for step in seen if step.token is not None)
     assert first.pool.free_blocks == 16
     followed = list(Engine(Second(), limits(), max_batch=2).generate(requests))
-    assert [(s.request, s.token, s.finish_reason) for s in followed] == [(s.request, s.token, s.finish_reason) for s in seen]
+    assert [(s.request, s.token, s.finish_reason) for s in followed] == [(s.request, s.token, s.finish_reason)
+                                                                         for s in seen]
 
 
 def test_an_interrupted_conversation_keeps_its_cache():
@@ -397,7 +399,8 @@ def test_more_requests_run_than_their_longest_results_would_allow():
     """Eight requests that may each take the whole cache: their blocks come as they are needed."""
     network = Recalling(16)
     engine = Engine(network, limits(16))
-    requests = [Request((n + 1,), 60, stop_ids=frozenset(range(VOCABULARY)) - set(expected((n + 1,), 3))) for n in range(8)]
+    requests = [Request((n + 1,), 60, stop_ids=frozenset(range(VOCABULARY)) - set(expected((n + 1,), 3)))
+                for n in range(8)]
     tokens, _ = collect(engine, requests)
     assert [t[:3] for t in tokens] == [expected((n + 1,), 3) for n in range(8)]
     assert max(len(lens) for lens, _ in network.calls) == 8
@@ -406,7 +409,8 @@ def test_more_requests_run_than_their_longest_results_would_allow():
 def test_when_blocks_run_out_the_youngest_goes_back_and_nothing_is_lost():
     network = Recalling(8)
     engine = Engine(network, limits(8))
-    requests = [Request((n + 1,), 30, params=SamplingParams(do_sample=True, top_k=3, temperature=9.0, seed=n)) for n in range(3)]
+    requests = [Request((n + 1,), 30, params=SamplingParams(do_sample=True, top_k=3, temperature=9.0, seed=n))
+                for n in range(3)]
     tokens, ends = collect(engine, requests)
     assert engine.scheduler.put_back >= 2
     assert list(ends) == [0, 1, 2]  # the oldest ends first
@@ -551,7 +555,8 @@ def test_starts_and_cancels_reach_every_rank_with_the_tokens():
         before = wire.calls
         steps += first.step()
         assert wire.calls == before + 1  # nothing to say: no collective but the tokens'
-        two = first.add(Request((2, 3, 4, 5), 30, params=SamplingParams(repetition_penalty=1.5, logit_bias=((7, -np.inf),))))
+        two = first.add(Request((2, 3, 4, 5), 30,
+                                params=SamplingParams(repetition_penalty=1.5, logit_bias=((7, -np.inf),))))
         steps += first.step() + first.step()
         first.cancel(one)
         steps += drain(first)
@@ -607,7 +612,8 @@ class Busy:
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(6, 14), st.booleans(), st.sampled_from([None, 1, 3]),
        st.lists(st.sampled_from(["add", "add", "step", "step", "step", "cancel"]), max_size=40))
-def test_whatever_the_schedule_every_token_equals_the_single_run_and_no_block_is_lost(data, num_blocks, cached, batch, acts):
+def test_whatever_the_schedule_every_token_equals_the_single_run_and_no_block_is_lost(data, num_blocks, cached, batch,
+                                                                                      acts):
     busy = Busy(data, num_blocks, cached, batch)
     for act in acts:
         getattr(busy, act)()
@@ -627,4 +633,5 @@ def test_whatever_the_schedule_every_token_equals_the_single_run_and_no_block_is
         else:
             assert tokens == whole[:ended]
             assert len(next(s.prompt_logprobs for s in mine if s.prompt_logprobs) if request.prompt_logprobs
-                       and len(request.prompt) > 1 else []) == (len(request.prompt) - 1 if request.prompt_logprobs else 0)
+                       and len(request.prompt) > 1 else []) == (len(request.prompt) - 1 if request.prompt_logprobs
+                                                                else 0)

@@ -44,7 +44,8 @@ def test_an_interrupted_run_ends_with_130(tmp_path, small_model, into_file):
     arguments = ["--config", yaml, "--predict_file", prompts]
     if into_file:
         arguments += ["--output_file", tmp_path / "results.jsonl"]
-    process = subprocess.Popen(command(*arguments), cwd=MODULE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen(command(*arguments), cwd=MODULE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True,
                                env=environment())
     if into_file:
         while not (tmp_path / "results.jsonl").exists() or not (tmp_path / "results.jsonl").stat().st_size:

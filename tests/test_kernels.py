@@ -85,7 +85,8 @@ def test_weights_begin_anywhere_in_a_cache_line_and_nothing_beside_them_counts(k
     norm, eps = weight(rng, cols, dtype, 1.0), np.array([EPS], np.float32)
     for tokens in (1, 2, 4, 8, 11, 20, 70):
         x = rng.standard_normal((tokens, cols)).astype(np.float32)
-        assert relative_error(call("project", (x, placed[0]), (tokens, rows)), linear(x.astype(np.float64), gate)) < 2e-5
+        assert relative_error(call("project", (x, placed[0]), (tokens, rows)),
+                              linear(x.astype(np.float64), gate)) < 2e-5
         normed = rmsnorm(x.astype(np.float64), norm, EPS)
         got = call("gate_up", (x, norm, *placed, eps), (tokens, rows))
         assert relative_error(got, silu(linear(normed, gate)) * linear(normed, up)) < tolerance(dtype)
@@ -106,7 +107,9 @@ def test_gate_up_of_any_width(kernels, dtype, tokens):
     rng = np.random.default_rng(tokens)
     for hidden, inner in ((64, 176), (80, 43), (520, 90)):
         x = rng.standard_normal((tokens, hidden)).astype(np.float32)
-        norm, w1, w3 = weight(rng, hidden, dtype, 1.0), weight(rng, (inner, hidden), dtype), weight(rng, (inner, hidden), dtype)
+        norm, w1, w3 = weight(rng, hidden, dtype, 1.0), weight(rng, (inner, hidden), dtype), weight(rng,
+                                                                                                    (inner, hidden),
+                                                                                                    dtype)
         normed = rmsnorm(x.astype(np.float64), norm, EPS)
         got = call("gate_up", (x, norm, w1, w3, np.array([EPS], np.float32)), (tokens, inner))
         assert relative_error(got, silu(linear(normed, w1)) * linear(normed, w3)) < tolerance(dtype)
@@ -173,7 +176,8 @@ def test_qkv_rotates_and_writes_only_its_slots(kernels, threads, dtype, cache_dt
         for cache, old, wanted in ((keys, before[0], k), (values, before[1], v)):
             flat = cache.values.reshape(-1, kv_heads, dim)
             stored = {F32: 3e-5, F16: 1e-3, BF16: 8e-3}[cache_dtype]
-            assert relative_error(flat[slots[1:]], wanted[1:]) < max(stored, tolerance(dtype)) if batch.tokens > 1 else True
+            assert relative_error(flat[slots[1:]], wanted[1:]) < max(stored,
+                                                                     tolerance(dtype)) if batch.tokens > 1 else True
             untouched = np.setdiff1d(np.arange(flat.shape[0]), slots[1:])
             np.testing.assert_array_equal(cache.memory.reshape(-1, kv_heads, dim)[untouched],
                                           old.reshape(-1, kv_heads, dim)[untouched])
@@ -227,8 +231,10 @@ class StackCase:
         self.table, self.norm, self.head = (weight(rng, (vocab, hidden), dtype, 1.0), weight(rng, hidden, dtype, 1.0),
                                             weight(rng, (vocab, hidden), dtype, 0.1))
         shape = (self.batch.num_blocks, 16, kv_heads, dim)
-        self.layers = [[*qkv_weights(rng, hidden, heads, kv_heads, dim, dtype), weight(rng, (hidden, heads * dim), dtype),
-                        weight(rng, hidden, dtype, 1.0), weight(rng, (inner, hidden), dtype), weight(rng, (inner, hidden), dtype),
+        self.layers = [[*qkv_weights(rng, hidden, heads, kv_heads, dim, dtype),
+                        weight(rng, (hidden, heads * dim), dtype),
+                        weight(rng, hidden, dtype, 1.0), weight(rng, (inner, hidden), dtype),
+                        weight(rng, (inner, hidden), dtype),
                         weight(rng, (hidden, inner), dtype), weight(rng, shape, cache_dtype, 1.0),
                         weight(rng, shape, cache_dtype, 1.0)] for _ in range(layers)]
         self.ids = rng.integers(0, vocab, self.batch.tokens).astype(np.int32)
@@ -239,7 +245,8 @@ class StackCase:
     def inputs(self):
         batch = self.batch
         return (self.ids, batch.positions, batch.slots, batch.query_lens, batch.context_lens, batch.tables,
-                np.array([EPS], np.float32), np.array([self.binding], np.int32), self.cos, self.sin, self.table, self.norm,
+                np.array([EPS], np.float32), np.array([self.binding], np.int32), self.cos, self.sin, self.table,
+                self.norm,
                 self.head, *(p for layer in self.layers for p in layer))
 
     def twin(self):
@@ -251,7 +258,8 @@ class StackCase:
 
 @pytest.mark.parametrize("cache_dtype", (F32, BF16))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lens, cached", (((1,), (9,)), ((1, 1, 1), (0, 20, 33)), ((40, 3, 1), (0, 8, 50)), ((1100, 30), (0, 5))))
+@pytest.mark.parametrize("lens, cached", (((1,), (9,)), ((1, 1, 1), (0, 20, 33)), ((40, 3, 1), (0, 8, 50)),
+                                          ((1100, 30), (0, 5))))
 def test_whole_stack_equals_its_layers(kernels, dtype, cache_dtype, lens, cached):
     case = StackCase(dtype, cache_dtype, lens, cached)
     got = call("decoder", case.inputs, case.logits_shape)
@@ -278,7 +286,8 @@ def test_calls_from_several_threads_while_the_team_changes_size(kernels, lens, c
     resizer.start()
     try:
         with ThreadPoolExecutor(callers) as pool:
-            results = list(pool.map(lambda _: call("decoder", case.inputs, case.logits_shape), range(callers * repeats)))
+            results = list(pool.map(lambda _: call("decoder", case.inputs, case.logits_shape),
+                                    range(callers * repeats)))
     finally:
         done.set()
         resizer.join()

@@ -53,7 +53,8 @@ def test_searches_equal_numpys(fast, name):
 
 @pytest.mark.parametrize("kind", ("random", "ties", "-inf"))
 @pytest.mark.parametrize("size", (5, 257, VOCABULARY))
-@pytest.mark.parametrize("temperature, top_p", ((1.0, 0.8), (0.7, 0.5), (1.5, 0.95), (0.1, 0.01), (3.0, 0.3), (60.0, 0.9)))
+@pytest.mark.parametrize("temperature, top_p",
+                         ((1.0, 0.8), (0.7, 0.5), (1.5, 0.95), (0.1, 0.01), (3.0, 0.3), (60.0, 0.9)))
 def test_nucleus_equals_numpys(fast, kind, size, temperature, top_p):
     row = ROWS[f"{kind} {size}"]
     ours, theirs = fast.nucleus_candidates(row, temperature, top_p), PLAIN.nucleus_candidates(row, temperature, top_p)

@@ -71,12 +71,16 @@ def test_nine_arguments_with_every_worker_here_are_one_machine():
     ((SCRIPT, "2", "9000", "l", "yes", "1"), "JOIN: 'yes' is neither True nor False"),
     ((SCRIPT, "2", "9000", "", "True", "1"), "LOG_DIR: an empty name"),
     ((SCRIPT, "2", "9000", "l", "True", "-1"), "CLUSTER_TIME_OUT: '-1'"),
-    ((SCRIPT, "2", "3", "127.0.0.1", "9000", "0", "l", "True", "1"), "LOCAL_WORKER: '3' is not a whole number from 1 to 2"),
+    ((SCRIPT, "2", "3", "127.0.0.1", "9000", "0", "l", "True", "1"),
+     "LOCAL_WORKER: '3' is not a whole number from 1 to 2"),
     ((SCRIPT, "4", "2", "127.0.0.1", "9000", "2", "l", "True", "1"), "would hold ranks 4 to 5, of 4 (0 to 3)"),
-    ((SCRIPT, "4", "2", "192.0.2.1", "9000", "0", "l", "True", "1"), "192.0.2.1 is no address of this machine, and NODE_RANK is 0"),
-    ((SCRIPT, "4", "2", "no such host", "9000", "1", "l", "True", "1"), "MASTER_ADDR: 'no such host' cannot be resolved"),
+    ((SCRIPT, "4", "2", "192.0.2.1", "9000", "0", "l", "True", "1"),
+     "192.0.2.1 is no address of this machine, and NODE_RANK is 0"),
+    ((SCRIPT, "4", "2", "no such host", "9000", "1", "l", "True", "1"),
+     "MASTER_ADDR: 'no such host' cannot be resolved"),
     (("", "2"), "COMMAND: an empty command"), (("python", "2"), "python is to run nothing"),
-    (("python missing.py", "2"), "missing.py: no such file"), (("missing_program --x", "2"), "'missing_program' is neither"),
+    (("python missing.py", "2"), "missing.py: no such file"),
+    (("missing_program --x", "2"), "'missing_program' is neither"),
     ((f"python {SCRIPT} what's this", "2"), "COMMAND: no closing quotation"),
 ])
 def test_what_cannot_be_is_refused_by_name(arguments, message):
@@ -113,7 +117,8 @@ def test_our_scripts_are_found_from_any_folder(tmp_path, monkeypatch):
     ("a --predict_data 帮助我制定一份去上海的旅游攻略 \\\n--x 1", ["a", "--predict_data", "帮助我制定一份去上海的旅游攻略", "--x", "1"]),
     ("a 'two words' \"it's\" \\\"", ["a", "two words", "it's", '"']),
     ("a '' ''", ["a", "", ""]),
-    ("a $(id) `id` $HOME ~ *.py {1,2} a;b|c>d<e&f #g", ["a", "$(id)", "`id`", "$HOME", "~", "*.py", "{1,2}", "a;b|c>d<e&f", "#g"]),
+    ("a $(id) `id` $HOME ~ *.py {1,2} a;b|c>d<e&f #g",
+     ["a", "$(id)", "`id`", "$HOME", "~", "*.py", "{1,2}", "a;b|c>d<e&f", "#g"]),
     ("a 'keeps\\\nthis' \"joins\\\nthis\"", ["a", "keeps\\\nthis", "joinsthis"]),
     ("a 'line 1\nline 2'", ["a", "line 1\nline 2"]),
     ("a x\u3000y", ["a", "x\u3000y"]),
@@ -123,15 +128,18 @@ def test_a_command_is_split_as_a_shell_splits_it_and_expands_nothing(command, wo
     assert launch.split_command(command) == words
 
 
-@given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=12), min_size=1, max_size=5))
+@given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=12), min_size=1,
+                max_size=5))
 def test_what_is_quoted_comes_back(words):
     import shlex
     assert launch.split_command(" ".join(map(shlex.quote, words))) == words
 
 
 HOSTILE = [
-    "two words", "it's \"quoted\"", "a; touch hacked", "$(touch hacked)", "`touch hacked`", "> hacked", "< /etc/passwd", "a | tee hacked &",
-    "line 1\nline 2\r\n\ttab", "帮助我制定一份去上海的旅游攻略，包括景点、美食", "back\\slash \\n \\", "$HOME ${PATH} ~ *", "!history", "#comment",
+    "two words", "it's \"quoted\"", "a; touch hacked", "$(touch hacked)", "`touch hacked`", "> hacked", "< /etc/passwd",
+    "a | tee hacked &",
+    "line 1\nline 2\r\n\ttab", "帮助我制定一份去上海的旅游攻略，包括景点、美食", "back\\slash \\n \\", "$HOME ${PATH} ~ *", "!history",
+    "#comment",
     "-n --help", "", "emoji 👩‍👩‍👧 \u202eabc", "%s %d {0}", "a\u3000b\u00a0c",
 ]
 
@@ -165,9 +173,11 @@ def test_ranks_get_the_documented_variables_and_keep_the_users(tmp_path):
         seen = json.loads((tmp_path / f"rank_{rank}.json").read_text())
         environ = seen["environ"]
         assert seen["executable"] == sys.executable and seen["folder"] == str(tmp_path)
-        assert {name: environ[name] for name in ("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID", "RANK_ID", "RANK_SIZE", "DEVICE_ID",
+        assert {name: environ[name] for name in ("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID", "RANK_ID", "RANK_SIZE",
+                                                 "DEVICE_ID",
                                                  "MS_SCHED_HOST", "MS_TOPO_TIMEOUT")} == {
-            "MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "MS_NODE_ID": str(rank), "RANK_ID": str(rank), "RANK_SIZE": "2",
+            "MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "MS_NODE_ID": str(rank), "RANK_ID": str(rank),
+                                                     "RANK_SIZE": "2",
             "DEVICE_ID": str(rank), "MS_SCHED_HOST": "127.0.0.1", "MS_TOPO_TIMEOUT": "600"}
         assert int(environ["MS_SCHED_PORT"]) == run.port
         assert environ["HCCL_BUFFSIZE"] == "77" and environ["MS_NODE_TIMEOUT"] == "99"
@@ -205,13 +215,15 @@ def test_each_rank_stays_on_its_cores_and_counts_its_threads_by_them(tmp_path):
     with Launch(worker("echo"), workers, folder=tmp_path, OMP_NUM_THREADS=None, QWEN15_THREADS=None) as run:
         assert run.wait() == 0, run.err
     seen = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(workers)]
-    assert [tuple(rank["cpus"]) for rank in seen] == [tuple(sorted(share)) for share in launch.share_cores(workers, cores)]
+    assert [tuple(rank["cpus"]) for rank in seen] == [tuple(sorted(share))
+                                                      for share in launch.share_cores(workers, cores)]
     for rank in seen:
         assert rank["environ"]["OMP_NUM_THREADS"] == rank["environ"]["QWEN15_THREADS"] == str(len(rank["cpus"]))
 
 
 def test_cores_are_left_alone_when_the_user_says_so(tmp_path):
-    with Launch(worker("echo"), 2, folder=tmp_path, QWEN15_AFFINITY="off", OMP_NUM_THREADS="3", QWEN15_THREADS=None) as run:
+    with Launch(worker("echo"), 2, folder=tmp_path, QWEN15_AFFINITY="off", OMP_NUM_THREADS="3",
+                QWEN15_THREADS=None) as run:
         assert run.wait() == 0, run.err
     seen = json.loads((tmp_path / "rank_1.json").read_text())
     assert seen["cpus"] == sorted(os.sched_getaffinity(0)) and seen["environ"]["OMP_NUM_THREADS"] == "3"
@@ -453,7 +465,8 @@ def test_a_port_that_is_lost_before_the_scheduler_listens_is_another_one(monkeyp
         return dataclasses.replace(scheduler, command=(sys.executable, str(schedulers))), ranks
 
     monkeypatch.setattr(launch, "tasks", with_scheduler)
-    assert launch.main(["-c 'import os, time; time.sleep(2); print(\"port\", os.environ[\"MS_SCHED_PORT\"])'", "1"]) == 0
+    assert launch.main(["-c 'import os, time; time.sleep(2); print(\"port\", os.environ[\"MS_SCHED_PORT\"])'",
+                        "1"]) == 0
     out, err = capfd.readouterr()
     assert "has meanwhile been taken by another program; another one is tried" in err
     assert out.count("port") == 1

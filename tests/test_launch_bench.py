@@ -14,13 +14,15 @@ pytest.importorskip("torch")
 
 
 def bench(folder, *arguments):
-    return subprocess.run([sys.executable, "-m", "qwen15.bench", "parallel", "--no_plot", *map(str, arguments)], cwd=folder,
+    return subprocess.run([sys.executable, "-m", "qwen15.bench", "parallel", "--no_plot", *map(str, arguments)],
+                          cwd=folder,
                           env={**os.environ, "PYTHONPATH": str(MODULE)}, capture_output=True, text=True, timeout=280)
 
 
 def test_one_and_two_workers(small_model, tmp_path):
     make_random(tmp_path, small_model)  # two layers
-    done = bench(tmp_path, "--checkpoint", tmp_path / "random", "--workers", 1, 2, "--prompt", 40, "--new_tokens", 8, "--rounds", 2)
+    done = bench(tmp_path, "--checkpoint", tmp_path / "random", "--workers", 1, 2, "--prompt", 40, "--new_tokens", 8,
+                 "--rounds", 2)
     assert done.returncode == 0, done.stderr
     *table, line = done.stdout.splitlines()
     assert [row.split("|")[1].strip() for row in table if row.startswith("|")] == ["workers", "---", "1", "2"]

@@ -1,4 +1,5 @@
-"""A conversation typed at a terminal with several workers: rank 0 has the terminal, Ctrl-C is an answer's end and not the run's."""
+"""A conversation typed at a terminal with several workers: rank 0 has the terminal, Ctrl-C is an answer's end and not
+the run's."""
 
 import os
 import shlex
@@ -26,10 +27,12 @@ def random_yaml(tmp_path_factory, small_model):
 def start(random_yaml, tmp_path):
     """Starts the launcher with two workers in a terminal of its own."""
     def run(*arguments, shell="exec {}", **environ):
-        command = shlex.join(["python", "run_qwen1_5.py", "--config", str(random_yaml), "--device_target", "CPU", "--use_parallel", "True",
+        command = shlex.join(["python", "run_qwen1_5.py", "--config", str(random_yaml), "--device_target", "CPU",
+                              "--use_parallel", "True",
                               "--auto_trans_ckpt", "True", "--options", "parallel_config.model_parallel=2",
                               "model.model_config.seq_length=4096", "model.model_config.num_blocks=260", *arguments])
-        words = shlex.join(["bash", str(LAUNCHER), command, "2", str(free_port()), str(tmp_path / "logs"), "True", "60"])
+        words = shlex.join(["bash", str(LAUNCHER), command, "2", str(free_port()), str(tmp_path / "logs"), "True",
+                            "60"])
         path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
         return Terminal([shutil.which("bash"), "--norc", "-c", shell.format(words)], PATH=path,
                         XDG_STATE_HOME=str(tmp_path / "state"), **environ)
@@ -38,7 +41,8 @@ def start(random_yaml, tmp_path):
 
 def test_a_conversation_of_two_workers(start, tmp_path):
     terminal = start("--chat")
-    terminal.expect(r"ready in [\d.]+ s\nchat with random, 4096 tokens of context\. /help shows the commands, Ctrl-C .*\n> $")
+    terminal.expect(r"ready in [\d.]+ s\nchat with random, 4096 tokens of context\. /help shows the commands, Ctrl-C "
+                    r".*\n> $")
     terminal.type("Write a very long story about the sea.\n")
     terminal.expect(r"about the sea\.\n.*\w")
     terminal.type("\x03")
@@ -85,7 +89,8 @@ def test_before_rank_0_reads_control_c_ends_all(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim, at", [(0, "prompt"), (1, "prompt"), ("scheduler", "prompt"), (1, "answer"), (0, "answer")])
+@pytest.mark.parametrize("victim, at", [(0, "prompt"), (1, "prompt"), ("scheduler", "prompt"), (1, "answer"),
+                                        (0, "answer")])
 def test_a_process_that_is_lost_is_named_and_the_terminal_is_the_shells_again(victim, at, start, tmp_path):
     terminal = start("--chat", shell="{}; echo code $?; read -p 'again: ' line; echo read $line")
     terminal.expect(r"\n> $")
@@ -153,9 +158,11 @@ def test_a_prompt_on_the_command_line_can_be_interrupted_at_a_terminal(start):
 def test_lines_from_a_pipe_get_the_answers_of_one_process(random_yaml, tmp_path):
     lines = b"Who are you?\n/system Be brief.\nAnd what do you like?\n"
     arguments = ["--config", str(random_yaml), "--device_target", "CPU", "--chat", "--max_new_tokens", "12"]
-    alone = subprocess.run([sys.executable, "run_qwen1_5.py", *arguments], cwd=MODULE, input=lines, capture_output=True, timeout=120)
+    alone = subprocess.run([sys.executable, "run_qwen1_5.py", *arguments], cwd=MODULE, input=lines, capture_output=True,
+                           timeout=120)
     assert alone.returncode == 0 and alone.stdout.strip(), alone.stderr.decode()
-    command = shlex.join(["python", "run_qwen1_5.py", *arguments, "--use_parallel", "True", "--auto_trans_ckpt", "True", "--options",
+    command = shlex.join(["python", "run_qwen1_5.py", *arguments, "--use_parallel", "True", "--auto_trans_ckpt", "True",
+                          "--options",
                           "parallel_config.model_parallel=2"])
     with Launch(command, 2, folder=tmp_path, stdin=subprocess.PIPE) as run:
         run.popen.stdin.write(lines)

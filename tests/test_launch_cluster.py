@@ -12,7 +12,8 @@ pytest.importorskip("mindspore")
 ENDS_WITHIN_S = 10
 
 
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow),
+                                     pytest.param(8, marks=pytest.mark.slow)])
 def test_ranks_join_and_add_up(workers, tmp_path):
     with Launch(worker("add"), workers, folder=tmp_path) as run:
         assert run.wait() == 0, run.err

@@ -1,4 +1,5 @@
-"""Faults of the real program, run_qwen1_5.py with two workers: the culprit is named, the others end, nothing is left."""
+"""Faults of the real program, run_qwen1_5.py with two workers: the culprit is named, the others end, nothing is
+left."""
 
 import os
 import re
@@ -34,8 +35,10 @@ def predict(random_yaml, tmp_path):
     started = []
 
     def start(*arguments, **environ):
-        command = shlex.join(["python", "run_qwen1_5.py", "--config", str(random_yaml), "--device_target", "CPU", "--use_parallel", "True",
-                              "--auto_trans_ckpt", "True", "--predict_data", PROMPT, "--predict_length", "4000", *arguments, "--options",
+        command = shlex.join(["python", "run_qwen1_5.py", "--config", str(random_yaml), "--device_target", "CPU",
+                              "--use_parallel", "True",
+                              "--auto_trans_ckpt", "True", "--predict_data", PROMPT, "--predict_length", "4000",
+                              *arguments, "--options",
                               "parallel_config.model_parallel=2", "model.model_config.seq_length=4096",
                               "model.model_config.num_blocks=260"])
         started.append(Launch(command, 2, folder=tmp_path, **environ))
@@ -47,7 +50,8 @@ def predict(random_yaml, tmp_path):
 
 
 def to_phase(run, phase):
-    """Bring the launch to the start (imports), to loading (the cluster is complete, the network not ready) or to decoding."""
+    """Bring the launch to the start (imports), to loading (the cluster is complete, the network not ready) or to
+    decoding."""
     if phase == "start":
         run.until(lambda run: {SCHEDULER, 0, 1} <= set(run.processes()))
         time.sleep(0.3)
@@ -76,7 +80,8 @@ def slow_but(fast, cases):
 
 
 @pytest.mark.parametrize("victim, phase", slow_but([(1, "decoding"), (SCHEDULER, "loading")],
-                                                   [(victim, phase) for phase in PHASES for victim in (0, 1, SCHEDULER)]))
+                                                   [(victim, phase) for phase in PHASES
+                                                    for victim in (0, 1, SCHEDULER)]))
 def test_a_killed_process(victim, phase, predict):
     run = predict()
     to_phase(run, phase)
@@ -85,7 +90,8 @@ def test_a_killed_process(victim, phase, predict):
     assert "killed by SIGKILL." in assert_ended(run, begin, 137, name_of(victim))
 
 
-@pytest.mark.parametrize("rank, phase", slow_but([(1, "decoding")], [(rank, phase) for phase in PHASES for rank in (0, 1)]))
+@pytest.mark.parametrize("rank, phase", slow_but([(1, "decoding")],
+                                                 [(rank, phase) for phase in PHASES for rank in (0, 1)]))
 def test_an_exception_in_one_rank(rank, phase, predict, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("""import os, signal
 def fail(*_):
@@ -168,7 +174,8 @@ def test_a_stopped_process_is_named_after_the_usual_half_minute(victim, predict)
 def test_slices_of_one_rank_that_are_missing_or_damaged(damage, random_yaml, predict, tmp_path):
     slices = tmp_path / "slices"
     source = random_yaml.parent / "random"
-    subprocess.run([sys.executable, MODULE / "convert_weight.py", "--torch_ckpt_dir", source, "--mindspore_ckpt_path", slices,
+    subprocess.run([sys.executable, MODULE / "convert_weight.py", "--torch_ckpt_dir", source, "--mindspore_ckpt_path",
+                    slices,
                     "--model_parallel", "2"], check=True, capture_output=True)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(source / name, slices)

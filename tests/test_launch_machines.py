@@ -1,4 +1,5 @@
-"""The form with nine arguments between two machines: two network namespaces with an address each. Needs root and iproute2."""
+"""The form with nine arguments between two machines: two network namespaces with an address each. Needs root and
+iproute2."""
 
 import os
 import re
@@ -13,7 +14,8 @@ import pytest
 from launch_runs import SCHEDULER, Launch, worker
 
 pytest.importorskip("mindspore")
-pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"),
+                                reason="network namespaces need root and iproute2")
 PORT = 9118
 ENDS_WITHIN_S = 10
 
@@ -85,7 +87,8 @@ def test_two_machines_add_up_in_any_order_of_starting(first, local, machines, tm
             assert answers[one if first == 0 else two] == f"rank 0 of {2 * local}: sum {total}\n".encode()
             assert answers[two if first == 0 else one] == b""
             other = two if first == 0 else one
-            assert f"rank {2 * local - 1} of {2 * local}: sum {total}" in other.log(f"worker_{2 * local - 1}.log", "logs")
+            assert f"rank {2 * local - 1} of {2 * local}: sum {total}" in other.log(f"worker_{2 * local - 1}.log",
+                                                                                    "logs")
             assert one.processes() == {} == two.processes()
 
 
@@ -117,7 +120,8 @@ def decoding(machines, tmp_path):
     return one, two
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(SCHEDULER, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow),
+                                    pytest.param(SCHEDULER, marks=pytest.mark.slow)])
 def test_what_is_killed_on_one_machine_is_named_on_both_and_ends_both(victim, machines, tmp_path):
     one, two = decoding(machines, tmp_path)
     with one, two:

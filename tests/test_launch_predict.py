@@ -1,4 +1,5 @@
-"""The README's command with 4 workers: 14B's and 72B's YAML, fewer and narrower layers, the real vocabulary; one process's answer."""
+"""The README's command with 4 workers: 14B's and 72B's YAML, fewer and narrower layers, the real vocabulary; one
+process's answer."""
 
 import os
 import shlex
@@ -14,7 +15,8 @@ from launch_runs import Launch
 pytest.importorskip("mindspore")
 pytest.importorskip("torch")
 PROMPT = "帮助我制定一份去上海的旅游攻略"
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
+         "num_key_value_heads": 8}
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +43,26 @@ def small_yaml(size, split_vocab, folder):
 
 def words(config, checkpoint, parallel, whole):
     return ["run_qwen1_5.py", "--config", str(config), "--load_checkpoint", str(checkpoint), "--run_mode", "predict",
-            "--use_parallel", str(parallel), "--predict_data", PROMPT, "--predict_length", "40", "--auto_trans_ckpt", str(whole)]
+            "--use_parallel", str(parallel), "--predict_data", PROMPT, "--predict_length", "40", "--auto_trans_ckpt",
+            str(whole)]
 
 
 @pytest.mark.parametrize("size, split_vocab, whole", [
     ("72b", False, True), pytest.param("14b", True, True, marks=pytest.mark.slow),
-    pytest.param("72b", False, False, marks=pytest.mark.slow), pytest.param("14b", True, False, marks=pytest.mark.slow)])
+    pytest.param("72b", False, False, marks=pytest.mark.slow),
+    pytest.param("14b", True, False, marks=pytest.mark.slow)])
 def test_four_workers_give_the_answer_of_one_process(size, split_vocab, whole, checkpoint, tmp_path):
     config = small_yaml(size, split_vocab, tmp_path)
-    alone = subprocess.run([sys.executable, *words(config, checkpoint, False, True)], cwd=MODULE, capture_output=True, timeout=120)
+    alone = subprocess.run([sys.executable, *words(config, checkpoint, False, True)], cwd=MODULE, capture_output=True,
+                           timeout=120)
     assert alone.returncode == 0, alone.stderr.decode()
     source = checkpoint
     if not whole:
         source = tmp_path / "slices"
-        subprocess.run([sys.executable, MODULE / "convert_weight.py", "--torch_ckpt_dir", checkpoint, "--mindspore_ckpt_path", source,
-                        "--model_parallel", "4", "--vocab_emb_dp", str(not split_vocab)], check=True, capture_output=True)
+        subprocess.run([sys.executable, MODULE / "convert_weight.py", "--torch_ckpt_dir", checkpoint,
+                        "--mindspore_ckpt_path", source,
+                        "--model_parallel", "4", "--vocab_emb_dp", str(not split_vocab)], check=True,
+                       capture_output=True)
         for name in ("vocab.json", "merges.txt"):
             if not os.path.exists(source / name):
                 shutil.copy(checkpoint / name, source)

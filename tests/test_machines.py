@@ -1,4 +1,5 @@
-"""What the launchers of several machines tell each other, over real sockets: failures, losses, strangers, and the secret."""
+"""What the launchers of several machines tell each other, over real sockets: failures, losses, strangers, and the
+secret."""
 
 import contextlib
 import json
@@ -118,9 +119,12 @@ def test_machines_that_do_not_fit_together_are_refused(links):
     assert links.hub.failure is None
 
 
-STRANGE = [b"GET / HTTP/1.1\r\n\r\n", b"\x00\xff\n", b"[]\n", b'{"machine": 3}\n', b'{"machine": {"number": "x"}}\n', b'{"failed": {}}\n',
-           b"[" * 3000 + b"\n", b"[" * 100000 + b"\n", b"x" * (2 ** 18 + 1), b'{"done": true}\n', b'{"machine": ' + b"1" * 4000 + b"}\n"]
-NO_MACHINE = [{"number": 1e999}, {"number": float("nan")}, {"number": -1}, {"number": 1.5}, {"number": True}, {"number": None},
+STRANGE = [b"GET / HTTP/1.1\r\n\r\n", b"\x00\xff\n", b"[]\n", b'{"machine": 3}\n', b'{"machine": {"number": "x"}}\n',
+           b'{"failed": {}}\n',
+           b"[" * 3000 + b"\n", b"[" * 100000 + b"\n", b"x" * (2 ** 18 + 1), b'{"done": true}\n',
+           b'{"machine": ' + b"1" * 4000 + b"}\n"]
+NO_MACHINE = [{"number": 1e999}, {"number": float("nan")}, {"number": -1}, {"number": 1.5}, {"number": True},
+              {"number": None},
               {"number": "1"}, {"number": 10 ** 30}]
 
 
@@ -141,7 +145,8 @@ def test_strangers_do_no_harm(links):
 
 
 def test_a_machine_beyond_the_ranks_is_refused(links):
-    for changes in ({"number": 100, "first": 10 ** 6}, {"number": 2, "first": 2, "count": 2}, {"number": 2, "first": 2, "count": 0}):
+    for changes in ({"number": 100, "first": 10 ** 6}, {"number": 2, "first": 2, "count": 2},
+                    {"number": 2, "first": 2, "count": 0}):
         with links.call() as other:
             assert "among 3 ranks" in hello(other, **changes)["refused"]
 
@@ -173,7 +178,8 @@ def test_a_crowd_of_strangers_keeps_nobody_out_and_closing_stays_quick(links):
 def test_a_crowd_that_takes_all_descriptors_is_survived(links):
     one = Member(machine(1), HERE, links.port)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 41, hard))  # ours and the strangers' in one process
+    # Ours and the strangers' in one process
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 41, hard))
     try:
         crowd = []
         with contextlib.suppress(OSError):
@@ -202,7 +208,8 @@ def test_closing_does_not_wait_for_machines_that_do_not_hang_up(links):
 def test_text_from_elsewhere_is_shown_and_not_obeyed(links):
     with links.call() as other:
         hello(other)
-        other.sendall(json.dumps({"failed": {"where": "rank 1", "what": "\x1b[2Jgone\nerror: forged \u202egnp", "fix": "", "code": 9,
+        other.sendall(json.dumps({"failed": {"where": "rank 1", "what": "\x1b[2Jgone\nerror: forged \u202egnp",
+                                             "fix": "", "code": 9,
                                              "log": "", "lines": ["a\x07" * 600] * 25}}).encode() + b"\n")
         told = failure_of(links.hub)
         assert told.what == r"\x1b[2Jgone\nerror: forged \u202egnp" and told.code == 9
@@ -213,7 +220,8 @@ def test_text_from_elsewhere_is_shown_and_not_obeyed(links):
 def test_an_exit_code_that_is_none_is_a_failure_of_its_own(code, links):
     with links.call() as other:
         hello(other)
-        other.sendall(json.dumps({"failed": {"where": "rank 1", "what": "w", "fix": "", "code": code, "log": "", "lines": []}}).encode() + b"\n")
+        other.sendall(json.dumps({"failed": {"where": "rank 1", "what": "w", "fix": "", "code": code, "log": "",
+                                             "lines": []}}).encode() + b"\n")
         told = failure_of(links.hub)
         assert told.where == "machine 1 (rank 1) at 127.0.0.1" and told.what == "what comes from it is not what a launcher says"
         assert told.code == 1
@@ -226,7 +234,8 @@ SECRET, OTHER = b"a secret of some length", b"another one of some length"
 
 @pytest.mark.parametrize("here, there, refusal", [
     (SECRET, SECRET, None), (SECRET, OTHER, "machine 0 has a secret, and its own is another one"),
-    (SECRET, None, "machine 0 has a secret, and it has none"), (None, SECRET, "it has a secret and machine 0 has none")])
+    (SECRET, None, "machine 0 has a secret, and it has none"),
+    (None, SECRET, "it has a secret and machine 0 has none")])
 def test_launchers_join_that_have_the_same_secret(here, there, refusal):
     port = free_port()
     hub = Hub(machine(0), HERE, port, shared=here)
@@ -277,7 +286,8 @@ def test_the_secret_is_read_from_a_file_or_a_variable(tmp_path):
 
 
 @pytest.mark.parametrize("mode, content, reason", [
-    (0o644, SECRET, "other users may read or change it"), (0o600, b"short", "a secret of 5 characters; at least 16 are wanted"),
+    (0o644, SECRET, "other users may read or change it"),
+    (0o600, b"short", "a secret of 5 characters; at least 16 are wanted"),
     (None, b"", "cannot be read (No such file or directory)")])
 def test_a_secret_that_protects_nothing_is_refused(mode, content, reason, tmp_path):
     path = tmp_path / "launch.secret"

@@ -19,8 +19,10 @@ def run(module_dir):
     def start(*arguments, config=CONFIG, **environment):
         import os
 
-        return subprocess.run([sys.executable, "run_qwen1_5.py", "--config", str(config), "--device_target", "CPU", *map(str, arguments)],
-                              cwd=module_dir, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+        return subprocess.run([sys.executable, "run_qwen1_5.py", "--config", str(config), "--device_target", "CPU",
+                               *map(str, arguments)],
+                              cwd=module_dir, capture_output=True, text=True, timeout=300,
+                              env={**os.environ, **environment})
     return start
 
 
@@ -37,7 +39,8 @@ def error_line(process, code=2):
 def random_folder(tmp_path_factory, small_model):
     """A random model of two layers with the small model's vocabulary and tokenizer files."""
     folder = tmp_path_factory.mktemp("random") / "hf"
-    random_model(folder, vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    random_model(folder, vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                 num_attention_heads=4,
                  num_key_value_heads=2, max_shard_size="8MB", tie_word_embeddings=True, eos_token_id=2, bos_token_id=1)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(small_model / name, folder)
@@ -48,7 +51,8 @@ def random_folder(tmp_path_factory, small_model):
 def random_yaml(tmp_path, random_folder):
     """A YAML that leaves the sizes to the checkpoint."""
     path = tmp_path / "predict.yaml"
-    path.write_text(f"load_checkpoint: '{random_folder}'\nmodel:\n  model_config:\n    seq_length: 256\n    block_size: 16\n"
+    path.write_text(f"load_checkpoint: '{random_folder}'\nmodel:\n  model_config:\n    seq_length: 256\n    "
+                    f"block_size: 16\n"
                     "    num_blocks: 64\n    max_decode_length: 24\n")
     return path
 
@@ -62,12 +66,14 @@ def test_prompt_and_continuation_stream_to_stdout(run, small_model):
 
 def test_jsonl_has_the_continuation_only_and_every_field(run, small_model):
     prompts = ["The capital of France is", "1, 2, 3, 4,"]
-    done = run("--load_checkpoint", small_model, "--predict_data", *prompts, "--max_new_tokens", 3, "--output_format", "jsonl")
+    done = run("--load_checkpoint", small_model, "--predict_data", *prompts, "--max_new_tokens", 3, "--output_format",
+               "jsonl")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["prompt"] for r in records] == prompts
     for record in records:
-        assert set(record) >= {"prompt", "text", "token_ids", "prompt_tokens", "generated_tokens", "finish_reason", "prefill_s", "decode_s"}
+        assert set(record) >= {"prompt", "text", "token_ids", "prompt_tokens", "generated_tokens", "finish_reason",
+                               "prefill_s", "decode_s"}
         assert record["generated_tokens"] == len(record["token_ids"]) == 3 and record["finish_reason"] == "length"
         assert record["prefill_s"] > 0 and record["decode_s"] > 0
     assert records[0]["text"].startswith(" Paris") and records[1]["text"].startswith(" 5")
@@ -80,7 +86,8 @@ def test_converted_checkpoints_give_the_same_text(run, small_model, module_dir, 
     for target in ("one.ckpt", "rank/rank_0/model.safetensors"):
         path = tmp_path / target
         path.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, module_dir / "convert_weight.py", "--torch_ckpt_dir", small_model, "--mindspore_ckpt_path", path],
+        subprocess.run([sys.executable, module_dir / "convert_weight.py", "--torch_ckpt_dir", small_model,
+                        "--mindspore_ckpt_path", path],
                        check=True, capture_output=True)
         load = path if target.endswith(".ckpt") else tmp_path / "rank"
         done = run("--load_checkpoint", load, *arguments)
@@ -152,7 +159,8 @@ class TestMistakes:
         assert f"{random_yaml}:6" in line and "Did you mean num_blocks?" in line
 
     def test_yaml_of_another_size(self, run, small_model):
-        line = error_line(run("--load_checkpoint", small_model, "--predict_data", "a", config="predict_qwen1_5_14b.yaml"))
+        line = error_line(run("--load_checkpoint", small_model, "--predict_data", "a",
+                              config="predict_qwen1_5_14b.yaml"))
         assert "predict_qwen1_5_14b.yaml:" in line and "5120" in line and "576" in line
 
     def test_empty_prompt(self, run, random_yaml):
@@ -206,6 +214,7 @@ class TestMistakes:
         assert run("--predict_data", "a", "--top_k", "many", config=random_yaml).returncode == 2
 
     def test_parallel_yaml_in_one_process(self, run, random_yaml):
-        line = error_line(run("--predict_data", "a", "--use_parallel", "True", "--options", "parallel_config.model_parallel=2",
+        line = error_line(run("--predict_data", "a", "--use_parallel", "True", "--options",
+                              "parallel_config.model_parallel=2",
                               config=random_yaml))
         assert "msrun_launcher.sh" in line

@@ -37,7 +37,8 @@ def hf_probabilities(params: SamplingParams, logits: np.ndarray, prompt=(), made
     if params.no_repeat_ngram_size:
         chain.append(hf.NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
     if params.min_new_tokens:
-        chain.append(hf.MinNewTokensLengthLogitsProcessor(len(prompt), params.min_new_tokens, list(STOP_IDS), device="cpu"))
+        chain.append(hf.MinNewTokensLengthLogitsProcessor(len(prompt), params.min_new_tokens, list(STOP_IDS),
+                                                          device="cpu"))
     if params.temperature != 1.0:
         chain.append(hf.TemperatureLogitsWarper(params.temperature))
     if params.top_k:
@@ -52,13 +53,15 @@ def hf_probabilities(params: SamplingParams, logits: np.ndarray, prompt=(), made
 
 
 CASES = [
-    dict(), dict(temperature=0.7), dict(temperature=1.9, top_k=5), dict(top_p=0.8), dict(top_p=0.01), dict(top_k=20, top_p=0.8),
+    dict(), dict(temperature=0.7), dict(temperature=1.9, top_k=5), dict(top_p=0.8), dict(top_p=0.01),
+    dict(top_k=20, top_p=0.8),
     dict(top_k=1), dict(top_k=5000, top_p=0.5), dict(repetition_penalty=1.3), dict(repetition_penalty=0.8, top_k=7),
     dict(repetition_penalty=1.1, temperature=0.7, top_k=20, top_p=0.8),
     dict(min_p=0.1), dict(min_p=0.02, temperature=1.7), dict(min_p=0.3, top_k=9, top_p=0.9), dict(min_p=1.0),
     dict(no_repeat_ngram_size=1), dict(no_repeat_ngram_size=2), dict(no_repeat_ngram_size=3, top_k=10),
     dict(min_new_tokens=9), dict(min_new_tokens=3), dict(logit_bias=((3, 4.0), (17, -2.5), (40, -30.0))),
-    dict(logit_bias=((3, 2.0),), repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=9, temperature=0.8, top_k=30,
+    dict(logit_bias=((3, 2.0),), repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=9, temperature=0.8,
+         top_k=30,
          top_p=0.95, min_p=0.01),
 ]
 
@@ -143,7 +146,8 @@ class Only:
         self.sets = self.sets[1:]
 
 
-@pytest.mark.parametrize("case", [dict(), dict(do_sample=True), dict(do_sample=True, top_k=5), dict(do_sample=True, top_p=0.4),
+@pytest.mark.parametrize("case", [dict(), dict(do_sample=True), dict(do_sample=True, top_k=5),
+                                  dict(do_sample=True, top_p=0.4),
                                   dict(do_sample=True, min_p=0.9), dict(repetition_penalty=1.5)], ids=str)
 def test_a_constraint_leaves_what_it_allows_and_hears_what_was_chosen(case):
     logits = np.random.default_rng(1).standard_normal(70).astype(np.float32)
@@ -163,15 +167,18 @@ def test_a_constraint_does_not_hide_logits_that_are_not_finite():
 
 
 ANY_PARAMS = st.builds(
-    SamplingParams, do_sample=st.booleans(), temperature=st.floats(0.1, 4), top_k=st.integers(0, 60), top_p=st.floats(0.01, 1),
-    repetition_penalty=st.floats(0.5, 2), seed=st.integers(0, 2 ** 32 - 1), min_p=st.floats(0, 1), presence_penalty=st.floats(-2, 2),
+    SamplingParams, do_sample=st.booleans(), temperature=st.floats(0.1, 4), top_k=st.integers(0, 60),
+    top_p=st.floats(0.01, 1),
+    repetition_penalty=st.floats(0.5, 2), seed=st.integers(0, 2 ** 32 - 1), min_p=st.floats(0, 1),
+    presence_penalty=st.floats(-2, 2),
     frequency_penalty=st.floats(-2, 2), min_new_tokens=st.integers(0, 5), no_repeat_ngram_size=st.integers(0, 3),
     logit_bias=st.sampled_from([(), ((3, 100.0),), ((2, -np.inf), (3, 5.0))]))
 
 
 @settings(max_examples=200, deadline=None)
 @given(ANY_PARAMS, st.integers(0, 2 ** 16), st.integers(4, 60), st.lists(st.integers(0, 3), max_size=6))
-def test_whatever_the_settings_a_choice_is_one_of_the_candidates_and_repeats_with_its_seed(params, seed, vocabulary, prompt):
+def test_whatever_the_settings_a_choice_is_one_of_the_candidates_and_repeats_with_its_seed(params, seed, vocabulary,
+                                                                                           prompt):
     logits = (np.random.default_rng(seed).standard_normal(vocabulary) * 3).astype(np.float32)
     one, other = (Sampler(params, prompt, stop_ids=frozenset({1})) for _ in range(2))
     for count in range(6):
@@ -187,8 +194,10 @@ def test_whatever_the_settings_a_choice_is_one_of_the_candidates_and_repeats_wit
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(do_sample=True), SamplingParams(do_sample=True, top_k=3),
-                                    SamplingParams(do_sample=True, top_p=0.5), SamplingParams(repetition_penalty=1.2)], ids=str)
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(do_sample=True),
+                                    SamplingParams(do_sample=True, top_k=3),
+                                    SamplingParams(do_sample=True, top_p=0.5), SamplingParams(repetition_penalty=1.2)],
+                         ids=str)
 def test_logits_that_are_not_finite_choose_nothing(bad, params):
     logits = np.linspace(0, 1, 50).astype(np.float32)
     logits[17] = bad

@@ -1,4 +1,5 @@
-"""The script that tests the second pair of versions says by name, and by its exit code, when the disk has no room for it."""
+"""The script that tests the second pair of versions says by name, and by its exit code, when the disk has no room for
+it."""
 
 import os
 import subprocess
@@ -9,11 +10,14 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "test_second_stack
 
 def test_a_full_disk_is_named_and_nothing_is_begun(tmp_path):
     df = tmp_path / "df"
-    df.write_text("#!/bin/sh\necho 'Filesystem 1M-blocks Used Available Capacity Mounted on'\necho '/dev/sda1 100000 99000 1000 99% /'\n")
+    df.write_text("#!/bin/sh\necho 'Filesystem 1M-blocks Used Available Capacity Mounted on'\necho '/dev/sda1 100000 "
+                  "99000 1000 99% /'\n")
     df.chmod(0o755)
     venv = tmp_path / "disk" / "venv"
-    done = subprocess.run(["bash", str(SCRIPT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60,
-                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "QWEN15_SECOND_VENV": str(venv)})
+    done = subprocess.run(["bash", str(SCRIPT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=60,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                               "QWEN15_SECOND_VENV": str(venv)})
     assert done.returncode == 77
     assert done.stderr.startswith("skipped: mindspore 2.7.2, mindformers 1.8.0 needs ")
     assert f"{tmp_path} has 1000 MiB" in done.stderr and "QWEN15_SECOND_VENV" in done.stderr

@@ -66,7 +66,8 @@ def test_parts_of_tensors_are_read_along_any_axis(tmp_path, kind):
                 for start, stop in ((0, 1), (1, None), (2, 2), (0, 99)):
                     part = file.read(name, axis, start, stop)
                     expected = whole[(slice(None),) * axis + (slice(start, stop),)]
-                    assert part.flags.c_contiguous and np.array_equal(part.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8))
+                    assert part.flags.c_contiguous and np.array_equal(part.view(np.uint8),
+                                                                      np.ascontiguousarray(expected).view(np.uint8))
 
 
 def test_an_aligned_tensor_is_a_view_of_the_file_and_cannot_alter_it(tmp_path):
@@ -158,7 +159,8 @@ def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, slice_bytes):
     found = mindspore.load_checkpoint(str(tmp_path / "x.ckpt"))
     assert list(found) == list(contents)
     for name, (dtype, shape, data) in contents.items():
-        assert {"BF16": mindspore.bfloat16, "F16": mindspore.float16, "F32": mindspore.float32}[dtype] == found[name].dtype
+        assert {"BF16": mindspore.bfloat16, "F16": mindspore.float16,
+                "F32": mindspore.float32}[dtype] == found[name].dtype
         assert tuple(found[name].shape) == shape and bytes(found[name].get_bytes()) == data
 
 
@@ -170,7 +172,8 @@ def test_what_mindspore_writes_is_read(tmp_path, monkeypatch, crc, slice_kib):
     values = {"a.weight": mindspore.Tensor(np.random.rand(7, 111), mindspore.float32),
               "b": mindspore.Tensor(np.random.rand(5), mindspore.bfloat16), "c": mindspore.Tensor(3, mindspore.int64),
               "d": mindspore.Tensor(np.random.rand(2, 2), mindspore.float16)}
-    mindspore.save_checkpoint([{"name": name, "data": value} for name, value in values.items()], str(tmp_path / "x.ckpt"),
+    mindspore.save_checkpoint([{"name": name, "data": value} for name, value in values.items()],
+                              str(tmp_path / "x.ckpt"),
                               crc_check=crc, append_dict={"epoch_num": 3, "note": "text"})
     with TensorFile(str(tmp_path / "x.ckpt")) as file:
         file.check_contents()
@@ -184,14 +187,16 @@ def test_a_file_is_byte_for_byte_what_mindspore_writes(tmp_path):
     mindspore = pytest.importorskip("mindspore")
     write(tmp_path / "ours.ckpt", {name: entry for name, entry in CONTENTS.items() if name != "empty"})
     loaded = mindspore.load_checkpoint(str(tmp_path / "ours.ckpt"))
-    mindspore.save_checkpoint([{"name": name, "data": value} for name, value in loaded.items()], str(tmp_path / "theirs.ckpt"))
+    mindspore.save_checkpoint([{"name": name, "data": value} for name, value in loaded.items()],
+                              str(tmp_path / "theirs.ckpt"))
     assert (tmp_path / "ours.ckpt").read_bytes() == (tmp_path / "theirs.ckpt").read_bytes()
 
 
 def test_a_flipped_bit_is_found_where_the_file_carries_a_checksum(tmp_path):
     mindspore = pytest.importorskip("mindspore")
     path = tmp_path / "x.ckpt"
-    mindspore.save_checkpoint([{"name": "a", "data": mindspore.Tensor(np.zeros(64, np.float32))}], str(path), crc_check=True)
+    mindspore.save_checkpoint([{"name": "a", "data": mindspore.Tensor(np.zeros(64, np.float32))}], str(path),
+                              crc_check=True)
     os.chmod(path, 0o644)
     content = bytearray(path.read_bytes())
     content[100] ^= 1
@@ -215,7 +220,8 @@ def test_shards_with_and_without_an_index_are_one_checkpoint(tmp_path):
 @pytest.mark.parametrize("damage, said", [
     (lambda d: os.unlink(d / "model-00002-of-00003.safetensors"), "model-00002-of-00003.safetensors is missing"),
     (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json:1"),
-    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'), "'../x.safetensors'"),
+    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+     "'../x.safetensors'"),
     (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "no weight_map"),
     (lambda d: (os.unlink(d / "model.safetensors.index.json"), os.unlink(d / "model-00003-of-00003.safetensors")),
      "model-00003-of-00003.safetensors is missing beside"),
@@ -224,7 +230,8 @@ def test_shards_with_and_without_an_index_are_one_checkpoint(tmp_path):
      "is in copy.safetensors and in model-00001"),
     (lambda d: (d / "transform.ckpt").write_bytes(b"x"), "which one is meant"),
     (lambda d: os.truncate(d / "model-00001-of-00003.safetensors", 1000), "truncated"),
-    (lambda d: (d / "model-00001-of-00003.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    (lambda d: (d / "model-00001-of-00003.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+     "git lfs pull"),
 ])
 def test_a_broken_folder_is_named(tmp_path, damage, said):
     write_model(tmp_path / "m", dims(), shards=3)
@@ -239,7 +246,8 @@ def test_an_index_and_shards_of_two_revisions_are_named(tmp_path):
     path = tmp_path / "m" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     first = next(iter(index["weight_map"]))
-    for change, said in (({first: "model-00002-of-00002.safetensors"}, "should be in"), ({"other": "model-00001-of-00002.safetensors"},
+    for change, said in (({first: "model-00002-of-00002.safetensors"}, "should be in"),
+                         ({"other": "model-00001-of-00002.safetensors"},
                          "does not hold it")):
         path.write_text(json.dumps({"weight_map": {**index["weight_map"], **change}}))
         with pytest.raises(UserError, match=said):
@@ -251,7 +259,8 @@ def test_an_index_and_shards_of_two_revisions_are_named(tmp_path):
 
 
 def test_missing_and_foreign_paths_are_named(tmp_path):
-    for path, said in ((tmp_path / "no", "no such file"), (tmp_path, "it is empty"), (tmp_path / "x.zip", "Known extensions")):
+    for path, said in ((tmp_path / "no", "no such file"), (tmp_path, "it is empty"),
+                       (tmp_path / "x.zip", "Known extensions")):
         if path.suffix:
             path.write_bytes(b"")
         with pytest.raises(UserError, match=said):
@@ -287,15 +296,18 @@ def header(text, data=b""):
 
 @pytest.mark.parametrize("content, said", [
     (b"", "too short"), (b"\xff" * 8, "claims"), (struct.pack("<Q", 2 ** 63) + b"{}", "claims"),
-    (header(b"{"), "not JSON"), (header([]), "list"), (header(b"\xff\xfe{}"), "UTF-8"), (header(b"[" * 200000), "nested"),
-    (header({"a": 1}), "exactly"), (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}, bytes(8)), "needs 4"),
+    (header(b"{"), "not JSON"), (header([]), "list"), (header(b"\xff\xfe{}"), "UTF-8"),
+    (header(b"[" * 200000), "nested"),
+    (header({"a": 1}), "exactly"), (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}, bytes(8)),
+                                    "needs 4"),
     (header({"a": {"dtype": "F32", "shape": [2 ** 62, 8], "data_offsets": [0, 8]}}, bytes(8)), "needs"),
     (header({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "F99"),
     (header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, bytes(4)), "shape"),
     (header({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, bytes(4)), "shape"),
     (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8)), "gap"),
     (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(8)), "after the last"),
-    (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}},
+    (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+             "b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}},
             bytes(6)), "overlaps"),
     (header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
      "twice"),
@@ -348,7 +360,8 @@ def format_entry_ends(content):
     return ends
 
 
-_MUTATION = st.lists(st.tuples(st.integers(0, 10 ** 6), st.integers(0, 255), st.sampled_from(["set", "delete", "insert"])),
+_MUTATION = st.lists(st.tuples(st.integers(0, 10 ** 6), st.integers(0, 255),
+                               st.sampled_from(["set", "delete", "insert"])),
                      min_size=1, max_size=4)
 
 
@@ -390,7 +403,8 @@ def test_files_that_claim_to_be_huge_allocate_nothing(tmp_path):
     claims.write_bytes(struct.pack("<Q", 2 ** 40))
     os.truncate(claims, 2 ** 41)
     deep = tmp_path / "deep.ckpt"
-    deep.write_bytes(b"\x0a" + b"\xff" * 5 + b"\x01" + b"\x12" + b"\xff" * 4 + b"\x01" + b"\x0a" + b"\xff" * 4 + b"\x01")
+    deep.write_bytes(b"\x0a" + b"\xff" * 5 + b"\x01" + b"\x12" + b"\xff" * 4 + b"\x01" + b"\x0a" + b"\xff" * 4 +
+                     b"\x01")
     os.truncate(deep, 2 ** 42)
     bomb = tmp_path / "bomb.bin"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -422,8 +436,10 @@ def test_files_that_claim_to_be_huge_allocate_nothing(tmp_path):
                "for path in sys.argv[1:]:\n"
                "    try: print(sorted(open_checkpoint(path).infos))\n"
                "    except UserError as error: print('refused', error)")
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.dirname(reader.__file__))), "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program, *map(str, (claims, deep, bomb, memo))], stdout=subprocess.PIPE,
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.dirname(reader.__file__))),
+                   "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program, *map(str, (claims, deep, bomb, memo))],
+                          stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -431,8 +447,11 @@ def test_files_that_claim_to_be_huge_allocate_nothing(tmp_path):
 
 
 def test_opening_safetensors_and_bin_and_ckpt_imports_no_framework():
-    program = ("import sys; import qwen15.checkpoint.reader, qwen15.conversion.hugging_face, qwen15.conversion.reslice\n"
-               "print([m for m in ('mindspore', 'torch', 'transformers', 'mindformers', 'safetensors') if m in sys.modules])")
+    program = ("import sys; import qwen15.checkpoint.reader, qwen15.conversion.hugging_face, "
+               "qwen15.conversion.reslice\n"
+               "print([m for m in ('mindspore', 'torch', 'transformers', 'mindformers', 'safetensors') if m in "
+               "sys.modules])")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.dirname(reader.__file__)))}
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, universal_newlines=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, universal_newlines=True,
+                          env=environment, timeout=60)
     assert done.stdout.strip() == "[]"

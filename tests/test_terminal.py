@@ -1,4 +1,5 @@
-"""What reaches a terminal: nothing that a file, a name or an answer holds can move its cursor, rename its window or turn its lines."""
+"""What reaches a terminal: nothing that a file, a name or an answer holds can move its cursor, rename its window or
+turn its lines."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from qwen15 import terminal
 from qwen15.errors import UserError, run_main
 from qwen15.reporting import Reporter
 
-HOSTILE = {"escape": "\x1b]0;owned\x07", "8-bit escape": "\x9b2J", "carriage return": "all is well\rerror", "override": "txt\u202efdp.exe",
-           "isolate": "\u2066x", "line separator": "one\u2028two", "lone surrogate": "\ud800", "delete": "\x7f", "NUL": "a\0b"}
+HOSTILE = {"escape": "\x1b]0;owned\x07", "8-bit escape": "\x9b2J", "carriage return": "all is well\rerror",
+           "override": "txt\u202efdp.exe",
+           "isolate": "\u2066x", "line separator": "one\u2028two", "lone surrogate": "\ud800", "delete": "\x7f",
+           "NUL": "a\0b"}
 
 
 def harmless(text):

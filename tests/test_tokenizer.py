@@ -116,8 +116,10 @@ def test_long_texts_are_cut_where_it_does_not_show(tokenizer, ending, monkeypatc
 
 
 TEXTS = st.lists(st.one_of(
-    st.text(max_size=12), st.sampled_from([*CONTROL_TOKENS, *BLANKS, "'s", "'LL", "\u0301", "\u0338", "👨\u200d👩", "中文", "word", "123"]),
-    st.text(alphabet=BLANKS + "a.1中", max_size=12), st.sampled_from(["<|im_end|", "|>", "<|"])), max_size=12).map("".join)
+    st.text(max_size=12), st.sampled_from([*CONTROL_TOKENS, *BLANKS, "'s", "'LL", "\u0301", "\u0338", "👨\u200d👩", "中文",
+                                           "word", "123"]),
+    st.text(alphabet=BLANKS + "a.1中", max_size=12), st.sampled_from(["<|im_end|", "|>", "<|"])),
+                 max_size=12).map("".join)
 
 
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,7 +129,8 @@ TEXTS = st.lists(st.one_of(
 def test_any_text_has_the_same_ids_everywhere_and_comes_back(tokenizer, slow, fast, tiktoken_qwen, text):
     ids = tokenizer.encode(text)
     assert ids == slow.encode(text) == tiktoken_qwen(text)
-    if ">\u0338" not in text and fast.backend_tokenizer.normalizer.normalize_str(text) == unicodedata.normalize("NFC", text):
+    if ">\u0338" not in text and fast.backend_tokenizer.normalizer.normalize_str(text) == unicodedata.normalize("NFC",
+                                                                                                                text):
         assert ids == fast.encode(text)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
     assert b"".join(map(tokenizer.token_bytes, ids)) == unicodedata.normalize("NFC", text).encode()
@@ -145,7 +148,8 @@ def test_nfc_comes_before_control_tokens_as_in_the_slow_tokenizer(tokenizer, slo
     assert fast.encode(text)[0] == 151645  # Hugging Face's two disagree here
 
 
-@pytest.mark.parametrize("text, meant", [("\ud800", "\ufffd"), ("a\udc80b\ud83d", "a\ufffdb\ufffd"), ("\ud83d\ude00", "😀"),
+@pytest.mark.parametrize("text, meant", [("\ud800", "\ufffd"), ("a\udc80b\ud83d", "a\ufffdb\ufffd"),
+                                         ("\ud83d\ude00", "😀"),
                                          ("\udc00\ud800", "\ufffd\ufffd"), ("<|im_end|>\udfff", "<|im_end|>\ufffd"),
                                          ("\ud834\udd5e", "\U0001d157\U0001d165")])
 def test_surrogates_are_joined_or_replaced(tokenizer, slow, fast, text, meant):
@@ -157,9 +161,12 @@ def test_surrogates_are_joined_or_replaced(tokenizer, slow, fast, text, meant):
 
 
 @pytest.mark.parametrize("text", [
-    "a" * 10**6, " " * 10**6, " " * 10**6 + "x", "x" + "\n" * 10**6 + "y", "." + "\n" * 10**6 + " .", " \n" * 500_000 + " x",
-    "\t " * 500_000 + "中", "." * 10**6, "中" * 10**6, "1" * 10**6, "é" * 10**6, "a\u3000" * 300_000, "😀" * 300_000, "\u0301" * 300_000,
-    ("x" + " " * 70_000) * 5 + "\n", "." + "\r\n" * 40_000 + "\t" * 70_000 + "1" + " " * 65_536 + "'s", "<|im_end|>" * 100_000,
+    "a" * 10**6, " " * 10**6, " " * 10**6 + "x", "x" + "\n" * 10**6 + "y", "." + "\n" * 10**6 + " .",
+    " \n" * 500_000 + " x",
+    "\t " * 500_000 + "中", "." * 10**6, "中" * 10**6, "1" * 10**6, "é" * 10**6, "a\u3000" * 300_000, "😀" * 300_000,
+    "\u0301" * 300_000,
+    ("x" + " " * 70_000) * 5 + "\n", "." + "\r\n" * 40_000 + "\t" * 70_000 + "1" + " " * 65_536 + "'s",
+    "<|im_end|>" * 100_000,
     "\x1c" * 300_000])
 def test_a_million_of_the_same_is_no_trouble(tokenizer, fast, text):
     ids = tokenizer.encode(text)
@@ -215,12 +222,14 @@ def test_decode_takes_what_networks_give(tokenizer):
 
     assert tokenizer.decode(9707) == tokenizer.decode(np.int32(9707)) == tokenizer.decode(np.array([9707])) == "Hello"
     assert tokenizer.decode([[9707], [1879, 0]]) == ["Hello", " world!"]
-    assert tokenizer.decode(np.array([[9707], [1879]])) == tokenizer.batch_decode([[9707], [1879]]) == ["Hello", " world"]
+    assert tokenizer.decode(np.array([[9707], [1879]])) == tokenizer.batch_decode([[9707], [1879]]) == ["Hello",
+                                                                                                        " world"]
     assert tokenizer.decode([np.int64(9707), np.int64(1879)]) == "Hello world"
     assert tokenizer.decode([]) == ""
 
 
-# -- the wider interface, against Hugging Face's --------------------------------------------------------------------------
+# -- the wider interface, against Hugging Face's
+# --------------------------------------------------------------------------
 
 BATCH = ["Hello world", "", "中文 and <|im_end|> more text", "x"]
 
@@ -267,7 +276,8 @@ def test_tokens_equal_hugging_faces(tokenizer, slow, fast):
 
 def test_saved_tokenizers_load_here_and_in_hugging_face(files, tmp_path):
     transformers = pytest.importorskip("transformers")
-    ours = Qwen2Tokenizer(*files, eos_token="<|im_end|>", model_max_length=77, chat_template="{{ messages }}", padding_side="left",
+    ours = Qwen2Tokenizer(*files, eos_token="<|im_end|>", model_max_length=77, chat_template="{{ messages }}",
+                          padding_side="left",
                           additional_special_tokens=["<|tool|>"])
     paths = ours.save_pretrained(tmp_path / "new" / "folder")
     assert [os.path.basename(path) for path in paths] == ["vocab.json", "merges.txt", "tokenizer_config.json"]
@@ -288,7 +298,8 @@ def test_saved_tokenizers_load_here_and_in_hugging_face(files, tmp_path):
 def test_importing_and_building_loads_nothing_heavy(files):
     code = ("import sys, qwen1_5_tokenizer as q; q.Qwen2Tokenizer(*sys.argv[1:]).encode('a');"
             "print([m for m in ('mindspore', 'mindformers', 'transformers', 'torch') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code, *files], stdout=subprocess.PIPE, universal_newlines=True, check=True,
+    done = subprocess.run([sys.executable, "-c", code, *files], stdout=subprocess.PIPE, universal_newlines=True,
+                          check=True,
                           env={**os.environ, "PYTHONPATH": str(MODULE)})
     assert done.stdout.strip() == "[]"
 
@@ -324,7 +335,8 @@ def test_added_tokens_that_are_no_control_tokens_match_but_stay_in_the_text(file
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     for name, path in zip(("vocab.json", "merges.txt"), files):
         os.symlink(path, tmp_path / name)
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None,
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+              "unk_token": None,
               "added_tokens_decoder": {**{str(151643 + i): {"content": token, "special": True, **flags}
                                           for i, token in enumerate(CONTROL_TOKENS)},
                                        "151646": {"content": "<tool_call>", "special": False, **flags}}}
@@ -380,7 +392,8 @@ def test_truncated_files_are_named(copies, part):
     whole = merges.read_bytes()
     merges.write_bytes(whole[:int(len(whole) * part)])
     message = problem(vocab, merges)
-    assert "merges.txt" in message and ("truncated" in message or "no merges" in message or "one is cut" in message), message
+    assert "merges.txt" in message and ("truncated" in message or "no merges" in message
+                                        or "one is cut" in message), message
     merges.write_bytes(whole)
     data = vocab.read_bytes()
     vocab.write_bytes(data[:int(len(data) * part)])
@@ -397,7 +410,8 @@ def test_files_of_different_models_are_named(copies, small_model):
 
 
 @pytest.mark.parametrize("content, said", [
-    ("[1, 2]", "not a vocabulary"), ('{"a": "b"}', "not a vocabulary"), ("{}", "no tokens"), ('{"model": {"vocab": {}}}', "tokenizer.json"),
+    ("[1, 2]", "not a vocabulary"), ('{"a": "b"}', "not a vocabulary"), ("{}", "no tokens"),
+    ('{"model": {"vocab": {}}}', "tokenizer.json"),
     ('{"a": 0, "b": 0}', "share"), ('{"a": 0, "b": 7}', "missing"), ("just text", "not JSON"), ("\x00\x01", "not JSON"),
     ('{"a": -1}', "negative"), ('{"a": true}', "not a vocabulary")])
 def test_other_files_given_as_vocabulary_are_named(copies, content, said):
@@ -437,7 +451,8 @@ def test_contradicting_settings_are_named(copies, tmp_path):
 
 # -- hostile files ----------------------------------------------------------------------------------------------------
 
-@given(tokens=st.sets(st.text(alphabet="ab<|.*", min_size=1, max_size=6), min_size=1, max_size=12), text=st.text(alphabet="ab<|.*x", max_size=40))
+@given(tokens=st.sets(st.text(alphabet="ab<|.*", min_size=1, max_size=6), min_size=1, max_size=12),
+       text=st.text(alphabet="ab<|.*x", max_size=40))
 @settings(max_examples=300, deadline=None)
 def test_added_tokens_are_found_as_by_trying_each_the_longest_first(tokens, text):
     assert matching.one_of(tokens).split(text) == matching.plain_one_of(tokens).split(text)
@@ -462,7 +477,8 @@ CONFIGS = {
     '{"added_tokens_decoder": {"151646": {"content": "\\ud800"}}}': "half a character",
     '{"added_tokens_decoder": {"151646": null}}': "is null",
     '{"added_tokens_decoder": [1]}': "an object of ids and tokens is wanted",
-    '{"additional_special_tokens": [null]}': "holds a null", '{"additional_special_tokens": 5}': "a list of tokens is wanted",
+    '{"additional_special_tokens": [null]}': "holds a null",
+    '{"additional_special_tokens": 5}': "a list of tokens is wanted",
     '{"chat_template": [{"template": "x"}]}': "chat_template", '{"chat_template": 5}': "a text is wanted",
     '{"errors": "nosuch"}': "errors is 'nosuch'", '{"model_max_length": "many"}': "a number is wanted",
     '{"model_max_length": 1e999}': "holds 1e999", '{"model_max_length": NaN}': "NaN is not JSON",
@@ -488,7 +504,8 @@ def test_a_config_cannot_name_other_files(files, tmp_path):
 
 
 @pytest.mark.parametrize("contents, said", [
-    ("[" * 100_000, "nested too deeply"), ('{"a": ' * 100_000, "nested too deeply"), ('{"a": 0, "b": 4000000000}', "are missing"),
+    ("[" * 100_000, "nested too deeply"), ('{"a": ' * 100_000, "nested too deeply"),
+    ('{"a": 0, "b": 4000000000}', "are missing"),
     ('{"a": ' + "1" * 5000 + "}", "vocab.json"), ('{"a": 1e400}', "not a vocabulary")])
 def test_a_hostile_vocabulary_is_one_clear_line(contents, said, files, tmp_path):
     (tmp_path / "vocab.json").write_text(contents)

@@ -13,7 +13,8 @@ from tokenizer_corpus import BLANKS, CONTROL_TOKENS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mindformers") is None, reason="mindformers is not installed")
 
-TEXTS = ["Hello world", "", "中文 and <|im_end|> more text", f"a{BLANKS}b" * 3, "e\u0301 👨\u200d👩 \ud83d" + CONTROL_TOKENS[0]]
+TEXTS = ["Hello world", "", "中文 and <|im_end|> more text", f"a{BLANKS}b" * 3,
+         "e\u0301 👨\u200d👩 \ud83d" + CONTROL_TOKENS[0]]
 
 
 def in_python(code, tmp_path, *arguments, **environment):
@@ -98,7 +99,8 @@ from mindformers.models.tokenization_utils import PreTrainedTokenizer
 print(json.dumps([tokenizer.encode("Hello world<|im_end|>"), isinstance(tokenizer, PreTrainedTokenizer)]))
 """
     folder = str(MODULE)
-    for path in ("", folder):  # with run_mindformer.py --register_path the folder is importable too, with REGISTER_PATH alone it is not
+    # With run_mindformer.py --register_path the folder is importable too, with REGISTER_PATH alone it is not
+    for path in ("", folder):
         seen = in_python(code, tmp_path, qwen_vocabulary / "vocab.json", qwen_vocabulary / "merges.txt",
                          REGISTER_PATH=folder, PYTHONPATH=path)
         assert seen == [[9707, 1879, 151645], True]

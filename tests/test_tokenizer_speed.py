@@ -36,7 +36,8 @@ def setup(qwen_vocabulary):
     messages = []
     for kind, size in (("code and English", 2_000_000), ("Chinese", 600_000), ("emoji", 60_000), ("combining", 60_000)):
         text = "".join(kinds[kind])[:size]
-        messages += ["<|im_start|>user\n" + text[place:place + 1500] + "<|im_end|>\n" for place in range(0, len(text), 1500)]
+        messages += ["<|im_start|>user\n" + text[place:place + 1500] + "<|im_end|>\n"
+                     for place in range(0, len(text), 1500)]
     random.Random(0).shuffle(messages)
     return ours, theirs, messages
 
@@ -60,7 +61,8 @@ def test_a_batch_is_at_least_3_times_as_fast(setup):
     ours, theirs, messages = setup
     assert ours(messages).input_ids == theirs(messages)["input_ids"]
     own, other = measure(lambda: ours(messages), lambda: theirs(messages))
-    assert report("batch", sum(len(text.encode()) for text in messages) / 1e6, {"ours": own, "Qwen2TokenizerFast": other}) >= 3
+    assert report("batch", sum(len(text.encode()) for text in messages) / 1e6,
+                  {"ours": own, "Qwen2TokenizerFast": other}) >= 3
 
 
 def test_loading_takes_less_than_a_second(setup):

@@ -54,7 +54,8 @@ def whole_model(folder, sizes, form="ckpt", seed=0):
 
 
 @given(data=st.data(), model=models())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                                                 HealthCheck.too_slow])
 def test_any_way_of_cutting_leads_to_any_other_and_back(tmp_path, data, model):
     sizes, parts = model
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -105,7 +106,8 @@ def judge():
 
 def judged(mindspore, source, target, before, after):
     """What MindSpore makes of a checkpoint by its strategy files."""
-    mindspore.transform_checkpoints(str(source), str(target), "checkpoint_", before and str(before), after and str(after))
+    mindspore.transform_checkpoints(str(source), str(target), "checkpoint_", before and str(before),
+                                    after and str(after))
     return ranks_of(target)
 
 
@@ -125,7 +127,8 @@ def test_slices_are_those_that_mindspore_makes(tmp_path, judge, vocab_emb_dp, fo
     theirs = judged(judge, tmp_path / "four", tmp_path / "judge2", four, two)                            # 4 -> 2
     transform(tmp_path / "four", tmp_path / "ours2", parts=2, vocab_emb_dp=not vocab_emb_dp)
     assert theirs == ranks_of(tmp_path / "ours2") == ranks_of(tmp_path / "two")
-    transform(tmp_path / "judge4", tmp_path / "back.ckpt", config_path=str(tmp_path / "w"))              # ours of theirs
+    # Ours of theirs
+    transform(tmp_path / "judge4", tmp_path / "back.ckpt", config_path=str(tmp_path / "w"))
     assert read_contents(tmp_path / "back.ckpt") == contents
 
 
@@ -136,7 +139,8 @@ def test_mindspore_goes_on_from_the_strategy_files(tmp_path, judge):
     assert judge.rank_list_for_transform(0, None, str(strategy / "ckpt_strategy_rank_0.ckpt")) == [0]
     assert sorted(judge.rank_list_for_transform(0, str(strategy / "ckpt_strategy_rank_0.ckpt"), None)) == [0, 1]
     files = {rank: str(tmp_path / "two" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt") for rank in range(2)}
-    judge.transform_checkpoint_by_rank(0, files, str(tmp_path / "whole.ckpt"), str(strategy / "ckpt_strategy_rank_0.ckpt"), None)
+    judge.transform_checkpoint_by_rank(0, files, str(tmp_path / "whole.ckpt"),
+                                       str(strategy / "ckpt_strategy_rank_0.ckpt"), None)
     assert read_contents(tmp_path / "whole.ckpt") == read_contents(tmp_path / "w")
     judge.merge_pipeline_strategys(str(strategy), str(tmp_path / "merged.ckpt"))
     merged = read_strategy(str(tmp_path / "merged.ckpt"))
@@ -152,8 +156,10 @@ def test_mindspore_parses_the_strategy_files_as_they_are_meant():
     message = ParallelStrategyMap()
     message.ParseFromString(write_strategy(layouts))
     assert message.current_stage == 0 and len(message.parallel_strategy_item) == 1
-    assert {item.param_name: (tuple(item.parallel_layouts.dev_matrix[0].dim), tuple(item.parallel_layouts.tensor_map[0].dim))
-            for item in message.parallel_layout_item} == {name: (layout.devices, layout.tensor_map) for name, layout in layouts.items()}
+    assert {item.param_name: (tuple(item.parallel_layouts.dev_matrix[0].dim),
+                              tuple(item.parallel_layouts.tensor_map[0].dim))
+            for item in message.parallel_layout_item} == {name: (layout.devices, layout.tensor_map) for name,
+                                                          layout in layouts.items()}
     assert message.SerializeToString() == write_strategy(layouts)
 
 
@@ -166,8 +172,10 @@ def test_a_strategy_over_two_device_axes_is_honoured(tmp_path, judge):
     contents["global_step"] = ("F32", (1,), np.float32(7).tobytes())
     contents["adam_m.model.layers.0.attention.wo.weight"] = contents["model.layers.0.attention.wo.weight"]
     write(tmp_path / "w" / "rank_0" / "whole.ckpt", contents)
-    layouts = {weight.ms: Layout((2, 2), tuple({0: 0, 1: -1}[axis] if axis < 1 else -1 for axis in range(len(weight.shape))))
-               if weight.shape[0] % 2 == 0 else Layout((2, 2), (-1,) * len(weight.shape)) for weight in naming.weights(sizes)}
+    layouts = {weight.ms: Layout((2, 2), tuple({0: 0, 1: -1}[axis] if axis < 1 else -1
+                                               for axis in range(len(weight.shape))))
+               if weight.shape[0] % 2 == 0 else Layout((2, 2), (-1,) * len(weight.shape))
+               for weight in naming.weights(sizes)}
     layouts["model.layers.0.feed_forward.w2.weight"] = Layout((2, 2), (1, 0))
     layouts["model.layers.1.feed_forward.w2.weight"] = Layout((2, 2), (-1, 1))
     layouts["adam_m.model.layers.0.attention.wo.weight"] = Layout((2, 2), (0, 1))
@@ -241,7 +249,8 @@ def two(tmp_path):
     (("--prefix", "../x"), ["--prefix"]),
 ])
 def test_what_cannot_be_is_refused_in_one_line(two, module_dir, tmp_path, flags, said):
-    done = run_script(module_dir, "transform_ckpt.py", "--src_ckpt_dir", two, "--dst_ckpt_dir", tmp_path / "out", *flags)
+    done = run_script(module_dir, "transform_ckpt.py", "--src_ckpt_dir", two, "--dst_ckpt_dir", tmp_path / "out",
+                      *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert all(part in done.stderr for part in said), done.stderr
     assert not (tmp_path / "out").exists()
@@ -260,7 +269,8 @@ def test_a_strategy_of_another_job_is_refused(two, tmp_path):
     attempt(lambda s: s.update({name: Layout((4,), layout.tensor_map) for name, layout in s.items()}), "over 4 ranks")
     attempt(lambda s: s.pop("lm_head.weight"), "says nothing about lm_head.weight")
     attempt(lambda s: s.update({"model.layers.9.attention.wo.weight": layout_of(2, 1, 2)}), "names model.layers.9")
-    attempt(lambda s: s.update({"model.layers.0.attention.wo.weight": layout_of(2, 0, 2)}), r"\[64, 16\].*makes it \[32, 32\]")
+    attempt(lambda s: s.update({"model.layers.0.attention.wo.weight": layout_of(2, 0, 2)}),
+            r"\[64, 16\].*makes it \[32, 32\]")
 
 
 def test_pipeline_stages_are_refused_by_name(tmp_path):
@@ -271,8 +281,10 @@ def test_pipeline_stages_are_refused_by_name(tmp_path):
     message.parallel_strategy_item[0].parallel_strategys.stage = 1
     (tmp_path / "stage.ckpt").write_bytes(message.SerializeToString())
     (tmp_path / "merged.ckpt").write_bytes(write_strategy({"0-a": layout_of(2, 1, 4), "1-b": layout_of(2, 1, 4)}))
-    (tmp_path / "optimizer.ckpt").write_bytes(write_strategy({"a": layout_of(2, 1, 4)}).replace(b"\x38\x00", b"\x38\x04"))
-    for name, said in (("stage", "pipeline stage 1"), ("merged", "pipeline stage 1"), ("optimizer", "cut over 4 ranks")):
+    (tmp_path / "optimizer.ckpt").write_bytes(write_strategy({"a": layout_of(2, 1, 4)}).replace(b"\x38\x00",
+                                                                                                b"\x38\x04"))
+    for name, said in (("stage", "pipeline stage 1"), ("merged", "pipeline stage 1"),
+                       ("optimizer", "cut over 4 ranks")):
         with pytest.raises(UserError, match=said):
             read_strategy(str(tmp_path / f"{name}.ckpt"))
 
@@ -311,7 +323,8 @@ def test_a_vocabulary_that_does_not_divide_stays_whole_and_it_is_told(tmp_path):
 
 def test_the_original_tools_flags_do_what_they_did(two, module_dir, tmp_path, judge):
     strategy = two / "strategy" / "ckpt_strategy_rank_0.ckpt"
-    done = run_script(module_dir, "transform_ckpt.py", "--src_ckpt_strategy", strategy, "--dst_ckpt_strategy", "None", "--src_ckpt_dir",
+    done = run_script(module_dir, "transform_ckpt.py", "--src_ckpt_strategy", strategy, "--dst_ckpt_strategy", "None",
+                      "--src_ckpt_dir",
                       two, "--dst_ckpt_dir", tmp_path / "ours", "--prefix", "merged_")
     assert done.returncode == 0, done.stderr
     judge.transform_checkpoints(str(two), str(tmp_path / "theirs"), "merged_", str(strategy), None)
@@ -323,11 +336,13 @@ def test_the_original_tools_flags_do_what_they_did(two, module_dir, tmp_path, ju
 # ---- the guide ----
 
 def test_the_guides_commands_run_as_they_are_written(tmp_path, module_dir):
-    """Every command of the guide's blocks marked `shell`, in order, in a folder with a model called as the guide calls it."""
+    """Every command of the guide's blocks marked `shell`, in order, in a folder with a model called as the guide calls
+    it."""
     guide = module_dir.parent.parent / "docs" / "feature_cards" / "Transform_Ckpt.md"
     write_model(tmp_path / "Qwen1.5-72B", dims(heads=8, kv_heads=8, hidden=64), shards=3)
     blocks = re.findall(r"```shell\n(.*?)```", guide.read_text(encoding="utf-8"), re.S)
-    commands = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True) for block in blocks
+                for line in block.replace("\\\n", " ").splitlines()]
     commands = [command for command in commands if command and command[:1] == ["python"]]
     assert len(commands) >= 5
     for command in commands:

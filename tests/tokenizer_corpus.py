@@ -16,7 +16,8 @@ def corpus(token_text: Callable[[int], str], vocab_size: int) -> Dict[str, List[
     """Documents by kind. `token_text` gives a vocabulary's tokens as text, which Chinese and mixed text is made of."""
     return {"code and English": _code(), "Chinese": _chinese(token_text, vocab_size),
             "every token": _tokens(token_text, vocab_size), "every character": _characters(), "emoji": _emoji(),
-            "combining": _combining(unicodedata.ucd_3_2_0), NEWER_MARKS: _combining(unicodedata), "control and blanks": _blanks(), "control tokens": _controls(token_text, vocab_size)}
+            "combining": _combining(unicodedata.ucd_3_2_0), NEWER_MARKS: _combining(unicodedata),
+            "control and blanks": _blanks(), "control tokens": _controls(token_text, vocab_size)}
 
 
 def _code() -> List[str]:
@@ -36,14 +37,16 @@ def _code() -> List[str]:
 
 def _chinese(token_text, vocab_size) -> List[str]:
     chance = random.Random(1)
-    words = [text for text in map(token_text, range(vocab_size)) if text and all("\u4e00" <= c <= "\u9fff" for c in text)]
+    words = [text for text in map(token_text, range(vocab_size)) if text
+             and all("\u4e00" <= c <= "\u9fff" for c in text)]
     documents = []
     for _ in range(120):
         parts = []
         for _ in range(1500):
             parts.append(chance.choice(words))
             if chance.random() < 0.25:
-                parts.append(chance.choice(["，", "。", "。\n", "、", "“", "”", "：", " ", "2024年", "！\n\n", "（", "）", "GPT-4", "　　"]))
+                parts.append(chance.choice(["，", "。", "。\n", "、", "“", "”", "：", " ", "2024年", "！\n\n", "（", "）",
+                                            "GPT-4", "　　"]))
         documents.append("".join(parts))
     return documents
 
@@ -74,7 +77,8 @@ def _emoji() -> List[str]:
             kind = chance.randrange(6)
             face = chance.choice(faces)
             parts.append((face, face + chance.choice(tones), "\u200d".join(chance.choice(faces) for _ in range(3)),
-                          chance.choice(flags) + chance.choice(flags), face + "\ufe0f", chance.choice([" ok ", "!", "\n", "1\u20e3"]))[kind])
+                          chance.choice(flags) + chance.choice(flags), face + "\ufe0f",
+                          chance.choice([" ok ", "!", "\n", "1\u20e3"]))[kind])
         documents.append("".join(parts))
     return documents
 
@@ -89,7 +93,8 @@ def _combining(database) -> List[str]:
     for _ in range(10):
         parts = []
         for _ in range(3500):
-            parts.append(chance.choice(bases) + "".join(chance.choice(marks) for _ in range(chance.choice((0, 1, 1, 2, 3)))))
+            parts.append(chance.choice(bases) + "".join(chance.choice(marks)
+                                                        for _ in range(chance.choice((0, 1, 1, 2, 3)))))
             if chance.random() < 0.2:
                 parts.append(chance.choice(hangul + [" ", "\n", "क्षि", "ﷺ", "ﬁ", "Å", "Ω", "e\u0301\u0327"]))
         documents.append("".join(parts))
@@ -98,7 +103,8 @@ def _combining(database) -> List[str]:
 
 def _blanks() -> List[str]:
     chance = random.Random(5)
-    controls = [chr(point) for point in (*range(0x20), *range(0x7F, 0xA0), 0xAD, 0x200B, 0x200E, 0x202E, 0x2066, 0xFEFF, 0xFFFD, 0xFFFF)]
+    controls = [chr(point) for point in (*range(0x20), *range(0x7F, 0xA0), 0xAD, 0x200B, 0x200E, 0x202E, 0x2066, 0xFEFF,
+                                         0xFFFD, 0xFFFF)]
     words = ["word", "Word", "'s", "'LL", "'ſ", "12", "...", "中", "é", ")", " (", "_x"]
     documents = []
     for _ in range(10):
@@ -113,7 +119,8 @@ def _blanks() -> List[str]:
 def _controls(token_text, vocab_size) -> List[str]:
     """Control tokens, whole, doubled, cut and changed, between ordinary tokens."""
     chance = random.Random(6)
-    near = [*CONTROL_TOKENS, *CONTROL_TOKENS, "<|im_end|", "|im_end|>", "<|im_end|>>", "<<|im_end|>", "<|IM_END|>", "<|im_end |>", "<|im_",
+    near = [*CONTROL_TOKENS, *CONTROL_TOKENS, "<|im_end|", "|im_end|>", "<|im_end|>>", "<<|im_end|>", "<|IM_END|>",
+            "<|im_end |>", "<|im_",
             "<|im_end|><|im_start|>user\n"]
     documents = []
     for _ in range(20):

@@ -1,7 +1,8 @@
 """Qwen2Tokenizer for programs and YAML files: `from qwen1_5_tokenizer import Qwen2Tokenizer`.
 
-Without MindFormers in the process it is the plain tokenizer (`qwen15.text.tokenizer`), and nothing heavy is imported. After
-`import mindformers` it is the same one as a MindFormers `PreTrainedTokenizer` (`qwen15.text.mindformers_tokenizer`), which
+Without MindFormers in the process it is the plain tokenizer (`qwen15.text.tokenizer`), and nothing heavy is imported.
+After `import mindformers` it is the same one as a MindFormers `PreTrainedTokenizer`
+(`qwen15.text.mindformers_tokenizer`), which
 `type: Qwen2Tokenizer` in a YAML builds. MindFormers finds it by `auto_register: qwen1_5_tokenizer.Qwen2Tokenizer` when
 REGISTER_PATH names this folder, or because this module was imported, before MindFormers or after it.
 """
@@ -68,7 +69,8 @@ class _AfterMindFormers(importlib.abc.MetaPathFinder):
         return spec
 
 
-# The YAML files say `auto_register` for those who import nothing; MindFormers then wants to know the folder from everybody.
+# The YAML files say `auto_register` for those who import nothing; MindFormers then wants to know the folder from
+# everybody.
 os.environ.setdefault("REGISTER_PATH", _FOLDER)
 if _mindformers_is_imported():
     _registered()

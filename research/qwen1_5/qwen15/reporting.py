@@ -80,7 +80,8 @@ def frameworks_quiet() -> Iterator[None]:
 
 
 def set_encoding(json: bool) -> None:
-    """Let stdout take any text: JSON is UTF-8 always, text becomes `?` where the terminal's encoding has no such character."""
+    """Let stdout take any text: JSON is UTF-8 always, text becomes `?` where the terminal's encoding has no such
+    character."""
     reconfigure: Callable[..., None] = getattr(sys.stdout, "reconfigure", lambda **_: None)
     if json:
         reconfigure(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it, in and out: no NaN or Infinity, no number that a reader would take for another, bounded depth and digits."""
+"""JSON as RFC 8259 has it, in and out: no NaN or Infinity, no ambiguous number, bounded depth and digits."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 def dumps(value: Any, **form: Any) -> str:
     """`value` as JSON, characters as they are where they have a UTF-8 form; NaN and infinity become null.
 
-    Separators that some readers take for line ends (U+0085, U+2028, U+2029) are escaped; so is everything when there is a lone
-    surrogate, which has no UTF-8 form.
+    Separators that some readers take for line ends (U+0085, U+2028, U+2029) are escaped; so is everything when there is
+    a lone surrogate, which has no UTF-8 form.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, **form)

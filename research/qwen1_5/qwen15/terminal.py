@@ -1,4 +1,4 @@
-"""The terminal: what may be written to it, and how the launcher lends it to rank 0, by job control, as a shell does with its jobs."""
+"""The terminal: what may be written to it, and how the launcher lends it to rank 0 by job control, as a shell does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ VARIABLE = "QWEN15_TERMINAL"
 
 
 def shown(text: str, most: Optional[int] = None) -> str:
-    """Text from elsewhere with what a terminal would obey made visible: ESC becomes `\\x1b`, a mark that turns text round `\\u202e`.
+    """Text from elsewhere with what a terminal would obey made visible: ESC becomes `\\x1b`, a mark that turns text
+    round `\\u202e`.
 
     Line ends are made visible too, so the result is one line. Tabs and every other character that is seen stay.
 
@@ -48,22 +49,24 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)
 
 
 def answer(text: str) -> str:
-    """What a model says, for a terminal: characters that could move its cursor or rename its window are shown as `\\x1b`."""
+    """What a model says, for a terminal: characters that could move its cursor or rename its window are shown as
+    `\\x1b`."""
     return text.translate(_CONTROL)
 
 
 class Terminal:
     """The launcher's half. Until rank 0 reads, Ctrl-C is the launcher's and ends all; from then on it is rank 0's.
 
-    Rank 0 is a process group of the launcher's session, in the background at first. There the system stops it when it reads
-    from the terminal or changes its modes; the launcher sees that, lends it the terminal, and lets it go on.
+    Rank 0 is a process group of the launcher's session, in the background at first. There the system stops it when it
+    reads from the terminal or changes its modes; the launcher sees that, lends it the terminal, and lets it go on.
     """
 
     def __init__(self):
         self._group = os.getpgrp()
         self._modes = termios.tcgetattr(0)
         self.lent = False
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # from the background too we may write, and take the terminal back
+        # From the background too we may write, and take the terminal back
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 
     @classmethod
     def find(cls) -> Optional["Terminal"]:
@@ -80,7 +83,8 @@ class Terminal:
         return "".join(str(stream) for stream in (1, 2) if os.isatty(stream) and os.ttyname(stream) == name)
 
     def lend(self, group: int) -> bool:
-        """Put rank 0's process group in the foreground and let it go on; False while we are in the background ourselves."""
+        """Put rank 0's process group in the foreground and let it go on; False while we are in the background
+        ourselves."""
         try:
             if os.tcgetpgrp(0) not in (self._group, group):
                 return False
@@ -92,7 +96,8 @@ class Terminal:
         return True
 
     def take_back(self) -> None:
-        """Be in the foreground again, with the terminal's modes as they were: a rank that was killed leaves it without echo."""
+        """Be in the foreground again, with the terminal's modes as they were: a rank that was killed leaves it without
+        echo."""
         if not self.lent:
             return
         self.lent = False
@@ -109,7 +114,8 @@ def come_forward(environ: Mapping[str, str] = os.environ) -> TextIO:
     Without a launcher there is nothing to do.
 
     Returns:
-        Where to write what is no answer, so that it comes in order with the answers: stderr unless that is the launcher's pipe.
+        Where to write what is no answer, so that it comes in order with the answers: stderr unless that is the
+        launcher's pipe.
     """
     streams = environ.get(VARIABLE)
     if streams is None or sys.stdin is None or not sys.stdin.isatty():

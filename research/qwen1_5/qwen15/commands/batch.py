@@ -1,4 +1,4 @@
-"""Prompts that are continued without anybody typing: of the command line or of a file, one or thousands, to stdout or to a file."""
+"""Prompts continued without anybody typing: from the command line or a file, to stdout or a file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def run(config: Config, settings: Settings, options: Options, report: Reporter) 
         return _work(session, todo, out, options, report)
     except KeyboardInterrupt:
         if out is not None:
-            report.error(f"interrupted: {len(out.done)} of {len(out.keys)} results are in {out.path}; the same command continues")
+            report.error(f"interrupted: {len(out.done)} of {len(out.keys)} results are in {out.path}; the same command "
+                         f"continues")
             return EXIT_INTERRUPTED
         raise
     finally:

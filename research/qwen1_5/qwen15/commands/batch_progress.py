@@ -13,7 +13,8 @@ _LINE_EVERY_S = 30.0
 
 
 class BatchProgress:
-    """How many prompts are finished, tokens/s and the time left: one line that is rewritten on a terminal, else a line now and then.
+    """How many prompts are finished, tokens/s and the time left: one line that is rewritten on a terminal, else a line
+    now and then.
 
     Args:
         total: prompts in all.
@@ -58,7 +59,8 @@ class BatchProgress:
             self._stream.write("\r" + " " * self._width + "\r")
             self._stream.flush()
         total_s = self._clock() - self._begin_s
-        return (f"{self._finished} prompts, {self._prompt_tokens} prompt tokens and {self._new_tokens} new tokens in {total_s:.2f} s: "
+        return (f"{self._finished} prompts, {self._prompt_tokens} prompt tokens and {self._new_tokens} new tokens in "
+                f"{total_s:.2f} s: "
                 f"{self._new_tokens / max(total_s, 1e-9):.1f} new tokens/s")
 
     def _count(self, piece: Piece, usage: Usage) -> None:

@@ -27,7 +27,8 @@ def describe(settings: Settings) -> str:
     """A line for each value, with what it means."""
     values = {name: shown(getattr(settings, name)) for name in NAMES}
     width = max(map(len, values.values()))
-    lines = [f"{name:<18} {value:<{width}}  {_MEANING[name]}" + (" (no effect without do_sample)" if name in settings.idle else "")
+    lines = [f"{name:<18} {value:<{width}}  {_MEANING[name]}" + (" (no effect without do_sample)"
+                                                                 if name in settings.idle else "")
              for name, value in values.items()]
     return "\n".join([*lines, "/set NAME VALUE changes one."])
 
@@ -61,7 +62,8 @@ def changed(settings: Settings, argument: str) -> Settings:
     name = name_in(argument)
     text = argument[len(name):].strip().removeprefix("=").strip() if argument.startswith(name) else ""
     if not text:
-        raise UserError(f"/set {name} needs a value, it is {shown(getattr(settings, name))}", fix=f"Example: /set {name} "
+        raise UserError(f"/set {name} needs a value, it is {shown(getattr(settings, name))}",
+                        fix=f"Example: /set {name} "
                         f"{'true' if name == 'do_sample' else 'none' if name == 'stop' else '1'}")
     try:
         value = _value(name, text)

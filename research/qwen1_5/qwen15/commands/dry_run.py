@@ -34,7 +34,8 @@ def describe(session: Session, prompts: Sequence[Prompt]) -> str:
 def _model_line(config: Config) -> str:
     dims, model = config.model.dims, config.model
     return (f"model: {dims.num_layers} layers, hidden {dims.hidden_size}, {dims.num_heads} heads, "
-            f"{dims.num_kv_heads} KV heads, vocabulary {dims.vocab_size}; weights {model.param_init_type}, KV cache {model.compute_dtype}, "
+            f"{dims.num_kv_heads} KV heads, vocabulary {dims.vocab_size}; weights {model.param_init_type}, KV cache "
+            f"{model.compute_dtype}, "
             f"sequences up to {model.seq_length} tokens")
 
 
@@ -50,7 +51,8 @@ def _prompt_line(session: Session, prompts: Sequence[Prompt]) -> str:
     one = len(lengths) == 1
     spread = f"{lengths[0]} tokens" if one else f"{min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all"
     return (f"{'prompt' if one else f'prompts: {len(lengths)}'}: {spread}; "
-            f"with the answer up to {most} tokens = {blocks} blocks, the KV cache has {session.limits.num_blocks} ({session.limits.num_blocks // blocks} such at once)")
+            f"with the answer up to {most} tokens = {blocks} blocks, the KV cache has {session.limits.num_blocks} "
+            f"({session.limits.num_blocks // blocks} such at once)")
 
 
 def _checkpoint_lines(config: Config) -> List[str]:

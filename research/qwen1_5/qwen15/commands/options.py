@@ -42,7 +42,8 @@ class Options:
             UserError: flags that contradict each other or would have no effect.
         """
         many = bool(args.predict_file or args.output_file)
-        made = cls(tuple(args.predict_data), args.predict_file, args.chat, args.system, args.control_tokens, args.max_batch,
+        made = cls(tuple(args.predict_data), args.predict_file, args.chat, args.system, args.control_tokens,
+                   args.max_batch,
                    args.output_format or ("jsonl" if many else "text"), args.output_file, args.echo, args.dry_run)
         made._check(args.output_format, args.logprobs)
         if args.prompt_logprobs is not None and made.output_format == "text":
@@ -69,7 +70,8 @@ class Options:
 
     def _check(self, output_format: Optional[str], logprobs: int) -> None:
         if self.texts and self.file:
-            raise UserError("both --predict_data and --predict_file are given", where="command line", fix="Keep one of them.")
+            raise UserError("both --predict_data and --predict_file are given", where="command line",
+                            fix="Keep one of them.")
         if not (self.interactive or self.texts or self.file or self.dry_run):
             raise UserError("no text is given", where="--predict_data",
                             fix='Pass --predict_data "your text", --predict_file FILE, or --chat.')
@@ -81,14 +83,18 @@ class Options:
             self._check_interactive(output_format, logprobs)
         elif self.output_format == "text":
             if self.output_file:
-                raise UserError("an output file holds JSON lines", where="--output_format", fix="Leave --output_format text away.")
+                raise UserError("an output file holds JSON lines", where="--output_format",
+                                fix="Leave --output_format text away.")
             if logprobs:
                 raise UserError("log probabilities need JSON", where="--logprobs", fix="Add --output_format jsonl.")
         elif self.echo is not None:
-            raise UserError("has no effect on JSON: the prompt is a field of its own", where="--echo", fix="Leave it away.")
+            raise UserError("has no effect on JSON: the prompt is a field of its own", where="--echo",
+                            fix="Leave it away.")
 
     def _check_interactive(self, output_format: Optional[str], logprobs: int) -> None:
-        for flag, given in (("--output_format", output_format == "jsonl"), ("--output_file", self.output_file), ("--logprobs", logprobs),
+        for flag, given in (("--output_format", output_format == "jsonl"), ("--output_file", self.output_file),
+                            ("--logprobs", logprobs),
                             ("--echo", self.echo is not None), ("--max_batch", self.max_batch)):
             if given:
-                raise UserError("has no effect in an interactive conversation", where=flag, fix="Pass the message with --predict_data.")
+                raise UserError("has no effect in an interactive conversation", where=flag,
+                                fix="Pass the message with --predict_data.")

@@ -33,25 +33,33 @@ def parser() -> Parser:
     group.add_argument("--chat", action="store_true", help="ask as a conversation; without texts, an interactive one")
     group.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     group.add_argument("--control_tokens", type=boolean, default=True, metavar="True|False",
-                       help="whether <|im_start|> and the like in a text become control tokens (default True; never with --chat)")
-    group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer before any of these strings")
-    group.add_argument("--n", type=whole, default=1, metavar="N", help="answers to each prompt, drawn apart (with --do_sample)")
+                       help="whether <|im_start|> and the like in a text become control tokens (default True; never "
+                            "with --chat)")
+    group.add_argument("--stop", nargs="+", default=[], metavar="TEXT",
+                       help="end an answer before any of these strings")
+    group.add_argument("--n", type=whole, default=1, metavar="N",
+                       help="answers to each prompt, drawn apart (with --do_sample)")
     group.add_argument("--logit_bias", nargs="+", default=[], metavar="ID=NUMBER",
                        help="add a number to a token's logit; -inf forbids the token")
     group.add_argument("--max_batch", type=whole, metavar="N",
-                       help="most sequences that run at once (default: 16 with --predict_file, else what the KV cache holds)")
-    group.add_argument("--task", default="text_generation", choices=("text_generation",), help="accepted for the original's sake")
+                       help="most sequences that run at once (default: 16 with --predict_file, else what the KV cache "
+                            "holds)")
+    group.add_argument("--task", default="text_generation", choices=("text_generation",),
+                       help="accepted for the original's sake")
     group = made.add_argument_group("output")
     group.add_argument("--output_format", choices=("text", "jsonl"),
-                       help="text streams to stdout (default); jsonl prints one object per prompt (default with --predict_file)")
+                       help="text streams to stdout (default); jsonl prints one object per prompt (default with "
+                            "--predict_file)")
     group.add_argument("--output_file", metavar="FILE",
                        help="JSON lines, written as results come; the same command again continues where it ended")
     group.add_argument("--echo", nargs="?", const=True, type=boolean, metavar="True|False",
                        help="whether the prompt is printed before its continuation (default True, False with --chat)")
     group.add_argument("--no-echo", dest="echo", action="store_const", const=False, help="the same as --echo False")
     group.add_argument("--prompt_logprobs", type=whole, metavar="N", help="in JSON: those of the prompt's tokens")
-    group.add_argument("--logprobs", type=whole, default=0, metavar="N", help="in JSON: log probabilities of the N likeliest tokens")
-    group.add_argument("--dry_run", action="store_true", help="check prompts, memory and checkpoint without loading, and stop")
+    group.add_argument("--logprobs", type=whole, default=0, metavar="N",
+                       help="in JSON: log probabilities of the N likeliest tokens")
+    group.add_argument("--dry_run", action="store_true",
+                       help="check prompts, memory and checkpoint without loading, and stop")
     group.add_argument("--log_level", choices=LEVELS, help="what is said on stderr (default info)")
     group.add_argument("--debug", action="store_true", help="show tracebacks; log level debug")
     return made
@@ -89,14 +97,16 @@ def _load_config(args: argparse.Namespace) -> Config:
     flags = flags_from(args)
     if not args.config and not any(flag.key == "load_checkpoint" for flag in flags):
         raise UserError("no configuration is given", where="--config",
-                        fix="Pass one of the predict_qwen1_5_*.yaml beside this script, or --load_checkpoint with a config.json in it.")
+                        fix="Pass one of the predict_qwen1_5_*.yaml beside this script, or --load_checkpoint with a "
+                            "config.json in it.")
     return load_config(args.config, flags, args.options)
 
 
 def _settings(config: Config, args: argparse.Namespace) -> Settings:
     try:
         return Settings.of(config).changed({"stop": args.stop, "logprobs": args.logprobs, "n": args.n,
-                                            "prompt_logprobs": args.prompt_logprobs, "logit_bias": _biases(args.logit_bias)})
+                                            "prompt_logprobs": args.prompt_logprobs,
+                                            "logit_bias": _biases(args.logit_bias)})
     except ValueError as error:
         raise UserError(str(error), where="command line") from None
 

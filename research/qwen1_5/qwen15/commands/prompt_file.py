@@ -1,4 +1,4 @@
-"""Files of prompts: one prompt a line, or JSON lines with settings of their own, each line checked and named when it is wrong."""
+"""Files of prompts: a prompt a line, or JSON lines with settings of their own; a line that is wrong is named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _MOST_BYTES = 2 ** 30
 
 
 def read_file(path: str, settings: Settings, as_chat: bool = False, system: Optional[str] = None) -> Iterator[Entry]:
-    """The prompts of a file: JSON lines when its name ends in .jsonl or its first line is an object, else one prompt a line.
+    """The prompts of a file: JSON lines when its name ends in .jsonl or its first line is an object, else one prompt a
+    line.
 
     Args:
         path: the file, `-` for stdin.
@@ -51,12 +52,14 @@ def _read(path: str, name: str) -> str:
                 data = _bounded(file, name)
         return data.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=path, fix="Name a file with one prompt a line.") from None
+        raise UserError(f"cannot be read: {error.strerror}", where=path,
+                        fix="Name a file with one prompt a line.") from None
     except ValueError as error:  # of which UnicodeDecodeError is one
         if not isinstance(error, UnicodeDecodeError):
             raise UserError("is no name of a file", where=path) from None
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError("is not UTF-8 text", where=f"{name}:{line}", fix="Convert it, e.g. with iconv -f GBK -t UTF-8.") from None
+        raise UserError("is not UTF-8 text", where=f"{name}:{line}",
+                        fix="Convert it, e.g. with iconv -f GBK -t UTF-8.") from None
 
 
 def _bounded(file: IO[bytes], name: str) -> bytes:
@@ -74,14 +77,16 @@ def _is_object(line: str) -> bool:
     return isinstance(value, dict) and ("prompt" in value or "messages" in value)
 
 
-def _entry_of_json(index: int, where: str, line: str, settings: Settings, as_chat: bool, system: Optional[str]) -> Entry:
+def _entry_of_json(index: int, where: str, line: str, settings: Settings, as_chat: bool,
+                   system: Optional[str]) -> Entry:
     value = _json_object(line, where)
     for key in value:
         if key not in _KEYS:
             raise UserError(f"{key!r} is not a known key", where=where,
                             fix=did_you_mean(key, _KEYS) or f"Known are {', '.join(_KEYS)}.")
     if ("prompt" in value) == ("messages" in value):
-        raise UserError("has both a prompt and messages" if "prompt" in value else "has neither a prompt nor messages", where=where,
+        raise UserError("has both a prompt and messages" if "prompt" in value else "has neither a prompt nor messages",
+                        where=where,
                         fix='Example: {"prompt": "Gravity is", "max_new_tokens": 20}')
     source = _text(value, where, as_chat, system) if "prompt" in value else _messages(value, where, system)
     try:
@@ -95,9 +100,11 @@ def _json_object(line: str, where: str) -> Dict[str, Any]:
     try:
         value = strict_json.loads(line, once=True)
     except ValueError as error:
-        raise UserError(str(error), where=where, fix="Each line is one object; a file of plain texts is named .txt.") from None
+        raise UserError(str(error), where=where,
+                        fix="Each line is one object; a file of plain texts is named .txt.") from None
     if not isinstance(value, dict):
-        raise UserError(f"wants an object, not {type(value).__name__}", where=where, fix='Example: {"prompt": "Gravity is"}')
+        raise UserError(f"wants an object, not {type(value).__name__}", where=where,
+                        fix='Example: {"prompt": "Gravity is"}')
     return value
 
 
@@ -124,7 +131,8 @@ def _messages(value: Dict[str, Any], where: str, system: Optional[str]) -> Messa
     if not isinstance(messages, list) or not messages:
         raise UserError("messages wants a list of role and content", where=where)
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+        if not isinstance(message, dict) or not isinstance(message.get("role"),
+                                                           str) or not isinstance(message.get("content"), str):
             raise UserError(f"message {number} needs a role and a content that is text", where=where)
     if own_system is None:
         return messages

@@ -1,4 +1,4 @@
-"""Prompts on their way to the engine: texts and conversations encoded, checked, pointed out, and brought to every rank."""
+"""Prompts on their way to the engine: texts and conversations encoded, checked, and brought to every rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Entry:
     name: Any = None
 
 
-def of_texts(texts: Sequence[str], settings: Settings, as_chat: bool = False, system: Optional[str] = None) -> Iterator[Entry]:
+def of_texts(texts: Sequence[str], settings: Settings, as_chat: bool = False,
+             system: Optional[str] = None) -> Iterator[Entry]:
     """The texts of a command line; `as_chat` makes each the question of a conversation.
 
     Raises:
@@ -56,7 +57,8 @@ def encode(session: Session, entries: Sequence[Entry], control_tokens: bool = Tr
     Args:
         session: prepared; need not be open.
         entries: texts and conversations.
-        control_tokens: whether `<|im_end|>` and the like in a text become control tokens; in a conversation they never do.
+        control_tokens: whether `<|im_end|>` and the like in a text become control tokens; in a conversation they never
+            do.
 
     Raises:
         UserError: a conversation that the template refuses; with its line.
@@ -77,7 +79,8 @@ def encode(session: Session, entries: Sequence[Entry], control_tokens: bool = Tr
 
 
 def point_out(session: Session, entries: Sequence[Entry], prompts: Sequence[Prompt], report: Reporter) -> None:
-    """Say once what the user may not have meant: a model used for what it was not trained for, settings without effect."""
+    """Say once what the user may not have meant: a model used for what it was not trained for, settings without
+    effect."""
     texts = [prompt for entry, prompt in zip(entries, prompts) if isinstance(entry.source, str)]
     hint = mismatch(session.tokenizer, as_chat=not texts, prompts=texts) if prompts else None
     if hint:

@@ -59,7 +59,8 @@ def run(session: Session, settings: Settings, system: Optional[str], report: Rep
         report: takes what is not the answer.
     """
     if session.tokenizer.chat_template is None and session.tokenizer.im_start_id is None:
-        raise UserError("the checkpoint has neither a chat template nor Qwen's <|im_start|>", where=session.tokenizer.vocab_file,
+        raise UserError("the checkpoint has neither a chat template nor Qwen's <|im_start|>",
+                        where=session.tokenizer.vocab_file,
                         fix="Pass texts to continue with --predict_data, or set processor.tokenizer.chat_template.")
     hint = mismatch(session.tokenizer, as_chat=True)
     if hint:
@@ -108,7 +109,8 @@ class Repl:
         """Read, answer, repeat; returns the exit code."""
         if self._screen.interactive:
             name = os.path.basename(os.path.abspath(self._session.config.load_checkpoint or ""))
-            self._report.info(f"chat with {name}, {self._conversation.settings.max_length} tokens of context. /help shows the commands, "
+            self._report.info(f"chat with {name}, {self._conversation.settings.max_length} tokens of context. /help "
+                              f"shows the commands, "
                               "Ctrl-C stops an answer, Ctrl-D leaves.")
         while True:
             try:
@@ -129,7 +131,8 @@ class Repl:
                     break
                 elif command[1] not in self._commands:
                     known = [f"/{name}" for name in (*COMMANDS, "exit")]
-                    raise UserError(f"/{command[1]} is not a command", fix=did_you_mean(f"/{command[1]}", known) or "/help shows them.")
+                    raise UserError(f"/{command[1]} is not a command",
+                                    fix=did_you_mean(f"/{command[1]}", known) or "/help shows them.")
                 else:
                     self._commands[command[1]]((command[2] or "").strip())
             except UserError as error:
@@ -156,7 +159,8 @@ class Repl:
         self._screen.end_answer()
         self._conversation.answered(answer.text)
         if answer.finish_reason == CANCELLED:
-            self._screen.note("[stopped]" if answer.text else "[stopped before the answer began: the question is taken back]")
+            self._screen.note("[stopped]" if answer.text
+                              else "[stopped before the answer began: the question is taken back]")
         elif not answer.text:
             self._screen.note("[the answer is empty: the question is taken back]")
         elif answer.finish_reason == LENGTH:
@@ -230,7 +234,8 @@ class Repl:
 
     def _system(self, argument: str) -> None:
         if not argument:
-            self._screen.note("[no system message is set: the chat template's own is used]" if self._conversation.system is None
+            self._screen.note("[no system message is set: the chat template's own is used]"
+                              if self._conversation.system is None
                                 else f"[system: {self._conversation.system}]")
             return
         before = self._conversation.system

@@ -21,7 +21,8 @@ _SCHEMA = 1
 
 
 def fingerprint(session: Session, entry: Entry, prompt: Prompt) -> str:
-    """A short name of everything that decides an answer: prompt, settings, model. A result that bears another one is foreign."""
+    """A short name of everything that decides an answer: prompt, settings, model. A result that bears another one is
+    foreign."""
     what = {**asdict(prompt), "label": "", "stop_ids": sorted(prompt.stop_ids), "id": entry.name, "schema": _SCHEMA,
             "model": [os.path.realpath(session.checkpoint), asdict(session.config.model)]}
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -38,7 +39,8 @@ class ResultFile:
         done: indices whose results are in the file.
 
     Raises:
-        UserError: the file holds something else, results of other prompts or settings, or is being written by another run.
+        UserError: the file holds something else, results of other prompts or settings, or is being written by another
+            run.
     """
 
     def __init__(self, path: str, keys: Sequence[str]):
@@ -69,8 +71,10 @@ class ResultFile:
             if time.monotonic() - self._synced_s >= _SYNC_S:
                 self._sync()
         except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}; {len(self.done)} of {len(self.keys)} results are there",
-                            where=self.path, fix="Make room; the same command continues.", exit_code=EXIT_FAILED) from None
+            raise UserError(f"cannot be written: {error.strerror}; {len(self.done)} of {len(self.keys)} results are "
+                            f"there",
+                            where=self.path, fix="Make room; the same command continues.",
+                            exit_code=EXIT_FAILED) from None
 
     def close(self) -> None:
         """Wait until the disk has everything."""
@@ -90,7 +94,8 @@ class ResultFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError("another run writes its results there", where=self.path, fix="Wait for it, or name another file.") from None
+            raise UserError("another run writes its results there", where=self.path,
+                            fix="Wait for it, or name another file.") from None
         except OSError:
             pass  # a file system without locks
 
@@ -111,8 +116,10 @@ class ResultFile:
             os.ftruncate(self._file, end)
 
     def _is_cut_result(self, line: bytes) -> bool:
-        """Whether a last line without its end is the beginning of a result of this run, and not somebody else's text."""
-        heads = [f'{{"index": {index}, "request": "{key}", '.encode() for index, key in enumerate(self.keys) if index not in self.done]
+        """Whether a last line without its end is the beginning of a result of this run, and not somebody else's
+        text."""
+        heads = [f'{{"index": {index}, "request": "{key}", '.encode() for index,
+                 key in enumerate(self.keys) if index not in self.done]
         return any(line.startswith(head) or (bool(self.done) and head.startswith(line)) for head in heads)
 
     def _take(self, number: int, line: bytes) -> None:
@@ -126,10 +133,12 @@ class ResultFile:
         if not 0 <= index < len(self.keys):
             raise self._foreign(number, f"is the result of prompt {index}, there are {len(self.keys)} prompts now")
         if value["request"] != self.keys[index]:
-            raise self._foreign(number, f"is the result of another prompt {index}, or of other settings or another checkpoint")
+            raise self._foreign(number, f"is the result of another prompt {index}, or of other settings or another "
+                                        f"checkpoint")
         if index in self.done:
             raise self._foreign(number, f"is a second result of prompt {index}")
         self.done.add(index)
 
     def _foreign(self, number: int, what: str) -> UserError:
-        return UserError(f"{what}; nothing is written to it", where=f"{self.path}:{number}", fix="Name another --output_file.")
+        return UserError(f"{what}; nothing is written to it", where=f"{self.path}:{number}",
+                         fix="Name another --output_file.")

@@ -112,13 +112,15 @@ class JsonLines:
 
 
 def record(entry: Entry, ended: Ended) -> Dict[str, Any]:
-    """A prompt's finished answers as JSON has them; of several, the first is where a single one would be. Times in seconds."""
+    """A prompt's finished answers as JSON has them; of several, the first is where a single one would be. Times in
+    seconds."""
     (answer, usage), *others = ended
     made: Dict[str, Any] = {"index": entry.index}
     if entry.name is not None:
         made["id"] = entry.name
     made["prompt" if isinstance(entry.source, str) else "messages"] = entry.source
-    made.update({"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": usage.prompt_tokens, **_end(answer),
+    made.update({"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": usage.prompt_tokens,
+                 **_end(answer),
                  "prefill_s": round(usage.prefill_s, 6), "decode_s": round(usage.decode_s, 6)})
     if usage.cached_tokens:
         made["cached_tokens"] = usage.cached_tokens

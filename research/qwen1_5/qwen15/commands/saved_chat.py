@@ -30,7 +30,8 @@ class SavedChats:
             if _identity(path) != self._own[path]:
                 raise UserError("was changed by another program since", where=path, fix="Choose another name.")
         try:
-            write_whole(path, (strict_json.dumps(value, indent=1) + "\n").encode("utf-8"), path in self._own, private=True)
+            write_whole(path, (strict_json.dumps(value, indent=1) + "\n").encode("utf-8"), path in self._own,
+                        private=True)
         except FileExistsError:
             raise UserError("exists already", where=path, fix="Choose another name.") from None
         except OSError as error:

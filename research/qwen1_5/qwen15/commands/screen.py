@@ -1,4 +1,4 @@
-"""The terminal of a conversation: questions with line editing, history and completion, answers as they come, notes beside them."""
+"""The terminal of a conversation: questions with line editing and history, answers as they come, notes beside."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Screen:
         return text.rstrip()[:-len(_QUOTES)].strip("\n")
 
     def edit(self, text: str) -> Optional[str]:
-        """Let the user change `text`; None where lines cannot be edited, or when it spans several. Raises KeyboardInterrupt."""
+        """Let the user change `text`; None where lines cannot be edited, or when it spans several. Raises
+        KeyboardInterrupt."""
         if self._history is None or not self._tty_out or "\n" in text:
             return None
         import readline

@@ -1,4 +1,4 @@
-"""Blocks of the paged KV cache: which sequence holds which, what they contain, where a token's slot is. No device tensors."""
+"""Blocks of the paged KV cache: which sequence holds which, what they contain, where a token's slot is."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def block_digest(before: bytes, tokens: Sequence[int]) -> bytes:
 class BlockPool:
     """The cache's blocks, counted by who holds them.
 
-    A full block may be `publish`ed under the digest of its content. Other sequences then `find` and `hold` it too, and when
-    nobody holds it any more it stays until its room is needed; the one that was let go longest ago goes first.
+    A full block may be `publish`ed under the digest of its content. Other sequences then `find` and `hold` it too, and
+    when nobody holds it any more it stays until its room is needed; the one that was let go longest ago goes first.
 
     Args:
         num_blocks: blocks in the cache.
@@ -81,7 +81,8 @@ class BlockPool:
         self._idle.pop(block, None)
 
     def give_back(self, blocks: Sequence[int]) -> None:
-        """Let go of blocks that `take` or `hold` gave. Later ones of a sequence are given up before those in front of them."""
+        """Let go of blocks that `take` or `hold` gave. Later ones of a sequence are given up before those in front of
+        them."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
@@ -91,7 +92,8 @@ class BlockPool:
                     self._free.append(block)
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Let others find a full block by its content. When another block has the same content already, nothing changes."""
+        """Let others find a full block by its content. When another block has the same content already, nothing
+        changes."""
         if digest not in self._block_of:
             self._block_of[digest] = block
             self._digest_of[block] = digest

@@ -23,7 +23,8 @@ _FAILED, _COMPLETE = -1, -2
 
 
 class _Choice(NamedTuple):
-    """A request whose next tokens are chosen from the logits' rows `row`, `row + 1`, ..., one more than there are guesses."""
+    """A request whose next tokens are chosen from the logits' rows `row`, `row + 1`, ..., one more than there are
+    guesses."""
 
     continuation: Continuation
     row: int
@@ -54,8 +55,8 @@ class Run:
 class Engine:
     """Runs requests on a network.
 
-    `add` requests at any time, call `step` while there `has_work`, and it says what came of it. Over several ranks, rank 0 does
-    that and the others `follow`; or every rank calls `generate` with the same requests.
+    `add` requests at any time, call `step` while there `has_work`, and it says what came of it. Over several ranks,
+    rank 0 does that and the others `follow`; or every rank calls `generate` with the same requests.
 
     Args:
         network: see `network.base`.
@@ -213,7 +214,8 @@ class Engine:
                 self._cancelled.update(self._known)
 
     def _agree(self, tokens: np.ndarray) -> np.ndarray:
-        """Rank 0's tokens (N,) int32 on every rank, and its news obeyed: they cost a call more only when there are any."""
+        """Rank 0's tokens (N,) int32 on every rank, and its news obeyed: they cost a call more only when there are
+        any."""
         if self.network.ranks == 1:
             self._obey(self._news())
             return tokens
@@ -328,7 +330,8 @@ class Engine:
             self._take(choice, chosen[at:at + len(choice.guesses) + 1], logprobs, at)
             at += len(choice.guesses) + 1
 
-    def _fill(self, tokens: np.ndarray, choices: List[_Choice], logits: np.ndarray, logprobs: Dict[int, LogProbs]) -> None:
+    def _fill(self, tokens: np.ndarray, choices: List[_Choice], logits: np.ndarray,
+              logprobs: Dict[int, LogProbs]) -> None:
         """Choose every token into `tokens`, row by row as long as the guesses are right."""
         rows = [choice.row + i for choice in choices for i in range(len(choice.guesses) + 1)]
         plain = [at for choice, at in _starts(choices) if choice.continuation.sampler.is_plain_greedy
@@ -407,7 +410,8 @@ class Engine:
         else:
             box.append(step)
 
-    def _end(self, continuation: Continuation, reason: str, token: Optional[int] = None, logprobs: Optional[LogProbs] = None,
+    def _end(self, continuation: Continuation, reason: str, token: Optional[int] = None,
+             logprobs: Optional[LogProbs] = None,
              error: Optional[UserError] = None) -> None:
         usage = Usage(len(continuation.request.prompt), continuation.reused or 0, continuation.generated,
                       continuation.prefill_s, continuation.decode_s)
@@ -429,7 +433,8 @@ class Engine:
 
 
 def non_finite_error(label: str, generated: int, weight: Optional[str]) -> UserError:
-    """What is said of a request whose logits are NaN or infinite, after so many tokens; `weight` is the one that is not finite."""
+    """What is said of a request whose logits are NaN or infinite, after so many tokens; `weight` is the one that is
+    not finite."""
     if weight:
         return UserError(f"{label}: the logits are not finite (NaN or infinity) because weight {weight} is not",
                          fix="Convert or download the checkpoint again.", exit_code=EXIT_FAILED)

@@ -1,4 +1,4 @@
-"""What only rank 0 knows (a request, a typed question, a file from stdin) brought to every rank, over the network's `agree`."""
+"""What only rank 0 knows (a request, a question, a file) brought to every rank, over the network's `agree`."""
 
 from __future__ import annotations
 
@@ -73,17 +73,18 @@ def _command(value: Dict[str, Any]) -> Command:
 
 
 def heartbeat_s(environ: Mapping[str, str] = os.environ) -> float:
-    """How often rank 0, while it waits for its user, says that there is nothing new: the others wait for rank 0 meanwhile,
-    and a collective that waits for MS_NODE_TIMEOUT seconds (MindSpore: 30 unless it is set) fails."""
+    """How often rank 0, while it waits for its user, says that there is nothing new: the others wait for rank 0
+    meanwhile, and a collective that waits for MS_NODE_TIMEOUT seconds (MindSpore: 30 unless it is set) fails."""
     limit = environ.get("MS_NODE_TIMEOUT", "")
     return min(20.0, (int(limit) if limit.isdigit() else 30) / 3)
 
 
 class Shared:
-    """Messages from rank 0 to all ranks. Every rank makes one, and the calls on rank 0 have their counterpart on the others.
+    """Messages from rank 0 to all ranks. Every rank makes one, and the calls on rank 0 have their counterpart on the
+    others.
 
-    On the wire: the message's length in bytes, (1,) int32, or -1 for a sign of life; then its bytes, padded with zeros to
-    a power of two of int32s, so that few shapes occur.
+    On the wire: the message's length in bytes, (1,) int32, or -1 for a sign of life; then its bytes, padded with zeros
+    to a power of two of int32s, so that few shapes occur.
 
     Args:
         network: the open network.

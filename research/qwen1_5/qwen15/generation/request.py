@@ -19,12 +19,13 @@ class Request:
     Attributes:
         prompt: token ids, at least one.
         max_length: longest result in tokens, prompt included.
-        max_new_tokens: most tokens to generate, None for no limit of its own; whichever limit comes first ends it. 0, to
-            generate nothing, only with prompt_logprobs.
+        max_new_tokens: most tokens to generate, None for no limit of its own; whichever limit comes first ends it. 0,
+            to generate nothing, only with prompt_logprobs.
         stop_ids: tokens that end the text; the one that did is reported like any other.
         params: how tokens are chosen.
         logprobs: report the log probabilities of this many most probable tokens at each step; 0 for none.
-        prompt_logprobs: report those of the prompt's own tokens, with this many most probable ones at each place; None for none.
+        prompt_logprobs: report those of the prompt's own tokens, with this many most probable ones at each place; None
+            for none.
         constraint: makes the mask of allowed tokens, on rank 0; None allows all.
         label: what messages call it.
     """
@@ -75,27 +76,30 @@ class Limits:
         for token in request.params.bias_ids:
             if not 0 <= token < self.vocab_size:
                 raise UserError(f"{label} has a logit_bias for token id {token}, "
-                                f"the model's vocabulary ends at {self.vocab_size - 1}", fix="Use ids of this checkpoint.")
+                                f"the model's vocabulary ends at {self.vocab_size - 1}",
+                                fix="Use ids of this checkpoint.")
         if length > self.seq_length:
             raise UserError(f"{label} has {length} tokens, seq_length is {self.seq_length}",
                             fix="Shorten it or raise model.model_config.seq_length.")
         generates_nothing = request.prompt_logprobs is not None and request.max_new_tokens == 0
         if length >= request.max_length and not (generates_nothing and length == request.max_length):
             raise UserError(f"{label} has {length} tokens and the limit on prompt and answer together is "
-                            f"{request.max_length}: nothing can be generated", fix=f"Raise --predict_length above {length}.")
+                            f"{request.max_length}: nothing can be generated",
+                            fix=f"Raise --predict_length above {length}.")
         if request.limit > self.seq_length:
             raise UserError(f"{label} may grow to {request.limit} tokens, seq_length is {self.seq_length}",
                             fix="Lower --predict_length (max_decode_length) or raise model.model_config.seq_length.")
         needed = -(-request.limit // self.block_size)
         if needed > self.num_blocks:
-            raise UserError(f"{label} with its answer may take {request.limit} tokens = {needed} blocks of {self.block_size}, "
+            raise UserError(f"{label} with its answer may take {request.limit} tokens = {needed} blocks of "
+                            f"{self.block_size}, "
                             f"the KV cache has {self.num_blocks} blocks ({self.num_blocks * self.block_size} tokens)",
                             fix=f"Raise model.model_config.num_blocks to {needed} or lower --predict_length.")
 
 
 class LogProbs(NamedTuple):
-    """Natural-log probabilities at one place, before penalties, temperature, top_k and top_p: of the token that is there, and
-    of the most probable ones as (id, log probability)."""
+    """Natural-log probabilities at one place, before penalties, temperature, top_k and top_p: of the token that is
+    there, and of the most probable ones as (id, log probability)."""
 
     chosen: float
     top: Tuple[Tuple[int, float], ...]
@@ -127,7 +131,8 @@ class Step(NamedTuple):
         finish_reason: 'stop', 'length', 'cancelled' or 'failed' with the last step, None before.
         usage: with the last step.
         logprobs: when asked for (on rank 0).
-        prompt_logprobs: when asked for, with the first step (on rank 0): one for each token of the prompt but the first.
+        prompt_logprobs: when asked for, with the first step (on rank 0): one for each token of the prompt but the
+            first.
         error: with 'failed'.
     """
 

@@ -1,7 +1,7 @@
 """Logits -> next token id: first what edits logits (logit_bias to a constraint), then temperature, top_k, top_p, min_p.
 
-Order and meaning are Hugging Face transformers'; presence_penalty and frequency_penalty are vLLM's and OpenAI's. Selecting over
-the vocabulary is done by the kernel library where there is one; the functions here are its plain twins.
+Order and meaning are Hugging Face transformers'; presence_penalty and frequency_penalty are vLLM's and OpenAI's.
+Selecting over the vocabulary is done by the kernel library where there is one; the functions here are its plain twins.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def argmax(logits: np.ndarray) -> np.ndarray:
 
 
 def top_candidates(row: np.ndarray, k: int) -> Candidates:
-    """The k largest of row (V,) and those equal to the k-th, ordered by value, then by id; one NaN when there is any."""
+    """The k largest of row (V,) and those equal to the k-th, ordered by value, then by id; one NaN when there is
+    any."""
     if np.isnan(row).any():
         return Candidates(np.array([np.nan], np.float32), np.zeros(1, np.int32))
     if k >= len(row):
@@ -294,8 +295,8 @@ class Sampler:
     def _draw(self, row: np.ndarray, candidates: Candidates) -> int:
         if not math.isfinite(candidates.values.max()):
             raise NonFiniteLogits
-        # In the order of ids: in that of probability, two neighbours that change places by a rounding error would change
-        # the token.
+        # In the order of ids: in that of probability, two neighbours that change places by a rounding error would
+        # change the token.
         ids = np.sort(candidates.ids)
         cumulative = np.cumsum(_softmax(row[ids], self.params.temperature))
         if not math.isfinite(cumulative[-1]):

@@ -79,7 +79,8 @@ class Scheduler:
         put_back: how many times a request has lost its blocks to an older one.
     """
 
-    def __init__(self, pool: BlockPool, max_batch: Optional[int] = None, whole_prompts: bool = False, prefix_cache: bool = True):
+    def __init__(self, pool: BlockPool, max_batch: Optional[int] = None, whole_prompts: bool = False,
+                 prefix_cache: bool = True):
         self.pool = pool
         self.max_batch = max_batch
         self.whole_prompts = whole_prompts
@@ -107,13 +108,15 @@ class Scheduler:
             self.waiting.remove(continuation)
 
     def admit(self) -> None:
-        """Start waiting requests, oldest first, while the blocks of their tokens are free beside one more for each that runs.
+        """Start waiting requests, oldest first, while the blocks of their tokens are free beside one more for each that
+        runs.
 
-        One whose next block is just being computed by another, as with a common system message, waits for that block; those
-        behind it need not.
+        One whose next block is just being computed by another, as with a common system message, waits for that block;
+        those behind it need not.
         """
         place = 0
-        while place < min(len(self.waiting), _LOOK_AHEAD) and (self.max_batch is None or len(self.running) < self.max_batch):
+        while place < min(len(self.waiting),
+                          _LOOK_AHEAD) and (self.max_batch is None or len(self.running) < self.max_batch):
             continuation = self.waiting[place]
             found = self._find(continuation)
             if len(found) < len(continuation.digests) and continuation.digests[len(found)] in self._computing:
@@ -207,7 +210,8 @@ class Scheduler:
         return taken
 
     def streams(self) -> List[Continuation]:
-        """The requests that decode now, each with a block for its next token; the youngest go back when there are too few."""
+        """The requests that decode now, each with a block for its next token; the youngest go back when there are too
+        few."""
         for continuation in [c for c in self.running if not c.prefilling]:
             while continuation.table.capacity < len(continuation.ids) and continuation in self.running:
                 try:

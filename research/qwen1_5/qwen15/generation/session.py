@@ -142,7 +142,8 @@ def _logit_bias(value: Any) -> Tuple[Tuple[int, float], ...]:
 
 
 _CHECKS: Dict[str, Callable[[Any], Any]] = {
-    "stop": _stop_strings, "logprobs": _whole(0, _MOST_LOGPROBS), "logit_bias": _logit_bias, "n": _whole(1, _MOST_ANSWERS),
+    "stop": _stop_strings, "logprobs": _whole(0, _MOST_LOGPROBS), "logit_bias": _logit_bias,
+    "n": _whole(1, _MOST_ANSWERS),
     "prompt_logprobs": lambda value: None if value is None else _whole(0, _MOST_LOGPROBS)(value),
 }
 """Settings that no key of the configuration has."""
@@ -175,7 +176,8 @@ class Prompt:
         """What `to_json` has made."""
         own = value["settings"]
         settings = Settings(**{**own, "stop": tuple(own["stop"]), "logit_bias": tuple(map(tuple, own["logit_bias"]))})
-        return cls(**{**value, "ids": tuple(value["ids"]), "settings": settings, "stop_ids": frozenset(value["stop_ids"])})
+        return cls(**{**value, "ids": tuple(value["ids"]), "settings": settings,
+                      "stop_ids": frozenset(value["stop_ids"])})
 
 
 @dataclass(frozen=True)
@@ -218,17 +220,20 @@ class Session:
             launched: the session will be opened, so a parallel configuration needs to have been started by a launcher.
 
         Raises:
-            UserError: files are missing or do not belong together, or the number of workers contradicts the configuration.
+            UserError: files are missing or do not belong together, or the number of workers contradicts the
+                configuration.
         """
         if launched:
             check_launch(config)
         if config.threads:
             ops.use_threads(config.threads)
         parallel = config.parallel
-        checkpoint = weights.resolve(config.load_checkpoint, env_rank() if parallel.use_parallel else 0, parallel.model_parallel,
+        checkpoint = weights.resolve(config.load_checkpoint, env_rank() if parallel.use_parallel else 0,
+                                     parallel.model_parallel,
                                      config.auto_trans_ckpt)
         if config.tokenizer.vocab_file is None or config.tokenizer.merges_file is None:
-            open_checkpoint(checkpoint)  # a folder that holds no checkpoint is named as such, not for what else it lacks
+            # A folder that holds no checkpoint is named as such, not for what else it lacks
+            open_checkpoint(checkpoint)
         return cls(config, load_tokenizer(config), checkpoint)
 
     @property
@@ -293,7 +298,8 @@ class Session:
         for prompt in prompts:
             s = prompt.settings
             if s.n > 1 and not s.do_sample:
-                raise UserError(f"{prompt.label} asks for {s.n} answers, and without do_sample they would all be the same",
+                raise UserError(f"{prompt.label} asks for {s.n} answers, and without do_sample they would all be the "
+                                f"same",
                                 fix="Set do_sample, or n 1.")
             seed = sampling.pick_seed(s.seed)
             for choice in range(s.n):
@@ -330,7 +336,8 @@ class Session:
 
 
 class Answer:
-    """One request's continuation as it grows: text and token ids, and why it ended; one of `siblings` to the same prompt."""
+    """One request's continuation as it grows: text and token ids, and why it ended; one of `siblings` to the same
+    prompt."""
 
     def __init__(self, tokenizer: Any, prompt: Prompt):
         self._tokenizer = tokenizer
@@ -413,7 +420,8 @@ def load_tokenizer(config: Config) -> Any:
     files = config.tokenizer
     if files.vocab_file is None or files.merges_file is None:
         name = "vocab_file" if files.vocab_file is None else "merges_file"
-        raise UserError("is not set and there is no such file beside the checkpoint", where=f"processor.tokenizer.{name}",
+        raise UserError("is not set and there is no such file beside the checkpoint",
+                        where=f"processor.tokenizer.{name}",
                         fix=f"Pass --{name}, or set it in the YAML.")
     from ..text.tokenizer import Qwen2Tokenizer
 
@@ -440,7 +448,8 @@ def mismatch(tokenizer: Any, as_chat: bool, prompts: Sequence[Prompt] = ()) -> O
         as_chat: it is asked as a conversation; otherwise it continues `prompts` as they stand.
     """
     if as_chat and not is_chat_model(tokenizer):
-        return (f"note: this looks like a base model (its texts end with {tokenizer.eos_token}, not <|im_end|>): it continues texts "
+        return (f"note: this looks like a base model (its texts end with {tokenizer.eos_token}, not <|im_end|>): it "
+                f"continues texts "
                 "and was not trained to answer")
     if not as_chat and is_chat_model(tokenizer) and any(tokenizer.im_start_id not in prompt.ids for prompt in prompts):
         return "note: this looks like a chat model, and the text goes to it as it stands; --chat asks it as a message"
@@ -451,6 +460,8 @@ def check_launch(config: Config) -> None:
     """Refuse a parallel configuration in a process that no launcher has started."""
     parallel = config.parallel
     if parallel.use_parallel and parallel.model_parallel > 1 and not os.environ.get("MS_ROLE"):
-        raise UserError(f"model_parallel {parallel.model_parallel} needs {parallel.model_parallel} workers and this is one process",
-                        where="use_parallel", fix=f'Start them: bash scripts/msrun_launcher.sh "python run_qwen1_5.py ..." '
+        raise UserError(f"model_parallel {parallel.model_parallel} needs {parallel.model_parallel} workers and this is "
+                        f"one process",
+                        where="use_parallel",
+                        fix=f'Start them: bash scripts/msrun_launcher.sh "python run_qwen1_5.py ..." '
                         f"{parallel.model_parallel}, or pass --use_parallel False.")

@@ -1,12 +1,13 @@
-"""The launchers of one run's machines keep in touch: a machine that is lost is noticed within seconds, a failure named on all.
+"""The launchers of a run's machines keep in touch: a lost machine is noticed in seconds, a failure named on all.
 
-MindSpore's own heartbeat (30 s, then only the scheduler knows) stays as it is. Machine 0's launcher listens on the port after the
-scheduler's. It greets whoever calls with a challenge; the caller says which machine it is and proves that it knows the secret, and
-so does machine 0. From then on both sides send a line of JSON, `{}` when there is nothing to say, once a second: `{"failed": ...}`
+MindSpore's own heartbeat (30 s, then only the scheduler knows) stays as it is. Machine 0's launcher listens on the port
+after the scheduler's. It greets whoever calls with a challenge; the caller says which machine it is and proves that it
+knows the secret, and so does machine 0. From then on both sides send a line of JSON, `{}` when there is nothing to say,
+once a second: `{"failed": ...}`
 when a rank has failed, `{"done": true}` before a good end.
 
-Anybody can call. So a stranger has `_HELLO_S` from its first byte to its last, at most `_MOST_STRANGERS` are listened to at once
-(the oldest has to go when another calls), and what they say is short.
+Anybody can call. So a stranger has `_HELLO_S` from its first byte to its last, at most `_MOST_STRANGERS` are listened
+to at once (the oldest has to go when another calls), and what they say is short.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class _Peer:
 
 
 class Link:
-    """One launcher's end. Made before `start`, which runs it in a thread of its own; every method returns at once or within 2 s.
+    """One launcher's end. Made before `start`, which runs it in a thread of its own; every method returns at once or
+    within 2 s.
 
     Args:
         here: this machine.
@@ -249,7 +251,8 @@ class Link:
                 self._send(peer, message)
 
     def _send(self, peer: _Peer, message: Message) -> None:
-        """Send a line, the part that does not go at once later. Who takes nothing any more is noticed by its silence."""
+        """Send a line, the part that does not go at once later. Who takes nothing any more is noticed by its
+        silence."""
         if len(peer.unsent) < _MOST_BYTES:
             peer.unsent += encode(message)
         self._flush(peer)
@@ -287,9 +290,11 @@ class Hub(Link):
         OSError: the port cannot be used.
     """
 
-    def __init__(self, here: Machine, address: str, port: int, silence_s: float = SILENCE_S, shared: Optional[bytes] = None):
+    def __init__(self, here: Machine, address: str, port: int, silence_s: float = SILENCE_S,
+                 shared: Optional[bytes] = None):
         super().__init__(here, silence_s, shared)
-        self._server = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self._server = socket.create_server((address, port),
+                                            family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         self._server.setblocking(False)
         self._selector.register(self._server, selectors.EVENT_READ, None)
         self._members: Dict[int, Machine] = {}
@@ -376,7 +381,8 @@ class Member(Link):
         address, port: of machine 0's launcher.
     """
 
-    def __init__(self, here: Machine, address: str, port: int, silence_s: float = SILENCE_S, shared: Optional[bytes] = None):
+    def __init__(self, here: Machine, address: str, port: int, silence_s: float = SILENCE_S,
+                 shared: Optional[bytes] = None):
         super().__init__(here, silence_s, shared)
         self._address, self._port = address, port
         self._refusal: Optional[str] = None
@@ -387,7 +393,8 @@ class Member(Link):
         return self._refusal
 
     def join(self) -> bool:
-        """Call machine 0's launcher, whose scheduler listens, and `start`; False when it does not answer or refuses (`refusal`)."""
+        """Call machine 0's launcher, whose scheduler listens, and `start`; False when it does not answer or refuses
+        (`refusal`)."""
         deadline = time.monotonic() + _CONNECT_S
         while True:
             peer = self._call(deadline)
@@ -405,7 +412,8 @@ class Member(Link):
         """Connect and introduce ourselves; None when nobody answers as a launcher does."""
         connection = None
         try:
-            connection = socket.create_connection((self._address, self._port), timeout=max(0.01, deadline - time.monotonic()))
+            connection = socket.create_connection((self._address, self._port),
+                                                  timeout=max(0.01, deadline - time.monotonic()))
             _set_up(connection)
             peer = _Peer(connection, self._address)
             if self._introduce(peer, deadline):
@@ -442,7 +450,8 @@ class Member(Link):
 
 
 def _read_line(peer: _Peer, deadline: float) -> Message:
-    """The next line of a peer that is not listened to yet. Raises an OSError when none comes in time, or one of `NONSENSE`."""
+    """The next line of a peer that is not listened to yet. Raises an OSError when none comes in time, or one of
+    `NONSENSE`."""
     while b"\n" not in peer.received:
         peer.connection.settimeout(max(0.01, deadline - time.monotonic()))
         data = peer.connection.recv(_HELLO_BYTES)

@@ -332,7 +332,8 @@ def hang_timeout_s(environ: Mapping[str, str]) -> int:
 
 
 def open_link(plan: Plan, port: int, shared: Optional[bytes]) -> Optional[machines.Link]:
-    """The way to the launchers of the other machines; None where there are none, or where it cannot be had, which is said."""
+    """The way to the launchers of the other machines; None where there are none, or where it cannot be had, which is
+    said."""
     link_port = port + machines.PORT_OFFSET
     if plan.one_machine:
         return None
@@ -340,7 +341,8 @@ def open_link(plan: Plan, port: int, shared: Optional[bytes]) -> Optional[machin
     if plan.node_rank > 0:
         return machines.Member(here, plan.master_addr, link_port, shared=shared)
     if shared is None:
-        supervise.say(f"warning: without a secret whoever reaches port {link_port} of {plan.master_addr} can join this run or end it; "
+        supervise.say(f"warning: without a secret whoever reaches port {link_port} of {plan.master_addr} can join this "
+                      f"run or end it; "
                       f"{secret.FILE} names a file with one, the same on every machine")
     try:
         return machines.Hub(here, plan.master_addr, link_port, shared=shared)

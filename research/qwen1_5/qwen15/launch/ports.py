@@ -16,9 +16,10 @@ _LISTENING = "0A"  # state in /proc/net/tcp, see proc(5)
 class Reservation:
     """A port that the scheduler can listen on. `close` gives it up.
 
-    Some seconds pass before the scheduler listens. Meanwhile a socket that is bound and does not listen keeps the port from being
-    given to others, and a name of the kernel's own (an abstract Unix socket) keeps other launchers off it; both go with the process.
-    A program that shares addresses (SO_REUSEADDR, as the scheduler does) can still come first: then the scheduler ends.
+    Some seconds pass before the scheduler listens. Meanwhile a socket that is bound and does not listen keeps the port
+    from being given to others, and a name of the kernel's own (an abstract Unix socket) keeps other launchers off it;
+    both go with the process. A program that shares addresses (SO_REUSEADDR, as the scheduler does) can still come
+    first: then the scheduler ends.
     """
 
     def __init__(self, port: int, *held: socket.socket):

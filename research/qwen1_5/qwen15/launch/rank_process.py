@@ -57,7 +57,8 @@ class RankProcess:
         task: what to start.
         log_path: where its output goes.
         relayed: its output is to be passed on as well; see `relay`.
-        terminal: our terminal, which it may read from; it is then a process group of our session instead of one of its own.
+        terminal: our terminal, which it may read from; it is then a process group of our session instead of one of its
+            own.
 
     Attributes:
         code: as `subprocess` has it, negative for a signal; None while it runs.

@@ -241,9 +241,11 @@ class _Supervisor:
             if self._link.join():
                 return
             if self._link.refusal:
-                raise UserError(f"machine 0 does not take this one: {self._link.refusal}", where=f"NODE_RANK {self._link.here.number}",
+                raise UserError(f"machine 0 does not take this one: {self._link.refusal}",
+                                where=f"NODE_RANK {self._link.here.number}",
                                 fix="Start the launcher with the same numbers on every machine; only NODE_RANK differs.")
-            say(f"machine 0's launcher does not answer at {self._job.address}:{self._job.port + machines.PORT_OFFSET}: {NO_LINK}")
+            say(f"machine 0's launcher does not answer at {self._job.address}:{self._job.port + machines.PORT_OFFSET}: "
+                f"{NO_LINK}")
             self._link = None
         elif self._link is not None:
             self._link.start()
@@ -261,7 +263,8 @@ class _Supervisor:
     # -- the terminal
 
     def _lend_terminal(self) -> None:
-        """Look after a rank 0 that has our terminal as its stdin; afterwards Ctrl-C is its own, see `terminal.Terminal`."""
+        """Look after a rank 0 that has our terminal as its stdin; afterwards Ctrl-C is its own, see
+        `terminal.Terminal`."""
         if self._terminal is None:
             return
         process = self._ranks[0]
@@ -273,7 +276,8 @@ class _Supervisor:
         stopped_by = process.stop_signal()
         if stopped_by in (signal.SIGTTIN, signal.SIGTTOU):
             self._wants_terminal = True
-            process.settle_relay(_GRACE_S)  # what it has said before it reads comes before what it says to the terminal itself
+            # What it has said before it reads comes before what it says to the terminal itself
+            process.settle_relay(_GRACE_S)
         elif stopped_by == signal.SIGTSTP:
             say("Ctrl-Z: a run of several processes cannot be suspended, the others would take this one for lost")
             process.signal_group(signal.SIGCONT)
@@ -334,7 +338,8 @@ class _Supervisor:
                         "What stopped it has to let it go on sooner.")
 
     def _incomplete(self) -> Optional[_Failure]:
-        """Until the cluster is complete: say every half minute who is still missing, and when the time for it is over."""
+        """Until the cluster is complete: say every half minute who is still missing, and when the time for it is
+        over."""
         now, job = time.monotonic(), self._job
         if self._complete or self._scheduler is None or now < self._next_report:
             return None
@@ -356,7 +361,8 @@ class _Supervisor:
         """Ranks that are not there in time. MindSpore would find it out too, on each process by a clock of its own."""
         return _Failure(self._scheduler, f"{_these(self._absent(joined))} did not join within {self._job.timeout_s} s; "
                                          f"{_these(joined) if joined else 'nobody'} did",
-                        "See the logs of the missing ranks. On several machines: start the launcher on each, with the same address.")
+                        "See the logs of the missing ranks. On several machines: start the launcher on each, with the "
+                        "same address.")
 
     def _joined(self) -> Tuple[Set[int], bool]:
         """Ranks that the scheduler has registered, and whether the cluster is complete."""
@@ -471,7 +477,8 @@ class _Supervisor:
             report = Report(name, failure.what, failure.fix or "", failure.code, log, _tail(log))
             self._tell(report if name else replace(report, where="the launcher"))
             self._end_all()
-            shown = self._foreground and process is not None and process.task.rank == 0  # its stderr has been on ours all the time
+            # Its stderr has been on ours all the time
+            shown = self._foreground and process is not None and process.task.rank == 0
             report = replace(report, lines=() if shown else _tail(log))  # again: it may have had last words
         else:
             self._end_all()

@@ -34,8 +34,8 @@ _BLANKS = re.compile(f"[{_BLANK}]+")
 # tiktoken's regular expression engine keeps one stack entry per blank it may give back and stops at a million.
 LONGEST_BLANK_RUN = 1 << 16
 
-# Costs in look-ups of a piece of text in the vocabulary (about 0.2 us each): of setting up an engine for one short text,
-# and per token of setting up one for the whole vocabulary (measured 165 ms for 151643 tokens).
+# Costs in look-ups of a piece of text in the vocabulary (about 0.2 us each): of setting up an engine for one short
+# text, and per token of setting up one for the whole vocabulary (measured 165 ms for 151643 tokens).
 _ENGINE_LOOKUPS = 8000
 _LOOKUPS_PER_TOKEN = 4
 

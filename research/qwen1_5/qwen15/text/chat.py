@@ -1,4 +1,4 @@
-"""Messages to the ids of a prompt: the checkpoint's chat template, safe against forged control tokens; stop ids; window.
+"""Messages to the ids of a prompt: the chat template, safe against forged control tokens; stop ids; window.
 
 A chat prompt is equal, token for token, to Hugging Face's `apply_chat_template`, except where the text of a message
 spells a control token (`<|im_end|>`): there it stays text. How this is kept apart:
@@ -10,10 +10,12 @@ spells a control token (`<|im_end|>`): there it stays text. How this is kept apa
 * In the rendered prompt the control tokens are then the template's own. The prompt is cut at them, the noncharacters in
   the pieces between are turned back, and the pieces are encoded as ordinary text. Pieces are not cut at the borders of
   messages, because line ends there merge with the template's.
-* The prompt is rendered a second time with every punctuation mark in the messages replaced by a noncharacter. If that gives
+* The prompt is rendered a second time with every punctuation mark in the messages replaced by a noncharacter. If that
+gives
   another sequence of control tokens, the template makes them out of message text (by joining, deleting or exchanging
-  parts), and the prompt is refused. Where a control token has no punctuation mark, or the template exchanges words, letters
-  and digits are replaced as well, except in a message's role: it is the template that looks at words who pays for it.
+  parts), and the prompt is refused. Where a control token has no punctuation mark, or the template exchanges words,
+  letters and digits are replaced as well, except in a message's role: it is the template that looks at words who pays
+  for it.
 
 What a template that looks for a control token inside a message finds: nothing, once it is spelled by a user.
 """
@@ -32,7 +34,8 @@ _NONCHARACTERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True,
-               tools: Optional[Sequence[Any]] = None, chat_template: Optional[str] = None, **variables: Any) -> List[int]:
+               tools: Optional[Sequence[Any]] = None, chat_template: Optional[str] = None,
+               **variables: Any) -> List[int]:
     """The prompt that asks for the next answer, as token ids; nothing in the messages can become a control token.
 
     Args:
@@ -52,7 +55,8 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_pr
     controls = tokenizer.all_special_tokens
 
     def rendered(some: Any, their_tools: Any) -> List[Union[int, str]]:
-        text = render(template, some, tools=their_tools, add_generation_prompt=add_generation_prompt, where=tokenizer.vocab_file,
+        text = render(template, some, tools=their_tools, add_generation_prompt=add_generation_prompt,
+                      where=tokenizer.vocab_file,
                       **{**tokenizer.special_tokens_map, **variables})
         return tokenizer.split_control(text)
 
@@ -95,7 +99,8 @@ def _blinded(message: Message, blinded: Callable[[str], str]) -> Message:
     """A message with its text replaced; its keys, and a role that is one word, are what templates decide by."""
     if not isinstance(message, Mapping):
         return _mapped(message, blinded)
-    return {key: value if key == "role" and isinstance(value, str) and _ROLE.fullmatch(value) else _mapped(value, blinded)
+    return {key: value if key == "role" and isinstance(value, str) and _ROLE.fullmatch(value)
+            else _mapped(value, blinded)
             for key, value in message.items()}
 
 
@@ -136,7 +141,8 @@ def _unused(count: int, *values: Any) -> List[str]:
 
 
 def stop_ids(tokenizer: Any, eos_token_ids: Iterable[int] = ()) -> FrozenSet[int]:
-    """Ids that end an answer: the configured ones, the tokenizer's end of sequence, `<|im_end|>` and `<|endoftext|>`."""
+    """Ids that end an answer: the configured ones, the tokenizer's end of sequence, `<|im_end|>` and
+    `<|endoftext|>`."""
     own = (tokenizer.eos_token_id, tokenizer.im_end_id, tokenizer.end_of_text_id)
     return frozenset(eos_token_ids) | frozenset(index for index in own if index is not None)
 

@@ -1,4 +1,4 @@
-"""Qwen2Tokenizer as MindFormers wants its tokenizers: one of its own classes, registered by name. Imports MindFormers."""
+"""Qwen2Tokenizer as MindFormers wants its tokenizers: one of its own classes, registered by name."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _plain = tokenizer.Qwen2Tokenizer
 class Qwen2Tokenizer(tokenization_utils.PreTrainedTokenizer, _plain):
     """MindFormers' interface first, the plain tokenizer beneath; where both have a method, the exact one is named here.
 
-    MindFormers' Trainer and pipelines check for their own type. Ids, texts and chat prompts are the plain tokenizer's; the rest
-    of MindFormers' interface (text pairs, strides, `encode_plus`, `add_tokens`) is MindFormers' code above it.
+    MindFormers' Trainer and pipelines check for their own type. Ids, texts and chat prompts are the plain tokenizer's;
+    the rest of MindFormers' interface (text pairs, strides, `encode_plus`, `add_tokens`) is MindFormers' code above it.
     """
 
     vocab_files_names = _plain.vocab_files_names
@@ -61,7 +61,8 @@ class Qwen2Tokenizer(tokenization_utils.PreTrainedTokenizer, _plain):
             return _plain.encode(self, text, control_tokens=control_tokens)
         return super().encode(text, text_pair, control_tokens=control_tokens, **options)
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, control_tokens: Optional[bool] = None, **options: Any) -> Any:
+    def _encode_plus(self, text: Any, text_pair: Any = None, control_tokens: Optional[bool] = None,
+                     **options: Any) -> Any:
         encode = functools.partial(self._ids_of, control_tokens=control_tokens)
         return super()._encode_plus(encode(text), encode(text_pair), **options)
 
@@ -83,4 +84,5 @@ class Qwen2Tokenizer(tokenization_utils.PreTrainedTokenizer, _plain):
 
 
 def _flagged(token: AddedToken) -> Any:
-    return tokenization_utils.AddedToken(token.content, lstrip=False, rstrip=False, normalized=False, special=token.special)
+    return tokenization_utils.AddedToken(token.content, lstrip=False, rstrip=False, normalized=False,
+                                         special=token.special)

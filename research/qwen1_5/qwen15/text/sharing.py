@@ -19,8 +19,8 @@ def processors() -> int:
 def sliced(text: str) -> Iterator[str]:
     """`text` in slices of at least `SLICE` characters that are encoded as if they had not been cut.
 
-    The cut is after a line end that no blank follows: there a piece always ends (qwen15.text.bpe.PIECES), and neither NFC
-    nor a control token reaches across.
+    The cut is after a line end that no blank follows: there a piece always ends (qwen15.text.bpe.PIECES), and neither
+    NFC nor a control token reaches across.
     """
     start = 0
     while len(text) - start >= 2 * SLICE:

@@ -1,4 +1,4 @@
-"""Token ids -> printable pieces of text: half characters and possible stop strings are held back until they are whole."""
+"""Token ids -> printable pieces of text: half characters and possible stop strings wait until they are whole."""
 
 import codecs
 from typing import Callable, FrozenSet, Sequence

@@ -65,7 +65,8 @@ class Qwen2Tokenizer:
             it does not have them, after its last id (151643, 151644, 151645 for Qwen).
 
     Raises:
-        UserError: a file is missing, damaged, swapped with the other or foreign; a control token contradicts vocab.json.
+        UserError: a file is missing, damaged, swapped with the other or foreign; a control token contradicts
+            vocab.json.
 
     Example:
         >>> tokenizer = Qwen2Tokenizer("vocab.json", "merges.txt")      # doctest: +SKIP
@@ -595,7 +596,8 @@ def _refuse(options: Mapping[str, Any]) -> None:
             "return_overflowing_tokens", "is_split_into_words", "stride", "text_pair", "split_special_tokens"}
     wanted = [name for name, value in options.items() if name != "verbose" and (name not in idle or value)]
     if wanted:
-        raise TypeError(f"not supported here: {', '.join(wanted)}; the Qwen2Tokenizer that qwen1_5_tokenizer gives after "
+        raise TypeError(f"not supported here: {', '.join(wanted)}; the Qwen2Tokenizer that qwen1_5_tokenizer gives "
+                        f"after "
                         "`import mindformers` takes all of MindFormers' arguments")
 
 
@@ -608,7 +610,8 @@ def _is_json(value: Any) -> bool:
 
 
 def _write(folder: str, name: str, text: str) -> str:
-    """Write a whole file or none. A file of that name with the same text is left as it is, another one is not touched."""
+    """Write a whole file or none. A file of that name with the same text is left as it is, another one is not
+    touched."""
     path = os.path.join(folder, name)
     try:
         if os.path.exists(path):
