@@ -177,7 +177,7 @@ class TestProgress:
         now = [0.0]
         screen = self.Screen(tty)
         progress = batch_progress.BatchProgress(4, screen, clock=lambda: now[0])
-        answer = argparse.Namespace(token_ids=[1] * 10)
+        answer = argparse.Namespace(token_ids=[1] * 10, siblings=1)
         for second in range(1, 101):
             now[0] = float(second)
             progress.take(batch_progress.Piece(second % 4, "x", answer,

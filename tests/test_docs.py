@@ -25,7 +25,7 @@ NOT_RUN = (
     (r"Ascend/|ascend-check|14b\.ckpt|/path/72b ", "needs a 910B card"),
     (r'run_qwen1_5\.py \.\.\."', "stands for a command that is given in full elsewhere on its page"),
     (r"qwen15 serve|^curl ", "the server's own tests do that"),
-    (r"bench numerics", "takes minutes with a real model"),
+    (r"bench numerics|small-int8", "takes minutes with a real model"),
 )
 """Pattern of a command -> why it is not run here."""
 
