@@ -62,4 +62,4 @@ tests=(tests/test_ascend_*.py)
 for argument in "$@"; do
     if [ -e "${argument%%::*}" ]; then tests=(); fi
 done
-exec python -m pytest "${tests[@]}" "$@"
+exec python -m pytest "${tests[@]}" -m "${QWEN15_TEST_MARK:-not slow}" "$@"

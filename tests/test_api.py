@@ -122,7 +122,7 @@ def test_the_kernels_run_on_as_many_threads_as_the_setting_says(small_model):
 def test_a_text_is_a_question(model):
     asked = model.chat("Say hello.", max_new_tokens=5, do_sample=False)
     assert asked == replace(model.chat([{"role": "user", "content": "Say hello."}], max_new_tokens=5, do_sample=False),
-                            prefill_s=asked.prefill_s, decode_s=asked.decode_s)
+                            prefill_s=asked.prefill_s, decode_s=asked.decode_s, cached_tokens=asked.cached_tokens)
     assert len(asked.token_ids) == 5
 
 
