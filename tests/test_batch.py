@@ -60,7 +60,7 @@ class TestReading:
 
     @pytest.mark.parametrize("line, fragment", [
         ('{"prompt": "a", "temprature": 1}', "Did you mean temperature?"),
-        ('{"prompt": "a", "temperature": 0}', "temperature must be above 0"),
+        ('{"prompt": "a", "temperature": -1}', "temperature must be at least 0"),
         ('{"prompt": "a", "temperature": "1"}', "temperature wants a number"),
         ('{"prompt": "a", "top_k": 2.5}', "top_k wants a whole number"),
         ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens must be at least 1"),
@@ -275,7 +275,7 @@ def test_a_bad_line_is_refused_before_anything_is_loaded(random_yaml, tmp_path):
     path.write_text('{"prompt": "fine"}\n{"prompt": "' + "word " * 100 + '"}\n')
     line = error_line("--config", random_yaml, "--predict_file", path)
     assert "p.jsonl:2 has 10" in line and "--predict_length" in line
-    path.write_text('{"prompt": "a", "temperature": 2.0}\n')
+    path.write_text('{"prompt": "a", "do_sample": false, "temperature": 2.0}\n')
     done = run("--config", random_yaml, "--predict_file", path, "--dry_run")
     assert "temperature has no effect without do_sample" in done.stderr and "dry run" in done.stdout
 

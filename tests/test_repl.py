@@ -284,7 +284,7 @@ class TestSettings:
     @pytest.mark.parametrize("text, fragment", [
         ("temprature 1", "Did you mean temperature?"), ("temperature", "needs a value, it is 0.7"),
         ("temperature 0,7", "wants a number"),
-        ("temperature 0", "must be above 0"), ("top_k 2.5", "wants a whole number"), ("top_p 1e999", "wants a number"),
+        ("temperature -1", "must be at least 0"), ("top_k 2.5", "wants a whole number"), ("top_p 1e999", "wants a number"),
         ("max_length 5", "is not a value of sampling"), ("do_sample perhaps", "wants True or False"),
         ("temperature none", "needs a value")])
     def test_what_cannot_be_set_is_named(self, text, fragment):
