@@ -35,7 +35,7 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
 
     workers, prompt_length, new_tokens = job["workers"], job["prompt"], job["new_tokens"]
     # A sequence's blocks; the cache holds two, what a run has left in it and a prompt beside it.
-    blocks = -(-(prompt_length + max(new_tokens, PROFILED_TOKENS)) // 32)
+    blocks = -(-(prompt_length + max(new_tokens, PROFILED_TOKENS) + 1) // 32)
     values = {"load_checkpoint": job["checkpoint"], "context.device_target": "CPU", "use_parallel": workers > 1,
               "parallel_config.model_parallel": workers, "parallel_config.vocab_emb_dp": job["vocab_emb_dp"],
               "auto_trans_ckpt": True,
@@ -61,8 +61,9 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
 
     def decode(tokens: int) -> Tuple[float, float]:
         """Seconds of all tokens but the first, and the time of day at which they began."""
-        steps = engine.generate([Request(prompt, prompt_length + tokens)])
+        steps = engine.generate([Request(prompt, prompt_length + tokens + 1)])
         next(steps)
+        next(steps)  # a step that ends a prompt also decodes: its second token is there already
         began, begin_s = time.time(), time.perf_counter()
         count = sum(1 for _ in steps)
         assert count == tokens - 1
