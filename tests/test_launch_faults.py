@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from command_fixtures import make_random
-from conftest import MODULE
+from conftest import MODULE, random_model
 from launch_runs import SCHEDULER, Launch
 
 pytest.importorskip("mindspore")
@@ -201,3 +201,21 @@ def test_control_c_while_loading_and_while_decoding(predict):
         assert run.wait(60) == 130 and time.monotonic() - begin < ENDS_WITHIN_S
         assert "ended by SIGINT, all workers with it" in run.err and "error" not in run.err
         run.assert_nothing_left(run.port)
+
+
+def test_slices_of_two_checkpoints_end_the_run(random_yaml, predict, tmp_path):
+    source = random_yaml.parent / "random"
+    random_model(tmp_path / "other", seed=1, vocab_size=49152, hidden_size=64, intermediate_size=96,
+                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    for model, slices in ((source, tmp_path / "slices"), (tmp_path / "other", tmp_path / "others")):
+        subprocess.run([sys.executable, MODULE / "convert_weight.py", "--torch_ckpt_dir", model, "--mindspore_ckpt_path",
+                        slices, "--model_parallel", "2"], check=True, capture_output=True)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(source / name, tmp_path / "slices")
+    shutil.rmtree(tmp_path / "slices" / "rank_1")
+    shutil.move(tmp_path / "others" / "rank_1", tmp_path / "slices")
+    run = predict("--auto_trans_ckpt", "False", "--load_checkpoint", str(tmp_path / "slices"))
+    assert run.wait(120) == 2, run.err
+    assert re.search(r"error: \S*/rank_1: was made from another checkpoint than \S*/rank_0", run.err), run.err
+    assert PROMPT.encode().startswith(run.out) and "Traceback" not in run.err  # rank 0 may have shown the prompt
+    run.assert_nothing_left(run.port)

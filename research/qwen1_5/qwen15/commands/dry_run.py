@@ -61,9 +61,13 @@ def _checkpoint_lines(config: Config) -> List[str]:
     ranks = parallel.model_parallel
     whole = config.auto_trans_ckpt or ranks == 1
     lines = []
+    first = None
     for rank in range(1 if whole else ranks):
         path = weights.resolve(config.load_checkpoint, rank, ranks, config.auto_trans_ckpt)
-        weights.Loader(path, config.model, rank, ranks, parallel.vocab_emb_dp, whole)
+        loader = weights.Loader(path, config.model, rank, ranks, parallel.vocab_emb_dp, whole)
+        likeness = loader.likeness()
+        first = first or likeness
+        likeness.refuse_other_than(first)
         reader = open_checkpoint(path)
         infos = reader.infos.values()
         dtypes = ", ".join(sorted({info.dtype for info in infos}))

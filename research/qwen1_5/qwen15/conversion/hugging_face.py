@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .. import naming
+from ..checkpoint import origin
 from ..checkpoint.account import Account, Expected, same_contents, take_account
 from ..checkpoint.casting import FLOATS
 from ..checkpoint.gguf_file import GgufFile
@@ -23,7 +24,7 @@ from ..checkpoint.view import View
 from ..config.hf_config import CONFIG_FILE, HfConfig, dims_from_hf_config
 from ..errors import UserError
 from ..naming import Weight
-from .plan import LAYOUT_FILE, OutFile, Plan, aligned, index_of, shape_files, shard_names, sidecars
+from .plan import LAYOUT_FILE, OutFile, Plan, aligned, index_of, record_source, shape_files, shard_names, sidecars
 from .quantise import Recipe, error_of, quantised
 from .slices import Slicing, infer_dims, open_slices
 from .strategy import layout_of, strategy_files
@@ -113,6 +114,7 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
             _whole_files(plan, options, tensors, moves, "ms")
         else:
             _sliced_files(plan, options, tensors, moves)
+        record_source(plan, origin.source_of([source]))
         changes = dict(options.recipe.changes()) if options.recipe is not None else {}
         if options.dtype != "auto":
             changes["torch_dtype"] = _one_dtype(tensors)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
+from ..checkpoint import origin
 from ..checkpoint.file_writer import Blocks
 from ..checkpoint.quantized_settings import CONFIG_KEY, SETTINGS_FILES
 from ..checkpoint.reader import FORMATS, INDEX_FILES, Checkpoint, write_index
@@ -129,6 +130,15 @@ class Plan:
         """Close what is read."""
         for source in self.sources:
             source.close()
+
+
+def record_source(plan: Plan, source: str) -> None:
+    """Note in every .safetensors file of the plan what it is made from, so that slices that belong together are known."""
+    for number, file in enumerate(plan.files):
+        if file.kind == "safetensors":
+            rank = number if file.name.startswith("rank_") else None
+            made = origin.record(source, rank, len(plan.files))
+            plan.files[number] = replace(file, metadata={**file.metadata, **made})
 
 
 def shape_files(infos: Sequence[TensorInfo], most_bytes: int) -> List[List[TensorInfo]]:

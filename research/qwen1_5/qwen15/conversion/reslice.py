@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from .. import naming
+from ..checkpoint import origin
 from ..checkpoint.account import Account
 from ..checkpoint.leftovers import kind_of
 from ..checkpoint.quantized import ORDER, SCALE, ZERO, companion_of
@@ -18,7 +19,7 @@ from ..config.hf_config import CONFIG_FILE, HfConfig
 from ..errors import UserError
 from ..naming import Weight
 from .hugging_face import account_slices, check_contents
-from .plan import OutFile, Plan, aligned, sidecars
+from .plan import OutFile, Plan, aligned, record_source, sidecars
 from .slices import Slicing, open_slices
 from .strategy import Layout, layout_of, read_strategy, write_strategy
 from .strips import Destination, Move, Part, whole
@@ -82,6 +83,7 @@ def plan_transform(request: Request) -> Plan:
         else:
             cuts = _cuts_by_strategy(request, ranks, slicing, config, before, after, plan)
         _fill(plan, request, ranks, cuts)
+        record_source(plan, origin.source_of(ranks))
         plan.small.update(sidecars(folder, {}))
         if request.config_path is not None:
             given = request.config_path

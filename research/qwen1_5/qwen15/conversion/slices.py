@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
 from .. import naming
+from ..checkpoint import origin
 from ..checkpoint.reader import Checkpoint, open_checkpoint, open_ranks, rank_folders
 from ..config.hf_config import CONFIG_FILE, HfConfig, dims_from_hf_config
 from ..errors import UserError
@@ -81,6 +82,7 @@ def open_slices(path: str, config_path: Optional[str] = None, vocab_emb_dp: Opti
         config = dims_from_hf_config(config_folder(path))
     ranks = open_ranks(path) if rank_folders(path) else [open_checkpoint(path, ("safetensors", "ckpt"))]
     try:
+        origin.check_together(ranks)
         folder = config_folder(path) or (path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
         slicing = _slicing(ranks, config, vocab_emb_dp) if strict else Slicing(len(ranks), True)
         return ranks, slicing, config, folder

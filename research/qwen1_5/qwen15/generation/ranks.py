@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 import numpy as np
 
 from .. import interrupts
+from ..checkpoint.origin import Likeness
 from ..network.base import Network
 from .request import Request
 from .sampling import SamplingParams
@@ -144,6 +145,17 @@ class Shared:
         finally:
             ended.set()
             thread.join()
+
+
+def refuse_unlike(network: Network) -> None:
+    """On every rank, once the weights are loaded: compare what all have to hold alike with rank 0's.
+
+    Raises:
+        UserError: this rank's weights are of another checkpoint.
+    """
+    mine = network.likeness()
+    if network.ranks > 1 and mine is not None:
+        mine.refuse_other_than(Likeness.from_json(Shared(network).same(mine.to_json())))
 
 
 def padded(message: bytes) -> np.ndarray:

@@ -18,7 +18,7 @@ from ..network import weights
 from ..reporting import stdout_to_stderr
 from ..text import chat
 from ..text.stream import TextStream
-from . import memory_check, sampling
+from . import memory_check, ranks, sampling
 from .engine import Engine
 from .request import STOP, Limits, LogProbs, Request, Step, Usage
 from .sampling import SamplingParams, Selection
@@ -257,6 +257,7 @@ class Session:
             from ..network.build import build_network
 
             network = build_network(self.config, self.checkpoint, tell)
+            ranks.refuse_unlike(network)
         self.engine = Engine(network, self.limits, max_batch, selection())
         self.note = network.note
         tell(f"{network.note}; ready in {time.perf_counter() - start_s:.1f} s")

@@ -6,6 +6,8 @@ from typing import Optional, Tuple
 
 import numpy as np
 
+from ..checkpoint.origin import Likeness
+
 
 class Network:
     """What the engine drives.
@@ -47,6 +49,10 @@ class Network:
     def agree(self, ids: np.ndarray) -> np.ndarray:
         """Rank 0's `ids` (N,) int32 on every rank; the other ranks pass an array of the same size."""
         return ids
+
+    def likeness(self) -> Optional[Likeness]:
+        """What every rank has to hold alike, of this one; None where there is no checkpoint."""
+        return None
 
     def find_non_finite(self) -> Optional[str]:
         """Name of the first weight with NaN or infinity, None when all are finite. Reads every weight."""

@@ -80,5 +80,8 @@ class CpuNetwork(Network):
             return ids
         return self._broadcast((self._ms.Tensor(ids),))[0].asnumpy()
 
+    def likeness(self):
+        return self._weights.likeness()
+
     def find_non_finite(self):
         return self._weights.find_non_finite()

@@ -116,6 +116,9 @@ class MindFormersNetwork(Network):
             return ids
         return broadcast(ids)
 
+    def likeness(self):
+        return self._source.likeness()
+
     def find_non_finite(self):
         return self._source.find_non_finite()
 

@@ -9,8 +9,9 @@ from typing import Callable, Dict, Optional, Set, Tuple
 import numpy as np
 
 from .. import naming
-from ..checkpoint import casting, leftovers
+from ..checkpoint import casting, leftovers, origin
 from ..checkpoint.account import Expected, take_account
+from ..checkpoint.origin import Likeness
 from ..checkpoint.quantized import ORDER, SCALE, ZERO, Scheme, companion_of
 from ..checkpoint.quantized_settings import settings_of
 from ..checkpoint.quantized_source import read_quantised
@@ -129,11 +130,18 @@ class Loader:
         self._loaded = 0
         self._account = take_account(
             self._reader, Expected(model.dims, "the YAML", "either", 1 if whole else ranks, vocab_emb_dp))
+        if not whole:
+            origin.check_place(self._reader, rank, ranks)
         self._stored = self._account.stored
         self._shapes = {weight.ms: weight.shape for weight in naming.weights(model.dims)}
         if model.quantization is not None:
             self._compare(model.quantization)
         self.schemes = self._cut_schemes() if whole else dict(self._account.schemes)
+
+    def likeness(self) -> Likeness:
+        """What every rank has to hold alike, of this one: records of the source, and the weights that are not cut."""
+        return Likeness.of(self._reader, {name: self._stored[name] for name, axis in self._axes.items()
+                                          if axis is None and name not in self.schemes})
 
     def _compare(self, said: Quantization) -> None:
         """Refuse a configuration that says something else about the layers' matrices than the checkpoint does."""
