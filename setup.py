@@ -96,13 +96,15 @@ setup(
         "quickstart": ["gguf>=0.10"],
         "gguf": ["gguf>=0.10"],
         "serve": SERVE,
+        "completion": ["shtab>=1.7"],
         "modelscope": ["modelscope>=1.20"],
         "bench": ["matplotlib>=3.7", TRANSFORMERS],
         # .bin files only. Take a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu
         "torch": ["torch>=2.4"],
         # torch is left out: scripts/test.sh installs a CPU build where one is offered.
-        "test": [MINDFORMERS, TRANSFORMERS, *SERVE, "gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7", "mypy>=1.11",
-                 "openai>=1.40", "pytest>=7", "pytest-timeout", "pytest-xdist"],
+        "test": [MINDFORMERS, TRANSFORMERS, *SERVE, "gguf>=0.10", "hypothesis>=6", "matplotlib>=3.7",
+                 "modelscope>=1.20", "mypy>=1.11", "openai>=1.40", "pytest>=7", "pytest-timeout",
+                 "pytest-xdist", "shtab>=1.7"],
     },
     entry_points={"console_scripts": ["qwen15 = qwen15.__main__:run"]},
 )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
 
 import pytest
-from conftest import MODULE
+from conftest import MODULE, ROOT
 from qwen15 import __main__ as qwen15_main
-from qwen15.__main__ import GROUPS, VERBS
-from qwen15.bench.command import COMMANDS as MEASUREMENTS
 from qwen15.errors import run_main
+from qwen15.verbs import GROUPS, VERBS, parsers
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import flags_page  # noqa: E402
 
 MISTAKES = [
     ("predict --temprature 0.7", "qwen15 predict: --temprature is not one of its flags. Did you mean --temperature?"),
@@ -101,24 +102,55 @@ def test_help_begins_with_one_line_of_usage_and_ends_with_examples(verb, capsys)
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     lines = shown[0].splitlines()
-    assert lines[0].startswith(f"usage: qwen15 {verb} [flags]" if verb != "bench" else "usage: qwen15 bench WHAT")
+    assert lines[0].startswith(f"usage: qwen15 {verb} " + {"bench": "WHAT", "completion": "SHELL"}.get(verb, "[flags]"))
     assert lines[1] == ""
     assert f"  qwen15 {verb}" in shown[0][shown[0].index("examples:"):]
     assert lines[-1].startswith("exit codes: 0 ")
-
-
-def parsers():
-    for name in HELPED:
-        module = importlib.import_module(VERBS[name].module)
-        yield name, module.parser()
-    for name, (module, _) in MEASUREMENTS.items():
-        yield f"bench {name}", importlib.import_module(f"qwen15.bench.{module}").parser()
 
 
 def test_every_flag_has_a_sentence():
     for name, parser in parsers():
         for action in parser._actions:
             assert action.help, (name, action.option_strings)
+
+
+@pytest.mark.parametrize("language, name", [("en", "flags_en.md"), ("zh", "flags.md")])
+def test_the_page_of_all_flags_is_current(language, name):
+    assert (ROOT / "docs" / name).read_text("utf-8") == flags_page.page(language), "run python scripts/flags_page.py"
+
+
+# --- completion
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory):
+    """What bash offers for words, the last of which is not complete."""
+    pytest.importorskip("shtab")
+    script = tmp_path_factory.mktemp("completion") / "qwen15.bash"
+    script.write_text(subprocess.run([sys.executable, "-m", "qwen15", "completion", "bash"], cwd=MODULE, check=True,
+                                     capture_output=True, text=True).stdout)
+
+    def offered(*words):
+        program = (f"source {script}; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _shtab_qwen15; "
+                   'printf "%s\\n" "${COMPREPLY[@]}"')
+        return subprocess.run(["bash", "-c", program, "bash", "qwen15", *words], capture_output=True, text=True,
+                              check=True).stdout.split()
+
+    return offered
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["pre"], ["predict"]), (["con"], ["convert", "convert-reversed"]), (["predict", "--temp"], ["--temperature"]),
+    (["predict", "--do_sample", ""], ["True", "False"]), (["bench", "deco"], ["decode"]),
+    (["bench", "decode", "--roun"], ["--rounds"]), (["completion", "z"], ["zsh"]),
+    (["convert", "--torch_ckpt_dir", "/et"], ["/etc"])])
+def test_bash_completes_commands_flags_values_and_paths(completion, words, expected):
+    assert completion(*words) == expected
+
+
+def test_completion_without_shtab_names_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert run_main(qwen15_main.main, ["completion", "bash"]) == 2
+    assert capsys.readouterr().err == "error: qwen15 completion: the Python package shtab is missing. Run: pip install shtab\n"
 
 
 # --- what is printed and cannot be

@@ -31,7 +31,7 @@ BELOW = {
               "ops", "kernels"],
 }
 """The wings that a wing's files may import, beside its own and the ground floor."""
-TOP = ["__init__", "__main__", "api"]
+TOP = ["__init__", "__main__", "api", "completion", "verbs"]
 """Files that may import anything, and that nothing imports."""
 
 
