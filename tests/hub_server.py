@@ -1,4 +1,4 @@
-"""A hub on this machine: Hugging Face's protocol for one folder of models, with faults on demand."""
+"""A hub on this machine: Hugging Face's protocol and ModelScope's for one folder of models, with faults on demand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE_BYTES = 4096
@@ -62,13 +62,19 @@ class Hub:
         """Files whose contents were asked for."""
         return [path.rpartition("/")[2] for method, path in self.asked if method == "GET" and "/resolve/" in path]
 
+    def modelscope_downloads(self):
+        """As `downloads`, by ModelScope's protocol."""
+        return [path.rpartition("FilePath=")[2] for method, path in self.asked if method == "GET" and "FilePath=" in path]
+
     # -- the protocol
 
     def answer(self, request):
-        path = unquote(urlsplit(request.path).path)
-        self.asked.append((request.command, path))
+        path, query = unquote(urlsplit(request.path).path), parse_qs(urlsplit(request.path).query)
+        self.asked.append((request.command, unquote(request.path) if query else path))
         if self.token is not None and request.headers.get("Authorization") != f"Bearer {self.token}":
             self._refuse(request, 401)
+        elif path.startswith("/api/v1/"):
+            self._modelscope(request, path, {name: values[0] for name, values in query.items()})
         elif path.startswith("/api/models/"):
             self._describe(request, path)
         else:
@@ -125,6 +131,32 @@ class Hub:
         self._reply(request, status, content, headers, self.cut.get(name) if request.command == "GET" else None)
         if request.command == "GET" and not self.cut_for_ever:
             self.cut.pop(name, None)
+
+    def _modelscope(self, request, path, query):
+        """ModelScope's list of a repository's files, and one of them, whole or from a byte on."""
+        asked = re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo(/files)?", path)
+        if asked is None:
+            return self._reply(request, 200, b'{"Code": 200, "Success": true, "Data": {}}')
+        model, folder = asked[1], self.folder / asked[1]
+        if model in self.status or not (folder / "config.json").exists() or query.get("Revision") != "master":
+            return self._refuse(request, self.status.get(model, 404))
+        if asked[2]:
+            files = [self._entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+            listed = [{"Path": file["rfilename"], "Type": "blob", "Size": file["size"],
+                       "Sha256": hashlib.sha256((folder / file["rfilename"]).read_bytes()).hexdigest()} for file in files]
+            return self._reply(request, 200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": listed}}).encode())
+        name = query.get("FilePath", "")
+        if name in self.status or not (folder / name).is_file():
+            return self._refuse(request, self.status.get(name, 404))
+        content, headers = self.wrong.get(name, (folder / name).read_bytes()), {"Accept-Ranges": "bytes"}
+        begin = re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))
+        if begin:
+            headers["Content-Range"] = f"bytes {begin[1]}-{len(content) - 1}/{len(content)}"
+            content = content[int(begin[1]):]
+        self._reply(request, 206 if begin else 200, content, headers, self.cut.get(name))
+        if not self.cut_for_ever:
+            self.cut.pop(name, None)
+        return None
 
     def _refuse(self, request, status, code=""):
         self._reply(request, status, b'{"error": "refused"}', {"X-Error-Code": code} if code else {})

@@ -19,7 +19,8 @@ from qwen15.hub.modelscope import fetch as fetch_from_modelscope
 
 pytest.importorskip("huggingface_hub")
 RESOLVE = "import sys; from qwen15.errors import run_main; from qwen15.hub.resolve import resolve\n" \
-          "sys.exit(max(run_main(lambda _: print(resolve(name))) for name in sys.argv[1:]))"
+          "import os\n" \
+          "sys.exit(max(run_main(lambda _: print(resolve(name, os.environ.get('HUB', 'hf')))) for name in sys.argv[1:]))"
 WEIGHTS = os.urandom(300000)
 
 
@@ -59,6 +60,10 @@ def user(hub, tmp_path):
             process = self.start(*names, **changes)
             process.out, process.err = process.communicate(timeout=120)
             return process
+
+        def modelscope(self, *names, **changes):
+            return self(*names, MODELSCOPE_ENDPOINT=hub.url, MODELSCOPE_CACHE=str(home / "modelscope"), HUB="modelscope",
+                        **changes)
 
         def refused(self, name, code, **changes):
             """The one line of a look-up that fails."""
@@ -160,6 +165,63 @@ def test_two_processes_at_once_fetch_a_file_once(hub, user):
 def test_nobody_answers(hub, user):
     hub.close()
     assert re.search(r"cannot be fetched \(.*\), and is not in the cache", user.refused("tiny/model", 1))
+
+
+# -- ModelScope
+
+@pytest.fixture
+def modelscope():
+    pytest.importorskip("modelscope")
+
+
+def test_modelscope_gives_a_folder_with_the_files_that_are_needed(modelscope, hub, user):
+    done = user.modelscope("tiny/model")
+    assert done.returncode == 0, done.err
+    folder = done.out.strip()
+    assert open(os.path.join(folder, "model.safetensors"), "rb").read() == WEIGHTS
+    assert not {"README.md", "model.onnx", "pytorch_model.bin"} & set(hub.modelscope_downloads())
+    hub.asked.clear()
+    assert user.modelscope("tiny/model").out == done.out and not hub.modelscope_downloads()
+    hub.close()
+    assert user.modelscope("tiny/model", HF_HUB_OFFLINE="1").out == done.out
+
+
+@pytest.mark.slow
+def test_modelscope_goes_on_after_a_connection_that_was_cut(modelscope, hub, user):
+    hub.cut = {"model.safetensors": 100000}
+    done = user.modelscope("tiny/model")
+    assert done.returncode == 0, done.err
+    assert open(os.path.join(done.out.strip(), "model.safetensors"), "rb").read() == WEIGHTS
+
+
+def test_what_modelscope_refuses_is_one_line(modelscope, hub, user):
+    hub.status = {"tiny/s401": 401, "tiny/s404": 404}
+    done = user.modelscope("tiny/s401", "tiny/s404", "tiny/model@v9")
+    assert done.returncode == 1 and done.out == "" and "Traceback" not in done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 3 and all("cannot be fetched from ModelScope" in line for line in lines), lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]), WEIGHTS[:-10]])
+def test_weights_that_are_not_what_modelscope_says_are_never_used(sent, modelscope, hub, user):
+    hub.wrong["model.safetensors"] = sent
+    done = user.modelscope("tiny/model")
+    assert done.returncode == 1 and done.out == "" and "Traceback" not in done.err
+    assert done.err.splitlines()[-1].startswith("error: tiny/model: cannot be fetched from ModelScope")
+    assert user.modelscope("tiny/model", HF_HUB_OFFLINE="1").returncode == 1
+    hub.wrong.clear()
+    done = user.modelscope("tiny/model")
+    assert open(os.path.join(done.out.strip(), "model.safetensors"), "rb").read() == WEIGHTS
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_fetch_a_file_once_from_modelscope(modelscope, hub, user):
+    changes = {"MODELSCOPE_ENDPOINT": hub.url, "MODELSCOPE_CACHE": str(user.cache) + "_ms", "HUB": "modelscope"}
+    processes = [user.start("tiny/model", **changes) for _ in range(2)]
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert len({out for out, _ in ends}) == 1 and hub.modelscope_downloads().count("model.safetensors") == 1
 
 
 def test_names_are_looked_up_by_predicting_and_converting(hub, monkeypatch):
