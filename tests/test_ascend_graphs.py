@@ -126,7 +126,7 @@ def test_yaml_of_another_model_compiles(compiled, tmp_path, name, ranks):
     """Grouped queries, tied and untied, whole and cut: written by make_yaml from config.json."""
     (tmp_path / "config.json").write_text(json.dumps(OTHERS[name]), encoding="utf-8")
     path = tmp_path / "predict.yaml"
-    path.write_text(make_yaml.render(make_yaml.recipe_for(str(tmp_path), ranks)), encoding="utf-8")
+    path.write_text(make_yaml.render(make_yaml.yaml_for(str(tmp_path), ranks)), encoding="utf-8")
     config, found = compiled(str(path), "bfloat16")
     assert config.model.dims == replace(dims_from_hf_config(OTHERS[name]).dims, num_layers=LAYERS)
     check_graphs(config, found)

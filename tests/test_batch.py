@@ -12,7 +12,7 @@ import pytest
 from command_fixtures import MODULE, command, environment, error_line, make_random, run
 from qwen15.commands import batch_progress, prompt_file, result_file
 from qwen15.commands.prompt_file import read_file
-from qwen15.commands.prompts import Entry
+from qwen15.commands.prompts import PromptEntry
 from qwen15.commands.results import JsonLines, Text, write_line
 from qwen15.errors import EXIT_FAILED, UserError
 from qwen15.generation.request import Step, Usage
@@ -332,7 +332,7 @@ def several(count):
 
 def test_a_prompt_with_several_answers_is_one_object_once_the_last_has_ended():
     out = io.StringIO()
-    results = JsonLines([Entry(0, "p.jsonl:1", "Hi", DEFAULTS)], lambda index, value: write_line(out, index, value),
+    results = JsonLines([PromptEntry(0, "p.jsonl:1", "Hi", DEFAULTS)], lambda index, value: write_line(out, index, value),
                         True)
     for piece in several(3):
         assert out.getvalue() == ""

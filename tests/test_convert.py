@@ -201,7 +201,7 @@ def test_casts_are_those_of_torch(tmp_path, old, new):
         assert found[name][2] == after.view(torch.int32 if new == "float32" else torch.int16).numpy().tobytes(), name
         zeros += int(((after == 0) & (before != 0)).sum())
         overflows += int((after.isinf() & ~before.isinf()).sum())
-    total = [(count.to_zero, count.overflowed) for count in result.account.casts.values()]
+    total = [(count.to_zero, count.overflowed) for count in result.tally.casts.values()]
     assert total == ([] if kinds[old] == getattr(torch, new) else [(zeros, overflows)])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == new
 

@@ -29,7 +29,7 @@ from qwen15.checkpoint.atomic import partial_path
 from qwen15.checkpoint.reader import open_ranks
 from qwen15.conversion import run as running
 from qwen15.conversion.hugging_face import Options, plan_to_mindspore
-from qwen15.conversion.reslice import Request, plan_transform
+from qwen15.conversion.reslice import Reslicing, plan_transform
 from qwen15.conversion.run import run
 from qwen15.conversion.slices import Slicing
 from qwen15.errors import UserError
@@ -212,7 +212,7 @@ def test_work_on_files_that_are_written_together_is_taken_up_inside_of_them(tmp_
 
     def plan(target):
         if what == "cut anew":
-            return plan_transform(Request(str(tmp_path / "two"), str(target), parts=2, vocab_emb_dp=False))
+            return plan_transform(Reslicing(str(tmp_path / "two"), str(target), parts=2, vocab_emb_dp=False))
         options = Options(str(target)) if what == "one file of a folder" else \
             Options(str(target), slicing=Slicing(2, False), form="ckpt" if what == "ckpt slices" else None)
         return plan_to_mindspore(str(tmp_path / "hf"), options)

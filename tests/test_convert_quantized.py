@@ -13,7 +13,7 @@ from qwen15.checkpoint.quantized import ORDER, SCALE, ZERO, dequantise
 from qwen15.checkpoint.reader import open_checkpoint, open_ranks
 from qwen15.conversion.hugging_face import Options, plan_to_hugging_face, plan_to_mindspore
 from qwen15.conversion.quantise import Recipe
-from qwen15.conversion.reslice import Request, plan_transform
+from qwen15.conversion.reslice import Reslicing, plan_transform
 from qwen15.conversion.run import run
 from qwen15.conversion.slices import Slicing
 from qwen15.errors import UserError
@@ -87,10 +87,10 @@ def test_slices_mean_the_same_and_merge_into_the_whole_they_came_from(tmp_path, 
                 account = take_account(rank, Expected(DIMS, "the test", "ms", 2, vocab_emb_dp))
                 parts.append(meaning(rank, weight.ms, account.schemes[weight.ms]))
             assert np.array_equal(np.concatenate(parts, weight.axis(2, vocab_emb_dp)), wanted[weight.hf])
-    convert(plan_transform(Request(str(tmp_path / "ranks"), str(tmp_path / "merged" / "x.safetensors"))))
+    convert(plan_transform(Reslicing(str(tmp_path / "ranks"), str(tmp_path / "merged" / "x.safetensors"))))
     assert read_contents(tmp_path / "merged" / "x.safetensors") == read_contents(tmp_path / "whole" / "x.safetensors")
     convert(
-        plan_transform(Request(str(tmp_path / "whole" / "x.safetensors"), str(tmp_path / "again"), 2, vocab_emb_dp))
+        plan_transform(Reslicing(str(tmp_path / "whole" / "x.safetensors"), str(tmp_path / "again"), 2, vocab_emb_dp))
     )
     for rank in (0, 1):
         assert read_contents(tmp_path / f"again/rank_{rank}") == read_contents(tmp_path / f"ranks/rank_{rank}")
@@ -211,7 +211,7 @@ def test_quantised_on_the_way_into_slices_equals_cut_afterwards(tmp_path, module
             str(tmp_path / "hf"), Options(str(tmp_path / "whole" / "x.safetensors"), recipe=Recipe(4, 64))
         )
     )
-    convert(plan_transform(Request(str(tmp_path / "whole" / "x.safetensors"), str(tmp_path / "cut"), 2)))
+    convert(plan_transform(Reslicing(str(tmp_path / "whole" / "x.safetensors"), str(tmp_path / "cut"), 2)))
     for rank in (0, 1):
         assert read_contents(tmp_path / f"ranks/rank_{rank}") == read_contents(tmp_path / f"cut/rank_{rank}")
 

@@ -67,7 +67,7 @@ def test_generation_and_tokenizer_settings_come_along(folder):
                                        "temperature": 0.7, "repetition_penalty": 1.1, "pad_token_id": 151643},
                     tokenizer_config={"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>",
                                       "unk_token": None, "model_max_length": 32768, "chat_template": template})
-    made = yaml.safe_load(make_yaml.render(make_yaml.recipe_for(str(source))))
+    made = yaml.safe_load(make_yaml.render(make_yaml.yaml_for(str(source))))
     model, tokenizer = made["model"]["model_config"], made["processor"]["tokenizer"]
     assert (model["eos_token_id"], model["pad_token_id"]) == ([151645, 151643], 151643)
     assert (model["do_sample"], model["temperature"], model["top_k"], model["top_p"], model["repetition_penalty"]) == (
@@ -80,7 +80,7 @@ def test_a_shipped_file_is_what_the_command_makes_of_the_official_configuration(
     """Apart from what is a matter of choice: lengths of the cache and the answer."""
     source = folder("Qwen1.5-0.5B", MODELS["Qwen1.5-0.5B"],
                     generation_config={"eos_token_id": 151643, "max_new_tokens": 2048})
-    made = yaml.safe_load(make_yaml.render(make_yaml.recipe_for(str(source))))
+    made = yaml.safe_load(make_yaml.render(make_yaml.yaml_for(str(source))))
     with open(os.path.join(MODULE, "predict_qwen1_5_0_5b.yaml"), encoding="utf-8") as file:
         shipped = yaml.safe_load(file)
     for contents in (made, shipped):
@@ -122,7 +122,7 @@ def test_what_is_not_supported_is_refused_by_name(folder, changes, words):
 def test_a_setting_that_makes_no_sense_is_named_with_its_file(folder):
     source = folder("Qwen2-7B", MODELS["Qwen2-7B"], generation_config={"temperature": -1})
     with pytest.raises(UserError) as caught:
-        make_yaml.recipe_for(str(source))
+        make_yaml.yaml_for(str(source))
     assert f"{source / 'generation_config.json'}: temperature must be at least 0, not -1.0" in str(caught.value)
 
 

@@ -21,7 +21,7 @@ from checkpoint_fixtures import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qwen15 import naming
-from qwen15.conversion.reslice import Request, plan_transform
+from qwen15.conversion.reslice import Reslicing, plan_transform
 from qwen15.conversion.run import run
 from qwen15.conversion.slices import Slicing
 from qwen15.conversion.strategy import Layout, layout_of, read_strategy, write_strategy
@@ -32,7 +32,7 @@ from test_tensorfile import write
 
 def transform(source, target, **request):
     """Plan, run with verification, and close."""
-    plan = plan_transform(Request(source=str(source), target=str(target), **request))
+    plan = plan_transform(Reslicing(source=str(source), target=str(target), **request))
     try:
         return run(plan, verify=True)
     finally:
@@ -264,7 +264,7 @@ def test_a_strategy_of_another_job_is_refused(two, tmp_path):
         change(changed)
         (tmp_path / "s.ckpt").write_bytes(write_strategy(changed))
         with pytest.raises(UserError, match=said):
-            plan_transform(Request(str(two), str(tmp_path / "out"), source_strategy=str(tmp_path / "s.ckpt")))
+            plan_transform(Reslicing(str(two), str(tmp_path / "out"), source_strategy=str(tmp_path / "s.ckpt")))
 
     attempt(lambda s: s.update({name: Layout((4,), layout.tensor_map) for name, layout in s.items()}), "over 4 ranks")
     attempt(lambda s: s.pop("lm_head.weight"), "says nothing about lm_head.weight")
@@ -294,18 +294,18 @@ def test_slices_that_do_not_belong_together_are_refused(two, tmp_path):
     del contents["model.layers.1.attention.wo.weight"]
     write(two / "rank_1" / "checkpoint_1.ckpt", contents)
     with pytest.raises(UserError, match="rank_1.*wo.weight is missing|wo.weight is missing"):
-        plan_transform(Request(str(two), str(tmp_path / "out")))
+        plan_transform(Reslicing(str(two), str(tmp_path / "out")))
     with pytest.raises(UserError, match="wo.weight is in one of rank_0 and this rank only"):
-        plan_transform(Request(str(two), str(tmp_path / "out"), source_strategy=str(two / "strategy")))
+        plan_transform(Reslicing(str(two), str(tmp_path / "out"), source_strategy=str(two / "strategy")))
     shutil.copy(two / "rank_0" / "checkpoint_0.ckpt", two / "rank_0" / "older.ckpt")
     with pytest.raises(UserError, match="is in checkpoint_0.ckpt and in older.ckpt"):
-        plan_transform(Request(str(two), str(tmp_path / "out")))
+        plan_transform(Reslicing(str(two), str(tmp_path / "out")))
 
 
 def test_without_a_configuration_the_sizes_are_asked_for(two, tmp_path):
     os.unlink(two / "config.json")
     with pytest.raises(UserError, match="--config_path"):
-        plan_transform(Request(str(two), str(tmp_path / "out")))
+        plan_transform(Reslicing(str(two), str(tmp_path / "out")))
     transform(two, tmp_path / "one.ckpt", config_path=str(tmp_path / "whole"))
     assert read_contents(tmp_path / "one.ckpt") == read_contents(tmp_path / "whole" / "whole.ckpt")
 
@@ -313,7 +313,7 @@ def test_without_a_configuration_the_sizes_are_asked_for(two, tmp_path):
 def test_a_vocabulary_that_does_not_divide_stays_whole_and_it_is_told(tmp_path):
     sizes = dims(vocab=61)
     contents = whole_model(tmp_path / "w", sizes)
-    plan = plan_transform(Request(str(tmp_path / "w"), str(tmp_path / "two"), parts=2, vocab_emb_dp=False))
+    plan = plan_transform(Reslicing(str(tmp_path / "w"), str(tmp_path / "two"), parts=2, vocab_emb_dp=False))
     assert any("vocab_size 61 is not divisible by 2" in note for note in plan.notes)
     run(plan, verify=True)
     assert all(rank["lm_head.weight"] == contents["lm_head.weight"] for rank in ranks_of(tmp_path / "two"))

@@ -39,14 +39,14 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    from qwen15.conversion.reslice import Request, plan_transform, yaml_lines
+    from qwen15.conversion.reslice import Reslicing, plan_transform, yaml_lines
 
     for flag in ("src_ckpt_dir", "dst_ckpt_dir"):
         if not getattr(args, flag):
             raise UserError("is not given", f"--{flag}", "Give a path.")
     if os.sep in args.prefix:
         raise UserError(f"{args.prefix!r} is not the start of a file name", "--prefix")
-    request = Request(source=args.src_ckpt_dir, target=args.dst_ckpt_dir, parts=args.model_parallel,
+    request = Reslicing(source=args.src_ckpt_dir, target=args.dst_ckpt_dir, parts=args.model_parallel,
                       vocab_emb_dp=args.vocab_emb_dp, source_strategy=_given(args.src_ckpt_strategy),
                       target_strategy=_given(args.dst_ckpt_strategy), source_vocab_emb_dp=args.src_vocab_emb_dp,
                       config_path=args.config_path, form=args.format, prefix=args.prefix)

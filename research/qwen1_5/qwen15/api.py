@@ -318,4 +318,4 @@ def convert(source: Union[str, "os.PathLike[str]"], target: Union[str, "os.PathL
         result = run(plan, verify=verify, overwrite=overwrite, allow_overflow=allow_overflow)
     finally:
         plan.close()
-    return Conversion(plan.target, len(plan.moves), plan.write_bytes, tuple(result.account.lines()))
+    return Conversion(plan.target, len(plan.moves), plan.write_bytes, tuple(result.tally.lines()))

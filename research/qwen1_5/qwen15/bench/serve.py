@@ -28,7 +28,7 @@ _PIECE_TOKENS = 512
 """What the scheduler takes of a prompt between two steps of those that decode."""
 
 
-class Job(NamedTuple):
+class ClientRequest(NamedTuple):
     """One request: token ids and how many tokens to generate."""
 
     prompt: List[int]
@@ -77,10 +77,11 @@ COLUMNS = (Column("what", text("what")), Column("server", number("server", ".3g"
            Column("unit", text("unit")), Column("ratio", number("ratio", ".2f")))
 
 
-def _jobs(count: int, vocab_size: int) -> List[Job]:
+def _jobs(count: int, vocab_size: int) -> List[ClientRequest]:
     """Requests of mixed lengths, the same at every call: 16 to 400 tokens in, 16 to 128 out."""
     random = np.random.default_rng(7)
-    return [Job(random.integers(100, vocab_size, int(random.integers(16, 400))).tolist(), int(random.integers(16, 128)))
+    return [ClientRequest(random.integers(100, vocab_size, int(random.integers(16, 400))).tolist(),
+                          int(random.integers(16, 128)))
             for _ in range(count)]
 
 
@@ -113,7 +114,7 @@ def _server(checkpoint: str, dtype: str, longest: int, batch: int, threads: Opti
         process.wait()
 
 
-def _ask(port: int, job: Job, stream: bool = False) -> float:
+def _ask(port: int, job: ClientRequest, stream: bool = False) -> float:
     """Run a request; seconds until it was complete, or with `stream` until its first token came."""
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     start_s = time.perf_counter()
@@ -135,7 +136,7 @@ def _ask(port: int, job: Job, stream: bool = False) -> float:
     return spent_s
 
 
-def _throughput(own: options.Checkpoint, port: int, jobs: Sequence[Job], clients: int, rounds: int,
+def _throughput(own: options.Checkpoint, port: int, jobs: Sequence[ClientRequest], clients: int, rounds: int,
                 threads: Optional[int]
                 ) -> List[Dict[str, Any]]:
     """Tokens per second of so many clients, each asking when its last answer has come; beside the engine alone on the
@@ -157,7 +158,7 @@ def _throughput(own: options.Checkpoint, port: int, jobs: Sequence[Job], clients
             pass
         alone.append(made / (time.perf_counter() - start_s))
         # Every round's prompts begin with another token: the server's prefix cache would know them.
-        fresh = [Job([100 + len(served), *job.prompt[1:]], job.new_tokens) for job in jobs]
+        fresh = [ClientRequest([100 + len(served), *job.prompt[1:]], job.new_tokens) for job in jobs]
         served.append(made / _closed_loop(port, fresh, clients))
     return [{"what": f"{clients} clients, {len(jobs)} requests; beside: the engine alone", "unit": "tokens/s",
              "server": statistics.median(served), "beside": statistics.median(alone),
@@ -165,7 +166,7 @@ def _throughput(own: options.Checkpoint, port: int, jobs: Sequence[Job], clients
              "samples": {"server": served, "beside": alone}}]
 
 
-def _closed_loop(port: int, jobs: Sequence[Job], clients: int) -> float:
+def _closed_loop(port: int, jobs: Sequence[ClientRequest], clients: int) -> float:
     waiting, failures = list(jobs), []
     lock = threading.Lock()
 
@@ -198,11 +199,12 @@ def _first_token(port: int, long: int, vocab_size: int, rounds: int) -> List[Dic
     beside: List[float] = []
     piece: List[float] = []
     for _ in range(rounds):
-        piece.append(_ask(port, Job(random.integers(100, vocab_size, _PIECE_TOKENS).tolist(), 1)))
-        other = threading.Thread(target=_ask, args=(port, Job(random.integers(100, vocab_size, long).tolist(), 1)))
+        piece.append(_ask(port, ClientRequest(random.integers(100, vocab_size, _PIECE_TOKENS).tolist(), 1)))
+        taken_in = ClientRequest(random.integers(100, vocab_size, long).tolist(), 1)
+        other = threading.Thread(target=_ask, args=(port, taken_in))
         other.start()
         time.sleep(piece[-1] * 1.5)  # it is being taken in
-        beside.append(_ask(port, Job(random.integers(100, vocab_size, 8).tolist(), 2), stream=True))
+        beside.append(_ask(port, ClientRequest(random.integers(100, vocab_size, 8).tolist(), 2), stream=True))
         other.join()
     return [{"what": f"first token beside a prompt of {long} tokens; beside: {_PIECE_TOKENS} tokens alone", "unit": "s",
              "server": statistics.median(beside), "beside": statistics.median(piece),
@@ -218,8 +220,8 @@ def _shared_beginning(port: int, vocab_size: int, rounds: int) -> List[Dict[str,
     again: List[float] = []
     for _ in range(rounds):
         shared = random.integers(100, vocab_size, _SHARED_TOKENS).tolist()
-        first.append(_ask(port, Job([*shared, 101, 102], 2), stream=True))
-        again.append(_ask(port, Job([*shared, 103, 104], 2), stream=True))
+        first.append(_ask(port, ClientRequest([*shared, 101, 102], 2), stream=True))
+        again.append(_ask(port, ClientRequest([*shared, 103, 104], 2), stream=True))
     return [{"what": f"first token, {_SHARED_TOKENS} shared tokens known; beside: not known", "unit": "s",
              "server": statistics.median(again), "beside": statistics.median(first),
              "ratio": statistics.median(a / f for a, f in zip(again, first)),

@@ -17,7 +17,7 @@ from typing import Optional
 import numpy as np
 
 from .quantized import ORDER, SCALE, ZERO, Scheme, pack, unpack
-from .quantized_settings import Settings
+from .quantized_settings import QuantizationConfig
 from .quantized_words import (
     pack_awq,
     pack_columns,
@@ -58,7 +58,7 @@ class Linear:
         return f"{self.base}.weight"
 
 
-def shapes(settings: Settings, linear: Linear, groups: int) -> dict[str, tuple[int, ...]]:
+def shapes(settings: QuantizationConfig, linear: Linear, groups: int) -> dict[str, tuple[int, ...]]:
     """Suffix -> shape of everything that a linear can consist of in a layout."""
     per_word = 32 // settings.bits
     outputs, inputs = linear.outputs, linear.inputs
@@ -87,7 +87,7 @@ class Reader:
     """
 
     checkpoint: Checkpoint
-    settings: Settings
+    settings: QuantizationConfig
     linear: Linear
     scheme: Scheme
     order: Optional[np.ndarray] = None
@@ -149,7 +149,7 @@ class Writer:
 
     checkpoint: Checkpoint
     name: str
-    settings: Settings
+    settings: QuantizationConfig
     linear: Linear
     scheme: Scheme
 

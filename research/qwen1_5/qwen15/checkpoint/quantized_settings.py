@@ -17,7 +17,7 @@ _FIX = "Read are GPTQ and compressed-tensors of 4 and 8 bits, and AWQ GEMM of 4;
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizationConfig:
     """How a foreign checkpoint is quantised.
 
     Attributes:
@@ -35,7 +35,7 @@ class Settings:
     where: str
 
 
-def settings_of(folder: str) -> Optional[Settings]:
+def settings_of(folder: str) -> Optional[QuantizationConfig]:
     """The settings of the model in a folder, None for one that is not quantised.
 
     Raises:
@@ -72,7 +72,7 @@ def group_size_of(folder: str) -> Optional[int]:
     return None if settings is None else settings.group_size
 
 
-def _parse(found: Mapping[str, Any], where: str) -> Settings:
+def _parse(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     method = str(found.get("quant_method")).lower()
     if method in ("auto-round", "intel/auto-round"):
         method = _auto_round(found, where)
@@ -94,25 +94,25 @@ def _auto_round(found: Mapping[str, Any], where: str) -> str:
     return known[packing]
 
 
-def _gptq(found: Mapping[str, Any], where: str) -> Settings:
+def _gptq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     form = str(found.get("checkpoint_format") or found.get("format") or "gptq").lower()
     if found.get("is_marlin_format") or "marlin" in form:
         raise UserError("GPTQ weights in marlin's layout are not supported", where, _FIX)
     if form not in ("gptq", "gptq_v2"):
         raise UserError(f"GPTQ weights in checkpoint_format {form!r} are not supported", where, _FIX)
-    return Settings("gptq", _bits(found.get("bits"), (4, 8), "GPTQ", where), _group(found.get("group_size"), where),
-                    2 if form == "gptq_v2" else 1, where)
+    return QuantizationConfig("gptq", _bits(found.get("bits"), (4, 8), "GPTQ", where),
+                              _group(found.get("group_size"), where), 2 if form == "gptq_v2" else 1, where)
 
 
-def _awq(found: Mapping[str, Any], where: str) -> Settings:
+def _awq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     version = str(found.get("version") or found.get("checkpoint_format") or found.get("format") or "gemm").lower()
     if version != "gemm":
         raise UserError(f"AWQ weights in version {version!r} are not supported, only gemm", where, _FIX)
     bits = _bits(found.get("bits", found.get("w_bit")), (4,), "AWQ", where)
-    return Settings("awq", bits, _group(found.get("group_size", found.get("q_group_size")), where), 2, where)
+    return QuantizationConfig("awq", bits, _group(found.get("group_size", found.get("q_group_size")), where), 2, where)
 
 
-def _compressed(found: Mapping[str, Any], where: str) -> Settings:
+def _compressed(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     groups = found.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(next(iter(groups.values())), dict):
         raise UserError("compressed-tensors with other than one of config_groups is not supported", where, _FIX)
@@ -134,7 +134,7 @@ def _compressed(found: Mapping[str, Any], where: str) -> Settings:
         raise UserError(f"compressed-tensors with strategy {strategy!r} is not supported", where, _FIX)
     size = -1 if strategy == "channel" else weights.get("group_size")
     bits = _bits(weights.get("num_bits"), (4, 8), "compressed-tensors", where)
-    return Settings("compressed-tensors", bits, _group(size, where), 2, where)
+    return QuantizationConfig("compressed-tensors", bits, _group(size, where), 2, where)
 
 
 def _bits(value: Any, known: tuple[int, ...], method: str, where: str) -> int:

@@ -22,7 +22,7 @@ from .quantized_layouts import (
     order_of,
     shapes,
 )
-from .quantized_settings import Settings
+from .quantized_settings import QuantizationConfig
 from .reader import Checkpoint
 from .tensors import TensorInfo
 from .view import Made, View
@@ -46,7 +46,7 @@ class QuantisedSource:
     zero_biases: tuple[str, ...]
 
 
-def read_quantised(source: Checkpoint, settings: Settings, weights: Iterable[Weight]) -> QuantisedSource:
+def read_quantised(source: Checkpoint, settings: QuantizationConfig, weights: Iterable[Weight]) -> QuantisedSource:
     """See a foreign checkpoint in the stored form. Reads group indices, zero points and the biases that should be zero.
 
     Args:
@@ -83,7 +83,7 @@ def read_quantised(source: Checkpoint, settings: Settings, weights: Iterable[Wei
     return QuantisedSource(view, tuple(linears), tuple(zero_biases))
 
 
-def _made(source: Checkpoint, settings: Settings, linear: Linear, parts: list[str]) -> list[Made]:
+def _made(source: Checkpoint, settings: QuantizationConfig, linear: Linear, parts: list[str]) -> list[Made]:
     """One linear's tensors in the stored form."""
     scheme, order = _scheme(source, settings, linear, parts)
     reader = Reader(source, settings, linear, scheme, order)
@@ -97,7 +97,7 @@ def _made(source: Checkpoint, settings: Settings, linear: Linear, parts: list[st
     return [Made(info, rows[info.name[len(linear.weight):]]) for info in infos]
 
 
-def _scheme(source: Checkpoint, settings: Settings, linear: Linear, parts: list[str]
+def _scheme(source: Checkpoint, settings: QuantizationConfig, linear: Linear, parts: list[str]
             ) -> tuple[Scheme, Optional[np.ndarray]]:
     layout = settings.layout
     required = [INTEGERS[layout], SCALES[layout]] + ([ZEROS[layout]] if layout != "compressed-tensors" else [])

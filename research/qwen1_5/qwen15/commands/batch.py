@@ -16,13 +16,13 @@ from ..reporting import Reporter
 from .batch_progress import BatchProgress
 from .options import Options
 from .prompt_file import read_file
-from .prompts import Entry, encode, from_json, of_texts, point_out, to_json
+from .prompts import PromptEntry, encode, from_json, of_texts, point_out, to_json
 from .result_file import ResultFile, fingerprint
 from .results import JsonLines, Text, summary, write_line
 
 DEFAULT_MAX_BATCH = 16
 
-Todo = List[Tuple[Entry, Prompt]]
+Todo = List[Tuple[PromptEntry, Prompt]]
 
 
 def run(config: Config, settings: Settings, options: Options, report: Reporter) -> int:
@@ -66,7 +66,7 @@ def run(config: Config, settings: Settings, options: Options, report: Reporter) 
             out.close()
 
 
-def _entries(config: Config, settings: Settings, options: Options) -> Sequence[Entry]:
+def _entries(config: Config, settings: Settings, options: Options) -> Sequence[PromptEntry]:
     if options.file is not None:
         return list(read_file(options.file, settings, options.chat, options.system))
     texts = list(options.texts)
@@ -110,7 +110,7 @@ def _work(session: Session, todo: Todo, out: Optional[ResultFile], options: Opti
     return EXIT_OK
 
 
-def _writer(entries: Sequence[Entry], out: Optional[ResultFile], options: Options) -> Union[JsonLines, Text]:
+def _writer(entries: Sequence[PromptEntry], out: Optional[ResultFile], options: Options) -> Union[JsonLines, Text]:
     if options.output_format == "text":
         return Text(sys.stdout, [_asked(entry) if options.echoes else "" for entry in entries],
                     [entry.settings.n for entry in entries])
@@ -119,5 +119,5 @@ def _writer(entries: Sequence[Entry], out: Optional[ResultFile], options: Option
     return JsonLines(entries, lambda index, value: write_line(sys.stdout, index, value), in_order=not options.many)
 
 
-def _asked(entry: Entry) -> str:
+def _asked(entry: PromptEntry) -> str:
     return entry.source if isinstance(entry.source, str) else entry.source[-1]["content"]

@@ -26,7 +26,7 @@ _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PredictYaml:
     """What a prediction YAML says; `render` writes it out.
 
     Attributes:
@@ -58,14 +58,14 @@ class Recipe:
     chat_template: Optional[str]
 
 
-def render(recipe: Recipe) -> str:
-    """The YAML file of a recipe."""
-    dims = recipe.dims
-    eos = recipe.eos_token_id[0] if len(recipe.eos_token_id) == 1 else list(recipe.eos_token_id)
-    parallel = recipe.model_parallel > 1
-    unk, eos_token, pad = recipe.tokens
+def render(contents: PredictYaml) -> str:
+    """The YAML file that says it."""
+    dims = contents.dims
+    eos = contents.eos_token_id[0] if len(contents.eos_token_id) == 1 else list(contents.eos_token_id)
+    parallel = contents.model_parallel > 1
+    unk, eos_token, pad = contents.tokens
     lines = [
-        f"# {recipe.title}",
+        f"# {contents.title}",
         "# --print_config shows every value and where it came from. All keys: docs/configuration.md.",
         "# seed: 42                    # the same text at every run; without one every run draws anew",
         "load_checkpoint: ''            # converted checkpoint: a file, a folder, or a folder with rank_0, rank_1, ...",
@@ -77,13 +77,13 @@ def render(recipe: Recipe) -> str:
         "trainer:",
         "  type: CausalLanguageModelingTrainer     # for MindFormers' own Trainer, run_qwen1_5.py does without",
         "",
-        f"# {recipe.model_parallel} workers, when use_parallel is True" if parallel else "# one worker",
+        f"# {contents.model_parallel} workers, when use_parallel is True" if parallel else "# one worker",
         "parallel_config:",
         "  data_parallel: 1",
-        f"  model_parallel: {recipe.model_parallel}",
+        f"  model_parallel: {contents.model_parallel}",
         "  pipeline_stage: 1",
         "  micro_batch_num: 1",
-        f"  vocab_emb_dp: {recipe.vocab_emb_dp}" + ("" if recipe.vocab_emb_dp else
+        f"  vocab_emb_dp: {contents.vocab_emb_dp}" + ("" if contents.vocab_emb_dp else
                                                     "          # embedding and head are cut along the vocabulary"),
         "  gradient_aggregation_group: 4",
         "",
@@ -91,7 +91,7 @@ def render(recipe: Recipe) -> str:
         "  model_config:",
         "    type: LlamaConfig",
         "    batch_size: 1",
-        f"    seq_length: {recipe.seq_length}",
+        f"    seq_length: {contents.seq_length}",
         f"    hidden_size: {dims.hidden_size}",
         f"    num_layers: {dims.num_layers}",
         f"    num_heads: {dims.num_heads}",
@@ -100,23 +100,23 @@ def render(recipe: Recipe) -> str:
         f"    intermediate_size: {dims.intermediate_size}",
         "    qkv_has_bias: True",
         f"    tie_word_embeddings: {dims.tie_word_embeddings}",
-        f"    rms_norm_eps: {_number(recipe.rms_norm_eps)}",
-        f"    theta: {recipe.theta}",
+        f"    rms_norm_eps: {_number(contents.rms_norm_eps)}",
+        f"    theta: {contents.theta}",
         f"    eos_token_id: {eos}",
-        f"    pad_token_id: {recipe.pad_token_id}",
-        f"    bos_token_id: {recipe.bos_token_id}",
-        *_dtype_lines(recipe.dtype),
+        f"    pad_token_id: {contents.pad_token_id}",
+        f"    bos_token_id: {contents.bos_token_id}",
+        *_dtype_lines(contents.dtype),
         '    layernorm_compute_type: "float32"',
         '    softmax_compute_type: "float32"',
         "    use_past: True",
         "    is_dynamic: True",
         "    use_flash_attention: True",
         "    qkv_concat: False",
-        f"    block_size: {recipe.block_size}",
-        f"    num_blocks: {recipe.num_blocks}              # KV cache: block_size x num_blocks = "
-        f"{recipe.block_size * recipe.num_blocks} tokens",
-        f"    max_decode_length: {recipe.max_decode_length}       # total length, prompt included",
-        *(f"    {key}: {value}" for key, value in recipe.sampling),
+        f"    block_size: {contents.block_size}",
+        f"    num_blocks: {contents.num_blocks}              # KV cache: block_size x num_blocks = "
+        f"{contents.block_size * contents.num_blocks} tokens",
+        f"    max_decode_length: {contents.max_decode_length}       # total length, prompt included",
+        *(f"    {key}: {value}" for key, value in contents.sampling),
         "  arch:",
         "    type: LlamaForCausalLM",
         "",
@@ -124,18 +124,18 @@ def render(recipe: Recipe) -> str:
         "  tokenizer:",
         "    type: Qwen2Tokenizer",
         "    auto_register: qwen1_5_tokenizer.Qwen2Tokenizer     # where MindFormers' own Trainer finds it",
-        f"    model_max_length: {recipe.model_max_length}",
+        f"    model_max_length: {contents.model_max_length}",
         '    vocab_file: "/path/vocab.json"      # left like this: the one beside the checkpoint',
         '    merges_file: "/path/merges.txt"',
         f'    unk_token: "{unk}"',
         f'    eos_token: "{eos_token}"',
         f'    pad_token: "{pad}"',
-        *([f"    chat_template: {_quoted(recipe.chat_template)}"] if recipe.chat_template else []),
+        *([f"    chat_template: {_quoted(contents.chat_template)}"] if contents.chat_template else []),
         "",
         "context:",
         "  mode: 0",
         '  device_target: "auto"          # Ascend when there is one, otherwise CPU',
-        f'  max_device_memory: "{recipe.max_device_memory}"      # Ascend only, like everything below',
+        f'  max_device_memory: "{contents.max_device_memory}"      # Ascend only, like everything below',
         "  max_call_depth: 10000",
         "  ascend_config:",
         '    precision_mode: "must_keep_origin_dtype"',
@@ -171,7 +171,7 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def recipe_for(checkpoint: str, model_parallel: Optional[int] = None) -> Recipe:
+def yaml_for(checkpoint: str, model_parallel: Optional[int] = None) -> PredictYaml:
     """The YAML's contents for a Hugging Face folder of the Qwen2ForCausalLM architecture.
 
     Args:
@@ -197,7 +197,7 @@ def recipe_for(checkpoint: str, model_parallel: Optional[int] = None) -> Recipe:
     sampling = tuple((name, _first(generation[name], KEYS[MODEL + name].default)) for name in _SAMPLING)
     length = tokenizer.get("model_max_length")
     sequences = 2 if hf.dims.num_kv_heads == hf.dims.num_heads else 4
-    recipe = Recipe(
+    contents = PredictYaml(
         title=f"{os.path.basename(os.path.abspath(checkpoint))}: written by qwen15 make-yaml from its config.json.",
         dims=hf.dims, rms_norm_eps=hf.rms_norm_eps, theta=hf.rope_theta, seq_length=seq_length, block_size=block_size,
         num_blocks=sequences * seq_length // block_size, dtype=hf.torch_dtype, eos_token_id=tuple(eos),
@@ -207,33 +207,33 @@ def recipe_for(checkpoint: str, model_parallel: Optional[int] = None) -> Recipe:
         tokens=(_token_text(tokenizer, "unk_token"), _token_text(tokenizer, "eos_token"),
                 _token_text(tokenizer, "pad_token")),
         chat_template=_template(tokenizer, checkpoint))
-    return _spread(recipe, model_parallel, checkpoint)
+    return _spread(contents, model_parallel, checkpoint)
 
 
-def _spread(recipe: Recipe, model_parallel: Optional[int], where: str) -> Recipe:
+def _spread(contents: PredictYaml, model_parallel: Optional[int], where: str) -> PredictYaml:
     """Choose the ranks; more than one cut the vocabulary as well where it divides."""
     if model_parallel is not None:
-        why = indivisible(recipe.dims, model_parallel)
+        why = indivisible(contents.dims, model_parallel)
         if why:
             raise UserError(why, "--model_parallel")
-        return replace(recipe, model_parallel=model_parallel, vocab_emb_dp=model_parallel == 1)
+        return replace(contents, model_parallel=model_parallel, vocab_emb_dp=model_parallel == 1)
     for ranks in _RANKS:
-        spread = replace(recipe, model_parallel=ranks, vocab_emb_dp=ranks == 1)
-        if indivisible(recipe.dims, ranks) is None and card_bytes(spread) <= size_bytes(_CARD):
+        spread = replace(contents, model_parallel=ranks, vocab_emb_dp=ranks == 1)
+        if indivisible(contents.dims, ranks) is None and card_bytes(spread) <= size_bytes(_CARD):
             return spread
     raise UserError(f"does not fit on {_RANKS[-1]} cards of {_CARD}", where, "Give --model_parallel.")
 
 
-def card_bytes(recipe: Recipe) -> int:
+def card_bytes(contents: PredictYaml) -> int:
     """Bytes on each Ascend card."""
-    dtype = recipe.dtype or "bfloat16"
+    dtype = contents.dtype or "bfloat16"
     model = ModelConfig(
-        dims=recipe.dims, rms_norm_eps=recipe.rms_norm_eps, theta=recipe.theta, seq_length=recipe.seq_length,
+        dims=contents.dims, rms_norm_eps=contents.rms_norm_eps, theta=contents.theta, seq_length=contents.seq_length,
         param_init_type=dtype, compute_dtype=dtype, layernorm_compute_type="float32", softmax_compute_type="float32",
         rotary_dtype=dtype, use_past=True, is_dynamic=True, use_flash_attention=True, qkv_concat=False,
-        block_size=recipe.block_size, num_blocks=recipe.num_blocks, batch_size=1, pad_token_id=recipe.pad_token_id,
-        bos_token_id=recipe.bos_token_id, eos_token_id=recipe.eos_token_id)
-    parallel = ParallelConfig(recipe.model_parallel > 1, 1, recipe.model_parallel, 1, recipe.vocab_emb_dp)
+        block_size=contents.block_size, num_blocks=contents.num_blocks, batch_size=1,
+        pad_token_id=contents.pad_token_id, bos_token_id=contents.bos_token_id, eos_token_id=contents.eos_token_id)
+    parallel = ParallelConfig(contents.model_parallel > 1, 1, contents.model_parallel, 1, contents.vocab_emb_dp)
     return memory.need(model, parallel, device.ASCEND).total_bytes
 
 
@@ -312,10 +312,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser().parse_args(argv)
     if args.model_parallel is not None and args.model_parallel < 1:
         raise UserError(f"must be at least 1, not {args.model_parallel}", "--model_parallel")
-    recipe = recipe_for(args.checkpoint, args.model_parallel)
-    text = _mcore(recipe, args.checkpoint) if args.mcore else render(recipe)
-    needs = (f"{recipe.model_parallel} card(s), {memory.gib(card_bytes(recipe))} on each; KV cache "
-             f"{recipe.block_size * recipe.num_blocks} tokens")
+    contents = yaml_for(args.checkpoint, args.model_parallel)
+    text = _mcore(contents, args.checkpoint) if args.mcore else render(contents)
+    needs = (f"{contents.model_parallel} card(s), {memory.gib(card_bytes(contents))} on each; KV cache "
+             f"{contents.block_size * contents.num_blocks} tokens")
     if args.output is None:
         print(text, end="")
     else:
@@ -324,10 +324,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _mcore(recipe: Recipe, checkpoint: str) -> str:
+def _mcore(contents: PredictYaml, checkpoint: str) -> str:
     """The YAML of MindFormers' newer network, which reads the folder itself."""
-    return mcore_yaml.render(checkpoint, recipe.dtype or "bfloat16", recipe.seq_length, recipe.block_size,
-                             recipe.num_blocks, recipe.model_parallel, recipe.max_device_memory)
+    return mcore_yaml.render(checkpoint, contents.dtype or "bfloat16", contents.seq_length, contents.block_size,
+                             contents.num_blocks, contents.model_parallel, contents.max_device_memory)
 
 
 def _write_new(path: str, text: str) -> None:

@@ -8,14 +8,15 @@ from typing import IO, Any, Dict, Iterator, Optional
 from .. import strict_json
 from ..errors import UserError, did_you_mean
 from ..generation.session import SETTING_NAMES, Settings
-from .prompts import Entry, Messages, conversation
+from .prompts import Messages, PromptEntry, conversation
 
 _OTHER_KEYS = ("id", "prompt", "messages", "system")
 _KEYS = _OTHER_KEYS + SETTING_NAMES
 _MOST_BYTES = 2 ** 30
 
 
-def read_file(path: str, settings: Settings, as_chat: bool = False, system: Optional[str] = None) -> Iterator[Entry]:
+def read_file(path: str, settings: Settings, as_chat: bool = False, system: Optional[str] = None
+              ) -> Iterator[PromptEntry]:
     """The prompts of a file: JSON lines when its name ends in .jsonl or its first line is an object, else one prompt a
     line.
 
@@ -39,7 +40,7 @@ def read_file(path: str, settings: Settings, as_chat: bool = False, system: Opti
             yield _entry_of_json(index, where, line, settings, as_chat, system)
         else:
             text = line.rstrip("\r")
-            yield Entry(index, where, conversation(text, system) if as_chat else text, settings)
+            yield PromptEntry(index, where, conversation(text, system) if as_chat else text, settings)
 
 
 def _read(path: str, name: str) -> str:
@@ -78,7 +79,7 @@ def _is_object(line: str) -> bool:
 
 
 def _entry_of_json(index: int, where: str, line: str, settings: Settings, as_chat: bool,
-                   system: Optional[str]) -> Entry:
+                   system: Optional[str]) -> PromptEntry:
     value = _json_object(line, where)
     for key in value:
         if key not in _KEYS:
@@ -93,7 +94,7 @@ def _entry_of_json(index: int, where: str, line: str, settings: Settings, as_cha
         own = settings.changed({name: value[name] for name in SETTING_NAMES if name in value})
     except ValueError as error:
         raise UserError(str(error), where=where) from None
-    return Entry(index, where, source, own, value.get("id"))
+    return PromptEntry(index, where, source, own, value.get("id"))
 
 
 def _json_object(line: str, where: str) -> Dict[str, Any]:

@@ -14,7 +14,7 @@ Messages = List[Dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Entry:
+class PromptEntry:
     """One prompt as its user gave it.
 
     Attributes:
@@ -33,7 +33,7 @@ class Entry:
 
 
 def of_texts(texts: Sequence[str], settings: Settings, as_chat: bool = False,
-             system: Optional[str] = None) -> Iterator[Entry]:
+             system: Optional[str] = None) -> Iterator[PromptEntry]:
     """The texts of a command line; `as_chat` makes each the question of a conversation.
 
     Raises:
@@ -43,7 +43,7 @@ def of_texts(texts: Sequence[str], settings: Settings, as_chat: bool = False,
         label = "the prompt" if len(texts) == 1 else f"prompt {index + 1}"
         if as_chat and not text.strip():
             raise UserError(f"{label} is empty", where="--predict_data", fix="Write a message.")
-        yield Entry(index, label, conversation(text, system) if as_chat else text, settings)
+        yield PromptEntry(index, label, conversation(text, system) if as_chat else text, settings)
 
 
 def conversation(text: str, system: Optional[str]) -> Messages:
@@ -51,7 +51,7 @@ def conversation(text: str, system: Optional[str]) -> Messages:
     return [*([] if system is None else [{"role": "system", "content": system}]), {"role": "user", "content": text}]
 
 
-def encode(session: Session, entries: Sequence[Entry], control_tokens: bool = True) -> List[Prompt]:
+def encode(session: Session, entries: Sequence[PromptEntry], control_tokens: bool = True) -> List[Prompt]:
     """The prompts of the entries, in their order; texts are encoded on all cores.
 
     Args:
@@ -78,7 +78,7 @@ def encode(session: Session, entries: Sequence[Entry], control_tokens: bool = Tr
     return numbered(made)
 
 
-def point_out(session: Session, entries: Sequence[Entry], prompts: Sequence[Prompt], report: Reporter) -> None:
+def point_out(session: Session, entries: Sequence[PromptEntry], prompts: Sequence[Prompt], report: Reporter) -> None:
     """Say once what the user may not have meant: a model used for what it was not trained for, settings without
     effect."""
     texts = [prompt for entry, prompt in zip(entries, prompts) if isinstance(entry.source, str)]

@@ -13,14 +13,14 @@ from typing import Any, Mapping, Sequence, Set
 from .. import strict_json
 from ..errors import EXIT_FAILED, UserError
 from ..generation.session import Prompt, Session
-from .prompts import Entry
+from .prompts import PromptEntry
 
 _SYNC_S = 5.0
 """At most this much finished work is lost when the machine loses power; a killed process loses none."""
 _SCHEMA = 1
 
 
-def fingerprint(session: Session, entry: Entry, prompt: Prompt) -> str:
+def fingerprint(session: Session, entry: PromptEntry, prompt: Prompt) -> str:
     """A short name of everything that decides an answer: prompt, settings, model. A result that bears another one is
     foreign."""
     what = {**asdict(prompt), "label": "", "stop_ids": sorted(prompt.stop_ids), "id": entry.name, "schema": _SCHEMA,

@@ -7,7 +7,7 @@ from typing import IO, Any, Callable, Dict, List, Optional, Sequence, Tuple
 from .. import strict_json, terminal
 from ..generation.request import CANCELLED, Usage
 from ..generation.session import Answer, Piece
-from .prompts import Entry
+from .prompts import PromptEntry
 
 Ended = List[Tuple[Answer, Usage]]
 """A prompt's answers, all of them, in the order in which they are counted."""
@@ -89,7 +89,7 @@ class JsonLines:
         in_order: in the order of the prompts; otherwise in the order in which they finish.
     """
 
-    def __init__(self, entries: Sequence[Entry], write: Callable[[int, Dict[str, Any]], None], in_order: bool):
+    def __init__(self, entries: Sequence[PromptEntry], write: Callable[[int, Dict[str, Any]], None], in_order: bool):
         self._entries, self._write, self._in_order = entries, write, in_order
         self._gatherer = Gatherer()
         self._ready: Dict[int, Dict[str, Any]] = {}
@@ -111,7 +111,7 @@ class JsonLines:
         """No more comes."""
 
 
-def record(entry: Entry, ended: Ended) -> Dict[str, Any]:
+def record(entry: PromptEntry, ended: Ended) -> Dict[str, Any]:
     """A prompt's finished answers as JSON has them; of several, the first is where a single one would be. Times in
     seconds."""
     (answer, usage), *others = ended

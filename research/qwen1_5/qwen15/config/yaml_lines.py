@@ -20,7 +20,7 @@ _WORD = "tag:yaml.org,2002:str"
 
 
 @dataclass(frozen=True)
-class Entry:
+class YamlValue:
     """One value of a YAML file.
 
     Attributes:
@@ -43,7 +43,7 @@ class Document:
     """A YAML file: its values in file order, and where each section (mapping) begins."""
 
     path: str
-    entries: Tuple[Entry, ...]
+    entries: Tuple[YamlValue, ...]
     sections: Dict[str, str]
 
 
@@ -135,7 +135,7 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 
 
 def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str, prefix: str, sections: Dict[str, str],
-          depth: int) -> Iterator[Entry]:
+          depth: int) -> Iterator[YamlValue]:
     # Aliases can make a short file endless or enormous.
     if depth > _DEEPEST or len(sections) > _MOST_SECTIONS:
         limit = f"{_DEEPEST} deep" if depth > _DEEPEST else f"{_MOST_SECTIONS} in all"
@@ -151,13 +151,13 @@ def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str, prefix: st
             yield from _walk(loader, value_node, path, f"{key}.", sections, depth + 1)
         elif isinstance(value_node, yaml.MappingNode):
             sections[key] = where
-            yield Entry(key, {}, where, True)
+            yield YamlValue(key, {}, where, True)
         else:
             try:
                 value = _construct(loader, value_node)
             except ValueError as error:
                 raise UserError(f"{key}: {error}", where) from None
-            yield Entry(key, value, where, _is_plain(value_node), value_node.start_mark.column + 1)
+            yield YamlValue(key, value, where, _is_plain(value_node), value_node.start_mark.column + 1)
 
 
 def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str) -> List[Tuple[str, yaml.Node, yaml.Node]]:

@@ -85,9 +85,9 @@ def carry_out(plan: Any, args: argparse.Namespace) -> bool:
             raise
     finally:
         plan.close()
-    for line in result.account.lines():
+    for line in result.tally.lines():
         _tell(f"cast {line}")
-    for name, (nan, infinite) in sorted(result.account.non_finite.items()):
+    for name, (nan, infinite) in sorted(result.tally.non_finite.items()):
         _tell(f"warning: {name} holds {nan} NaN and {infinite} infinite values; they were carried over")
     if result.resumed_bytes:
         _tell(f"{human_bytes(result.resumed_bytes)} of {human_bytes(plan.read_bytes)} were done by an interrupted run, "

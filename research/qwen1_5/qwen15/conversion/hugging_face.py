@@ -14,7 +14,7 @@ from ..checkpoint.account import Account, Expected, same_contents, take_account
 from ..checkpoint.casting import FLOATS
 from ..checkpoint.gguf_file import GgufFile
 from ..checkpoint.quantized import ORDER, Scheme, companion_of
-from ..checkpoint.quantized_settings import CONFIG_KEY, Settings, settings_of
+from ..checkpoint.quantized_settings import CONFIG_KEY, QuantizationConfig, settings_of
 from ..checkpoint.quantized_source import read_quantised
 from ..checkpoint.reader import Checkpoint, format_of, open_checkpoint
 from ..checkpoint.regrouped import finer, regrouped
@@ -133,8 +133,8 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
         raise
 
 
-def _stored_form(source: Checkpoint, settings: Optional[Settings], weights: Sequence[Weight], config: HfConfig,
-                 options: Options, plan: Plan) -> Tuple[Checkpoint, Dict[str, bytes]]:
+def _stored_form(source: Checkpoint, settings: Optional[QuantizationConfig], weights: Sequence[Weight],
+                 config: HfConfig, options: Options, plan: Plan) -> Tuple[Checkpoint, Dict[str, bytes]]:
     """The source with quantised matrices in the stored form, and the small files that tell how they lay."""
     if settings is not None:
         found = read_quantised(source, settings, weights)

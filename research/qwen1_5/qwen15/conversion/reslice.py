@@ -27,7 +27,7 @@ from .unquantise import merged
 
 
 @dataclass(frozen=True)
-class Request:
+class Reslicing:
     """What shall be made of what.
 
     Attributes:
@@ -64,7 +64,7 @@ class _Cut:
     view: Optional[Checkpoint] = None
 
 
-def plan_transform(request: Request) -> Plan:
+def plan_transform(request: Reslicing) -> Plan:
     """Plan the work.
 
     Raises:
@@ -95,7 +95,7 @@ def plan_transform(request: Request) -> Plan:
         raise
 
 
-def _cuts_by_table(request: Request, ranks: Sequence[Checkpoint], slicing: Slicing, config: Optional[HfConfig],
+def _cuts_by_table(request: Reslicing, ranks: Sequence[Checkpoint], slicing: Slicing, config: Optional[HfConfig],
                    folder: str, plan: Plan) -> Dict[str, _Cut]:
     """Every weight of the model, cut as MindFormers' network cuts it."""
     config = _needed(config, request)
@@ -151,14 +151,14 @@ def _by_table(weight: Weight, slicing: Slicing) -> Layout:
     return layout_of(len(weight.shape), slicing.axis(weight), slicing.parts)
 
 
-def _needed(config: Optional[HfConfig], request: Request) -> HfConfig:
+def _needed(config: Optional[HfConfig], request: Reslicing) -> HfConfig:
     if config is None:
         raise UserError(f"no {CONFIG_FILE} beside it, from which to know the model's sizes", request.source,
                         "Give the model's own with --config_path, or strategy files.")
     return config
 
 
-def _cuts_by_strategy(request: Request, ranks: Sequence[Checkpoint], slicing: Slicing, config: Optional[HfConfig],
+def _cuts_by_strategy(request: Reslicing, ranks: Sequence[Checkpoint], slicing: Slicing, config: Optional[HfConfig],
                       before: Optional[Dict[str, Layout]], after: Optional[Dict[str, Layout]],
                       plan: Plan) -> Dict[str, _Cut]:
     """Every tensor, cut as the strategy files say; the table stands in for the file that is not given."""
@@ -205,7 +205,7 @@ def _choose(name: str, info: TensorInfo, strategy: Optional[Dict[str, Layout]], 
     return layout_of(len(info.shape), None, slicing.parts)
 
 
-def _check_ranks(before: Optional[Dict[str, Layout]], ranks: int, request: Request) -> None:
+def _check_ranks(before: Optional[Dict[str, Layout]], ranks: int, request: Reslicing) -> None:
     for name, layout in (before or {}).items():
         if layout.ranks != ranks:
             raise UserError(f"cuts {name} over {layout.ranks} ranks, {request.source} has {ranks}",
@@ -213,7 +213,7 @@ def _check_ranks(before: Optional[Dict[str, Layout]], ranks: int, request: Reque
                             "Give the strategy of the job that wrote this checkpoint.")
 
 
-def _divisible(name: str, shape: Tuple[int, ...], layout: Layout, request: Request) -> None:
+def _divisible(name: str, shape: Tuple[int, ...], layout: Layout, request: Reslicing) -> None:
     try:
         layout.region(shape, 0)
     except ValueError as error:
@@ -221,7 +221,7 @@ def _divisible(name: str, shape: Tuple[int, ...], layout: Layout, request: Reque
                         "The strategy is of another model.") from None
 
 
-def _check_names(request: Request, ranks: Sequence[Checkpoint], before: Optional[Dict[str, Layout]],
+def _check_names(request: Reslicing, ranks: Sequence[Checkpoint], before: Optional[Dict[str, Layout]],
                  after: Optional[Dict[str, Layout]], cuts: Dict[str, _Cut]) -> None:
     """A strategy and a checkpoint are of one model: the weights that one names, the other has."""
     for strategy, path in ((before, request.source_strategy), (after, request.target_strategy)):
@@ -255,7 +255,7 @@ def _form_of(checkpoint: Checkpoint) -> str:
     return checkpoint.files[0].kind
 
 
-def _fill(plan: Plan, request: Request, ranks: Sequence[Checkpoint], cuts: Dict[str, _Cut]) -> None:
+def _fill(plan: Plan, request: Reslicing, ranks: Sequence[Checkpoint], cuts: Dict[str, _Cut]) -> None:
     """Files and moves of the plan."""
     if not cuts:
         raise UserError("holds no weights", request.source)
@@ -284,7 +284,7 @@ def _fill(plan: Plan, request: Request, ranks: Sequence[Checkpoint], cuts: Dict[
         plan.small.update({f"strategy/ckpt_strategy_rank_{rank}.ckpt": content for rank in range(parts)})
 
 
-def yaml_lines(plan: Plan, request: Request) -> List[str]:
+def yaml_lines(plan: Plan, request: Reslicing) -> List[str]:
     """The lines of a predict YAML that make it use the result."""
     parts = len(plan.files)
     lines = [f"load_checkpoint: '{os.path.abspath(request.target)}'", "auto_trans_ckpt: False",

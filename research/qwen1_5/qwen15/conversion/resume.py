@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 from ..checkpoint.atomic import AtomicFolder, write_small
 from ..checkpoint.casting import Count
 from ..checkpoint.tensors import total_bytes
-from .strips import Account
+from .strips import Tally
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -22,7 +22,7 @@ class Record:
 
     Attributes:
         done: files that are whole.
-        account: of the tensors in them and in the files begun.
+        tally: of the tensors in them and in the files begun.
     """
 
     def __init__(self, plan: "Plan", folder: AtomicFolder):
@@ -32,7 +32,7 @@ class Record:
         self._moves = 0
         self._begun: Dict[str, int] = {}
         self.done: List[str] = []
-        self.account = Account()
+        self.tally = Tally()
         saved = _read(self._path)
         if saved is None or saved["fingerprint"] != self._fingerprint:
             folder.clear()
@@ -41,8 +41,8 @@ class Record:
         self.done = [name for name in saved["done"] if _size_of(os.path.join(folder.path, name)) == sizes.get(name)]
         if all(_size_of(os.path.join(folder.path, name)) >= nbytes for name, nbytes in saved["begun"].items()):
             self._moves, self._begun = saved["moves"], saved["begun"]
-        self.account.non_finite = {name: tuple(counts) for name, counts in saved["non_finite"].items()}
-        self.account.casts = {tuple(key.split(">")): Count(*counts) for key, counts in saved["casts"].items()}
+        self.tally.non_finite = {name: tuple(counts) for name, counts in saved["non_finite"].items()}
+        self.tally.casts = {tuple(key.split(">")): Count(*counts) for key, counts in saved["casts"].items()}
 
     def begun(self, names: Sequence[str]) -> Tuple[int, Mapping[str, int]]:
         """(moves that are done, file -> bytes of it that are written) of files that are written together."""
@@ -62,9 +62,9 @@ class Record:
 
     def _save(self, done: List[str], moves: int, begun: Dict[str, int]) -> None:
         casts = {">".join(key): [count.tensors, count.values, count.to_zero, count.overflowed]
-                 for key, count in self.account.casts.items()}
+                 for key, count in self.tally.casts.items()}
         content = {"fingerprint": self._fingerprint, "done": done, "moves": moves, "begun": begun, "casts": casts,
-                   "non_finite": self.account.non_finite}
+                   "non_finite": self.tally.non_finite}
         # First here: who is interrupted while it is written down keeps the files, and the record that is on the disk is
         # true of them.
         self.done, self._moves, self._begun = done, moves, begun

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..progress import byte_bar, skip
 from .plan import Plan, groups
 from .resume import RECORD_FILE, Record
-from .strips import Account, Move, compare, transfer
+from .strips import Move, Tally, compare, transfer
 
 RECORD_EVERY_BYTES = 2 ** 30
 """After so many bytes an interrupted run of many files at once can be taken up; that costs some milliseconds."""
@@ -32,14 +32,14 @@ class Result:
     """What running a plan did.
 
     Attributes:
-        account: of the tensors.
+        tally: of the tensors.
         seconds: that it took.
         resumed, resumed_bytes: whole files, and bytes of the source, that an interrupted run had done.
         compared: tensors that were read back.
         errors: what quantising cost, a line for each matrix.
     """
 
-    account: Account
+    tally: Tally
     seconds: float
     resumed: int
     resumed_bytes: int
@@ -94,13 +94,13 @@ def _read(path: str) -> Optional[bytes]:
 
 def _run_file(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
     (file,) = plan.files
-    account = Account()
+    tally = Tally()
     begin = time.monotonic()
     with atomic_file(plan.target) as (fd, path):
         with Blocks() as blocks:
             writer = FileWriter(fd, path, file.steps(), blocks)
             with byte_bar("converting", plan.read_bytes) as bar:
-                transfer(plan.moves, {0: writer}, account, allow_overflow, bar.update)
+                transfer(plan.moves, {0: writer}, tally, allow_overflow, bar.update)
                 writer.finish()
         compared = _verify(plan, {0: path}) if verify else 0
         errors = tuple(plan.errors()) if verify else ()
@@ -108,7 +108,7 @@ def _run_file(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
             beside = os.path.join(plan._small_folder, name)
             if _read(beside) != content:
                 write_small(beside, content)
-    return Result(account, time.monotonic() - begin, 0, 0, compared, errors)
+    return Result(tally, time.monotonic() - begin, 0, 0, compared, errors)
 
 
 def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
@@ -133,7 +133,7 @@ def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
         compared = _verify(plan, paths) if verify else 0
         errors = tuple(plan.errors()) if verify else ()
         folder.publish()
-        return Result(record.account, time.monotonic() - begin, resumed, resumed_bytes, compared, errors)
+        return Result(record.tally, time.monotonic() - begin, resumed, resumed_bytes, compared, errors)
     finally:
         folder.close()
 
@@ -151,7 +151,7 @@ def _run_group(plan: Plan, numbers: Sequence[int], moves: Sequence[Move], folder
                                       sizes.get(plan.files[number].name, 0))
                    for number, (fd, path) in opened.items()}
         for last in _stops(moves, first):
-            transfer(moves[first:last], writers, record.account, allow_overflow, advance)
+            transfer(moves[first:last], writers, record.tally, allow_overflow, advance)
             if last < len(moves):
                 record.begin(last, {plan.files[number].name: writer.sync() for number, writer in writers.items()})
             first = last

@@ -105,7 +105,7 @@ def region_of(shape: Tuple[int, ...], axis: Optional[int], rank: int, parts: int
 
 
 @dataclass
-class Account:
+class Tally:
     """What a transfer did.
 
     Attributes:
@@ -217,14 +217,14 @@ class _Lender:
         return buffer[:nbytes]
 
 
-def transfer(moves: Sequence[Move], writers: Dict[int, FileWriter], account: Account, allow_overflow: bool,
+def transfer(moves: Sequence[Move], writers: Dict[int, FileWriter], tally: Tally, allow_overflow: bool,
              advance: Callable[[int], object]) -> None:
     """Write the tensors, in the order in which the files want them.
 
     Args:
         moves: the tensors.
         writers: file number -> writer, for every file that a destination names.
-        account: filled in.
+        tally: filled in.
         allow_overflow: let values that a narrower dtype cannot hold become infinite.
         advance: told the bytes of every strip that was read.
 
@@ -237,10 +237,10 @@ def transfer(moves: Sequence[Move], writers: Dict[int, FileWriter], account: Acc
         try:
             for move in moves:
                 if move.dtype != move.target_dtype:
-                    account.add_cast(move, Count(tensors=1))
+                    tally.add_cast(move, Count(tensors=1))
                 for row, strip in _strips(move, lender):
                     nbytes = strip.nbytes
-                    ready = _convert(move, strip, account, allow_overflow)
+                    ready = _convert(move, strip, tally, allow_overflow)
                     if pending is not None:
                         pending.result()
                     pending = pool.submit(_write, move, row, ready, writers)
@@ -255,19 +255,19 @@ def _write(move: Move, row: int, strip: np.ndarray, writers: Dict[int, FileWrite
         writers[destination.file].feed(destination.name, memoryview(block).cast("B"))
 
 
-def _convert(move: Move, strip: np.ndarray, account: Account, allow_overflow: bool) -> np.ndarray:
+def _convert(move: Move, strip: np.ndarray, tally: Tally, allow_overflow: bool) -> np.ndarray:
     if move.dtype in FLOATS and strip.size:
         nan, infinite = non_finite(strip, move.dtype)
         if nan or infinite:
-            before = account.non_finite.get(move.label, (0, 0))
-            account.non_finite[move.label] = (before[0] + nan, before[1] + infinite)
+            before = tally.non_finite.get(move.label, (0, 0))
+            tally.non_finite[move.label] = (before[0] + nan, before[1] + infinite)
     if move.dtype == move.target_dtype:
         return strip
     made, count = cast(strip, move.dtype, move.target_dtype)
     if count.overflowed and not allow_overflow:
         raise UserError(f"{count.overflowed} values are too large for {LONG_NAMES[move.target_dtype]} and would become "
                         "inf", move.label, "Choose --dtype bfloat16 or float32, or accept it with --allow_overflow.")
-    account.add_cast(move, Count(0, count.values, count.to_zero, count.overflowed))
+    tally.add_cast(move, Count(0, count.values, count.to_zero, count.overflowed))
     return made
 
 

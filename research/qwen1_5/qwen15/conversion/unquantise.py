@@ -12,7 +12,7 @@ from ..checkpoint.account import Account
 from ..checkpoint.casting import from_float32
 from ..checkpoint.quantized import ORDER, SCALE, ZERO, Scheme, dequantise
 from ..checkpoint.quantized_layouts import INTEGERS, SUFFIXES, Linear, Writer
-from ..checkpoint.quantized_settings import Settings
+from ..checkpoint.quantized_settings import QuantizationConfig
 from ..checkpoint.quantized_source import QuantisedSource
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.regrouped import Joined, regrouped
@@ -71,7 +71,7 @@ def _floats(source: Checkpoint, name: str, scheme: Scheme, dtype: str) -> Callab
 
 # ---- the original ----
 
-def describe_layout(source: Checkpoint, settings: Settings, found: QuantisedSource) -> bytes:
+def describe_layout(source: Checkpoint, settings: QuantizationConfig, found: QuantisedSource) -> bytes:
     """What is put beside a converted checkpoint, so that `original` can make the source's tensors again."""
     names = set(found.view.infos) - set(found.view.made)
     names |= {f"{linear.base}.{suffix}" for linear in found.linears for suffix in SUFFIXES} | set(found.zero_biases)
@@ -93,8 +93,8 @@ def original(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequenc
         UserError: the description is damaged, or of another checkpoint.
     """
     described = _read_description(layout_path)
-    settings = Settings(described["layout"], described["bits"], described["group_size"], described["gptq_version"],
-                        layout_path)
+    settings = QuantizationConfig(described["layout"], described["bits"], described["group_size"],
+                                  described["gptq_version"], layout_path)
     by_name = {weight.hf: weight for weight in weights}
     infos = [TensorInfo.of(name, dtype, tuple(shape)) for name, (dtype, shape) in described["tensors"].items()]
     grouped, coarse = _original_groups(source, schemes, weights, settings)
@@ -126,8 +126,8 @@ def original(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequenc
     return View(grouped, made), kept
 
 
-def _original_groups(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequence[Weight], settings: Settings
-                     ) -> tuple[Checkpoint, dict[str, Scheme]]:
+def _original_groups(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequence[Weight],
+                     settings: QuantizationConfig) -> tuple[Checkpoint, dict[str, Scheme]]:
     """The groups as they were before slicing made them finer."""
     coarse, changes = {}, {}
     for weight in weights:

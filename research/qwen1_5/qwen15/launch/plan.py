@@ -55,7 +55,7 @@ _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """What to start on this machine.
 
     Attributes:
@@ -94,7 +94,7 @@ class Plan:
         return range(first, first + self.local_worker)
 
 
-def parse(arguments: Sequence[str]) -> Plan:
+def parse(arguments: Sequence[str]) -> LaunchPlan:
     """The plan of 1, 2, 6 or 9 positional arguments.
 
     Raises:
@@ -105,10 +105,10 @@ def parse(arguments: Sequence[str]) -> Plan:
                         fix='The command is one argument, in quotes; --help shows the forms.')
     command = _argument_vector(split_command(arguments[0]))
     if len(arguments) == 1:
-        return Plan(command)
+        return LaunchPlan(command)
     worker_num = _integer("WORKER_NUM", arguments[1], 1, MOST_RANKS)
     if len(arguments) == 2:
-        return Plan(command, worker_num, worker_num)
+        return LaunchPlan(command, worker_num, worker_num)
     local_worker, master_addr, node_rank = worker_num, LOCALHOST, 0
     if len(arguments) == 6:
         port, log_dir, join, timeout = arguments[2:]
@@ -125,7 +125,7 @@ def parse(arguments: Sequence[str]) -> Plan:
                                 fix="Machines count from 0 and hold LOCAL_WORKER workers each.")
     if not log_dir:
         raise UserError("an empty name", where="LOG_DIR", fix="Name a folder.")
-    return Plan(command, worker_num, local_worker, master_addr, _integer("MASTER_PORT", port, 1, 65535), True,
+    return LaunchPlan(command, worker_num, local_worker, master_addr, _integer("MASTER_PORT", port, 1, 65535), True,
                 node_rank, log_dir, _boolean("JOIN", join), _integer("CLUSTER_TIME_OUT", timeout, 1, MOST_SECONDS))
 
 
@@ -282,7 +282,7 @@ def physical_cores() -> List[Tuple[int, ...]]:
     return [tuple(cores[key]) for key in sorted(cores)]
 
 
-def tasks(plan: Plan, port: int, environ: Mapping[str, str]) -> Tuple[Optional[Task], Tuple[Task, ...]]:
+def tasks(plan: LaunchPlan, port: int, environ: Mapping[str, str]) -> Tuple[Optional[Task], Tuple[Task, ...]]:
     """The scheduler (None unless this is machine 0) and the ranks of this machine.
 
     They get MindSpore's documented variables for a dynamic cluster. Variables that the user has set and that are not
@@ -314,7 +314,7 @@ def tasks(plan: Plan, port: int, environ: Mapping[str, str]) -> Tuple[Optional[T
     return Task(None, scheduler_command, scheduler) if plan.node_rank == 0 else None, tuple(ranks)
 
 
-def _cpus_of_ranks(plan: Plan, environ: Mapping[str, str]) -> Optional[List[Tuple[int, ...]]]:
+def _cpus_of_ranks(plan: LaunchPlan, environ: Mapping[str, str]) -> Optional[List[Tuple[int, ...]]]:
     """Logical CPUs for each rank, or None where ranks are not to be bound: on Ascend, and when the user says so."""
     if environ.get("QWEN15_AFFINITY", "").lower() == "off" or device.find_ascend(environ).cards:
         return None
@@ -331,7 +331,7 @@ def hang_timeout_s(environ: Mapping[str, str]) -> int:
     return _integer("QWEN15_HANG_TIMEOUT_S", text, 1, MOST_SECONDS)
 
 
-def open_link(plan: Plan, port: int, shared: Optional[bytes]) -> Optional[machines.Link]:
+def open_link(plan: LaunchPlan, port: int, shared: Optional[bytes]) -> Optional[machines.Link]:
     """The way to the launchers of the other machines; None where there are none, or where it cannot be had, which is
     said."""
     link_port = port + machines.PORT_OFFSET
@@ -379,7 +379,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.close(lock)
 
 
-def _start(plan: Plan, log_dir: str, shared: Optional[bytes]) -> int:
+def _start(plan: LaunchPlan, log_dir: str, shared: Optional[bytes]) -> int:
     """Choose the port and run; returns the exit code."""
     port, reservation = plan.master_port, None
     if plan.node_rank == 0:

@@ -184,7 +184,7 @@ def _linear_class() -> Any:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class QuantisedMatrix:
     """A quantised matrix, or a rank's slice of one, as a checkpoint stores it; see checkpoint/quantized.py.
 
     Attributes:
@@ -212,11 +212,11 @@ class Pieces:
         return self.weight.shape[1] * (8 // self.bits)
 
 
-def operator_arrays(pieces: Pieces, form: Form) -> dict[str, tuple[np.ndarray, str]]:
+def operator_arrays(stored: QuantisedMatrix, form: Form) -> dict[str, tuple[np.ndarray, str]]:
     """What the operator's parameters hold, in the shapes of `form`: part -> (array, its dtype).
 
     Args:
-        pieces: a rank's slice, or the whole matrix.
+        stored: a rank's slice, or the whole matrix.
         form: of the matrix.
 
     Returns:
@@ -224,15 +224,15 @@ def operator_arrays(pieces: Pieces, form: Form) -> dict[str, tuple[np.ndarray, s
         weight_scale: as stored.
         weight_offset: float32, whole numbers up to 255, which every dtype of the network holds; only with zero points.
     """
-    middle = np.float32(MIDDLE[pieces.bits])
-    floats = {"weight_scale": (pieces.scale, pieces.scale_dtype)}
-    if pieces.zero is not None:
-        floats["weight_offset"] = (middle - pieces.zero.astype(np.float32), "F32")
-    if pieces.bits == 8:
-        return {"weight": (pieces.weight, "I8"),
+    middle = np.float32(MIDDLE[stored.bits])
+    floats = {"weight_scale": (stored.scale, stored.scale_dtype)}
+    if stored.zero is not None:
+        floats["weight_offset"] = (middle - stored.zero.astype(np.float32), "F32")
+    if stored.bits == 8:
+        return {"weight": (stored.weight, "I8"),
                 **{part: (array[:, 0], dtype) for part, (array, dtype) in floats.items()}}
-    values = unpack(pieces.weight).astype(np.int8) - np.int8(middle)
-    repeat = pieces.inputs // pieces.scale.shape[1] // form.group
+    values = unpack(stored.weight).astype(np.int8) - np.int8(middle)
+    repeat = stored.inputs // stored.scale.shape[1] // form.group
     return {"weight": (pack_int4(np.ascontiguousarray(values.T)), "I8"),
             **{part: (np.repeat(array, repeat, axis=1).T, dtype) for part, (array, dtype) in floats.items()}}
 
@@ -243,16 +243,16 @@ def pack_int4(values: np.ndarray) -> np.ndarray:
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4).astype(np.int8)
 
 
-def dequantised(pieces: Pieces, dtype: str) -> tuple[np.ndarray, casting.Count]:
+def dequantised(stored: QuantisedMatrix, dtype: str) -> tuple[np.ndarray, casting.Count]:
     """The matrix in 'F32', 'F16' or 'BF16', and what that rounds; strip by strip, for the float32 of a table is large.
 
     Embedding and head are looked up or multiplied as floats on Ascend: no operator of the network takes them quantised.
     """
     parts, counts = [], casting.Count()
-    for start in range(0, len(pieces.weight), _STRIP_ROWS):
+    for start in range(0, len(stored.weight), _STRIP_ROWS):
         rows = slice(start, start + _STRIP_ROWS)
-        matrix = dequantise(pieces.weight[rows], pieces.scale[rows], pieces.scale_dtype,
-                            None if pieces.zero is None else pieces.zero[rows], pieces.order)
+        matrix = dequantise(stored.weight[rows], stored.scale[rows], stored.scale_dtype,
+                            None if stored.zero is None else stored.zero[rows], stored.order)
         array, count = casting.cast(matrix, "F32", dtype)
         parts.append(array)
         counts = counts + count

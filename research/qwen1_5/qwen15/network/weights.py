@@ -21,7 +21,7 @@ from ..checkpoint.source import open_source
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo
 from ..config.schema import ModelConfig, Quantization
 from ..errors import UserError
-from .weight_quant import Pieces
+from .weight_quant import QuantisedMatrix
 
 
 def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = True) -> str:
@@ -206,14 +206,14 @@ class Loader:
         stored = self._stored[matrix] + suffix
         return self._slice(stored, axis), self._reader.infos[stored].dtype
 
-    def read_quantised(self, name: str) -> Pieces:
+    def read_quantised(self, name: str) -> QuantisedMatrix:
         """This rank's slice of a quantised matrix, bit for bit as it is stored."""
         scheme = self.schemes[name]
         weight, _ = self._read_quantised(name, "")
         scale, dtype = self._read_quantised(name, SCALE)
         zero, order = (self._read_quantised(name, suffix)[0] if there else None
                        for suffix, there in ((ZERO, scheme.has_zero), (ORDER, scheme.has_order)))
-        return Pieces(weight, scale, dtype, zero, order)
+        return QuantisedMatrix(weight, scale, dtype, zero, order)
 
     def _slice(self, stored: str, axis: Optional[int]) -> np.ndarray:
         """This rank's part of a tensor along `axis`, None for the whole."""

@@ -19,8 +19,7 @@ from ..config.schema import Config
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ..generation.session import Session, Settings
 from ..reporting import LEVELS, Reporter, quiet_frameworks
-from .desk import Desk
-from .desk import Limits as DeskLimits
+from .desk import Desk, DeskLimits
 from .refusal import Refusal
 
 DEFAULT_MAX_BATCH = 16

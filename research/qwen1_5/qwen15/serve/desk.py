@@ -60,7 +60,7 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class Limits:
+class DeskLimits:
     """What the desk takes.
 
     Attributes:
@@ -79,7 +79,7 @@ class Desk:
         limits: how much may wait.
     """
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: DeskLimits):
         self.limits = limits
         self._arrivals: "queue.SimpleQueue[Tuple[str, Any]]" = queue.SimpleQueue()
         self._loop: Optional[asyncio.AbstractEventLoop] = None
