@@ -11,6 +11,7 @@ import pytest
 from qwen15 import device
 from qwen15.commands import doctor
 from qwen15.errors import UserError
+from qwen15.finding import Finding
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
 GOOD = {"mindspore": "2.9.0", "mindformers": "1.9.0", "numpy": "1.26.4", "pyyaml": "6.0", "safetensors": "0.7.0",
@@ -43,7 +44,7 @@ def test_the_command_answers_quickly_and_its_exit_code_agrees_with_what_it_says(
 
 
 def test_text_and_json_tell_the_same():
-    checks = [doctor.Check("a", "ok", "fine"), doctor.Check("b", "fail", "broken", "mend it")]
+    checks = [Finding("a", "ok", "fine"), Finding("b", "fail", "broken", "mend it")]
     text = doctor.as_text(checks)
     assert "ok    a  fine" in text and "fail  b  broken" in text and "-> mend it" in text
     assert text.splitlines()[-1] == "1 thing(s) have to be mended; 0 warning(s)"

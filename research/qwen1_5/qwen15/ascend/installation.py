@@ -13,8 +13,7 @@ from importlib import metadata
 from typing import Callable, Mapping, Optional, Sequence
 
 from .. import device
-
-OK, WARN, FAIL, INFO = "ok", "warn", "fail", "info"
+from ..finding import FAIL, INFO, OK, WARN, Finding
 
 PAIRS = {"2.7.2": ("1.8.0", "8.5.0", "25.5.0"), "2.9.0": ("1.9.0", "9.0.0", "26.0.RC1")}
 """MindSpore -> the MindFormers, CANN and driver made for it, for a MindFormers that does not say so itself."""
@@ -42,23 +41,6 @@ _INHERITED = {
     "HCCL_BUFFSIZE": "memory of each communicator on the card, in MB, twice",
     "RANK_SIZE": "a launcher's number of ranks; without a launcher a run believes it all the same",
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: of the thing, one or two words.
-        status: OK, WARN (works, less well, or may not), FAIL (will not work) or INFO.
-        detail: what was found.
-        fix: what to do about it, None where nothing is to be done.
-    """
-
-    name: str
-    status: str
-    detail: str
-    fix: Optional[str] = None
 
 
 @dataclass(frozen=True)

@@ -103,15 +103,24 @@ def exact(array: np.ndarray, source: str, target: str) -> np.ndarray:
     return out
 
 
-def has_non_finite(array: np.ndarray, dtype: str) -> bool:
-    """Whether there is NaN or infinity among floats of dtype 'F32', 'F16' or 'BF16'."""
-    for _, chunk in _chunks(array):
-        if dtype == "BF16":
-            if ((chunk & np.uint16(0x7F80)) == np.uint16(0x7F80)).any():
-                return True
-        elif not np.isfinite(chunk).all():
-            return True
-    return False
+def non_finite(array: np.ndarray, dtype: str) -> Tuple[int, int]:
+    """How many (NaN, infinite) values an array of dtype 'F32', 'F16' or 'BF16' has.
+
+    A float whose exponent is all ones is NaN or infinite; as a signed integer such a positive number is at least the
+    exponent's mask, as an unsigned one such a negative number at least mask and sign. So two maxima are enough.
+    """
+    unsigned, signed, exponent, sign = {"F32": (np.uint32, np.int32, 0x7F800000, 0x80000000),
+                                        "F16": (np.uint16, np.int16, 0x7C00, 0x8000),
+                                        "BF16": (np.uint16, np.int16, 0x7F80, 0x8000)}[dtype]
+    flat = array.reshape(-1).view(unsigned)
+    nan = infinite = 0
+    for start in range(0, flat.size, _CHUNK_ELEMENTS):
+        block = flat[start:start + _CHUNK_ELEMENTS]
+        if block.view(signed).max() >= exponent or block.max() >= (exponent | sign):
+            magnitude = block & unsigned(sign - 1)
+            nan += int(np.count_nonzero(magnitude > exponent))
+            infinite += int(np.count_nonzero(magnitude == exponent))
+    return nan, infinite
 
 
 def to_tensor(array: np.ndarray, dtype: str):

@@ -8,7 +8,7 @@ import platform
 import shutil
 import socket
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -16,10 +16,10 @@ from .. import device, machine
 from ..ascend import installation
 from ..command_line import Parser, whole
 from ..errors import EXIT_FAILED, EXIT_OK, UserError
+from ..finding import FAIL, INFO, OK, WARN, Finding
 from ..generation import memory
 from ..launch.plan import DEFAULT_PORT
 
-OK, WARN, FAIL, INFO = "ok", "warn", "fail", "info"
 _PYTHON = ((3, 9), (3, 12))
 _PAIRS = {"2.9": "1.9", "2.7": "1.8"}
 """MindSpore's minor version -> the MindFormers made for it."""
@@ -28,30 +28,13 @@ _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512d
               "asimd", "bf16", "sve")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding.
-
-    Attributes:
-        name: what was looked at, one word.
-        status: 'ok', 'warn' (works, less well), 'fail' (will not work) or 'info'.
-        detail: what was found.
-        fix: what to do about it, None where nothing is to be done.
-    """
-
-    name: str
-    status: str
-    detail: str
-    fix: Optional[str] = None
-
-
-def check_python() -> Check:
+def check_python() -> Finding:
     """The interpreter."""
     version = sys.version_info[:2]
     detail = f"{platform.python_version()} at {sys.executable}"
     if _PYTHON[0] <= version <= _PYTHON[1]:
-        return Check("python", OK, detail)
-    return Check("python", FAIL, detail, "MindSpore has packages for Python 3.9 to 3.12.")
+        return Finding("python", OK, detail)
+    return Finding("python", FAIL, detail, "MindSpore has packages for Python 3.9 to 3.12.")
 
 
 def version_of(package: str) -> Optional[str]:
@@ -62,25 +45,25 @@ def version_of(package: str) -> Optional[str]:
         return None
 
 
-def check_packages(version: Callable[[str], Optional[str]] = version_of) -> List[Check]:
+def check_packages(version: Callable[[str], Optional[str]] = version_of) -> List[Finding]:
     """What has to be installed, and whether the versions belong together."""
     checks = []
     for name in ("mindspore", "numpy", "pyyaml", "safetensors", "tokenizers", "tiktoken"):
         found = version(name)
         if found is None:
-            checks.append(Check(name, FAIL, "not installed", f"pip install {name}"))
+            checks.append(Finding(name, FAIL, "not installed", f"pip install {name}"))
         else:
             checks.append(_judged(name, found, version))
     found = version("mindformers")
     checks.append(_judged("mindformers", found, version) if found else
-                  Check("mindformers", INFO, "not installed; only Ascend needs it", None))
+                  Finding("mindformers", INFO, "not installed; only Ascend needs it", None))
     torch = version("torch")
-    checks.append(Check("torch", INFO, torch or "not installed; only .bin checkpoints need it"))
+    checks.append(Finding("torch", INFO, torch or "not installed; only .bin checkpoints need it"))
     return checks
 
 
 def check_requirements(version: Callable[[str], Optional[str]] = version_of,
-                       requirements: Callable[[str], Optional[List[str]]] = metadata.requires) -> Check:
+                       requirements: Callable[[str], Optional[List[str]]] = metadata.requires) -> Finding:
     """Whether packages are installed in the versions that those around them want (pip only warns of that)."""
     from packaging.requirements import Requirement
 
@@ -96,27 +79,27 @@ def check_requirements(version: Callable[[str], Optional[str]] = version_of,
                 details.append(f"{wanted.name} is {found}, {name} {by} wants {wanted.specifier}")
                 fixes.append(f"'{wanted.name}{wanted.specifier}'")
     if details:
-        return Check("versions", WARN, "; ".join(details), f"pip install {' '.join(fixes)}")
-    return Check("versions", OK, "every package has the versions that it wants")
+        return Finding("versions", WARN, "; ".join(details), f"pip install {' '.join(fixes)}")
+    return Finding("versions", OK, "every package has the versions that it wants")
 
 
-def _judged(name: str, found: str, version: Callable[[str], Optional[str]]) -> Check:
+def _judged(name: str, found: str, version: Callable[[str], Optional[str]]) -> Finding:
     """One installed package against what is known of its versions."""
     if name == "numpy" and _numbers(found) >= (2,):
-        return Check(name, FAIL, f"{found}: MindSpore needs numpy below 2", "pip install 'numpy<2'")
+        return Finding(name, FAIL, f"{found}: MindSpore needs numpy below 2", "pip install 'numpy<2'")
     if name == "safetensors" and _numbers(found) >= (0, 8):
-        return Check(name, WARN, f"{found} writes wrong bytes for arrays that are not contiguous; MindSpore's own "
+        return Finding(name, WARN, f"{found} writes wrong bytes for arrays that are not contiguous; MindSpore's own "
                      "transform tools hand it such arrays", "pip install 'safetensors<0.8'")
     if name == "mindformers":
         spark = version("mindspore") or ""
         wanted = _PAIRS.get(".".join(spark.split(".")[:2]))
         if spark and wanted is None:
-            return Check(name, WARN, f"{found} with mindspore {spark}, which is not tested",
-                         "Tested pairs: mindspore 2.9 with mindformers 1.9, mindspore 2.7 with mindformers 1.8.")
+            return Finding(name, WARN, f"{found} with mindspore {spark}, which is not tested",
+                           "Tested pairs: mindspore 2.9 with mindformers 1.9, mindspore 2.7 with mindformers 1.8.")
         if wanted and not found.startswith(wanted):
-            return Check(name, WARN, f"{found}, but mindspore {spark} goes with mindformers {wanted}",
-                         f"pip install 'mindformers=={wanted}.*'")
-    return Check(name, OK, found)
+            return Finding(name, WARN, f"{found}, but mindspore {spark} goes with mindformers {wanted}",
+                           f"pip install 'mindformers=={wanted}.*'")
+    return Finding(name, OK, found)
 
 
 def _numbers(version: str) -> Tuple[int, ...]:
@@ -128,7 +111,7 @@ def _numbers(version: str) -> Tuple[int, ...]:
     return tuple(numbers)
 
 
-def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Check:
+def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Finding:
     """The processor: its name, how much of it this process may use, and the instruction sets that matter here."""
     name, flags = platform.processor() or platform.machine(), set()
     try:
@@ -144,17 +127,17 @@ def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Check:
         pass  # not Linux: the name from `platform` has to do
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     known = " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no known vector extensions"
-    return Check("cpu", OK, f"{platform.machine()}, {name}, {usable} logical cores usable; {known}")
+    return Finding("cpu", OK, f"{platform.machine()}, {name}, {usable} logical cores usable; {known}")
 
 
-def check_kernels() -> Check:
+def check_kernels() -> Finding:
     """The kernel library and which of its paths will run."""
     from ..kernels import library
     from ..kernels.build import find_compiler
 
     forced = os.environ.get("QWEN15_KERNELS", "")
     if forced == "reference":
-        return Check("kernels", WARN, "reference operators, slow (QWEN15_KERNELS=reference)", "Unset QWEN15_KERNELS.")
+        return Finding("kernels", WARN, "reference operators, slow (QWEN15_KERNELS=reference)", "Unset QWEN15_KERNELS.")
     try:
         kernels = library.load()
     except UserError as error:
@@ -162,19 +145,18 @@ def check_kernels() -> Check:
             compiler = f"the compiler {find_compiler()} is there"
         except UserError as missing:
             compiler = missing.what
-        return Check("kernels", WARN, f"reference operators, slow: {error.what}; {compiler}",
-                     error.fix or "Build it with `python -m qwen15.kernels.build`.")
+        return Finding("kernels", WARN, f"reference operators, slow: {error.what}; {compiler}",
+                       error.fix or "Build it with `python -m qwen15.kernels.build`.")
     if forced and not kernels.can_run(forced):
         able = ", ".join(name for name in library.KERNELS if kernels.can_run(name))
-        return Check("kernels", FAIL, f"QWEN15_KERNELS={forced}, which this CPU cannot run", f"It runs {able}.")
-    return Check("kernels", OK, f"{forced or kernels.kernels}, {kernels.threads} threads, {kernels.path}")
+        return Finding("kernels", FAIL, f"QWEN15_KERNELS={forced}, which this CPU cannot run", f"It runs {able}.")
+    return Finding("kernels", OK, f"{forced or kernels.kernels}, {kernels.threads} threads, {kernels.path}")
 
 
 def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/",
-                 asked: Optional[Callable[[device.Ascend], device.Answer]] = None) -> List[Check]:
+                 asked: Optional[Callable[[device.Ascend], device.Answer]] = None) -> List[Finding]:
     """Cards, CANN, what is installed for them, and what `device_target: auto` comes to."""
-    findings = [Check(finding.name, finding.status, finding.detail, finding.fix)
-                for finding in installation.examine(environ, root, asked)]
+    findings = installation.examine(environ, root, asked)
     found = device.find_ascend(environ, root)
     cards = f"{len(found.cards)} card(s): {', '.join(found.cards)}" if found.cards else "no card (no /dev/davinci*)"
     cann = f"CANN {found.cann}" if found.cann else "no CANN (ASCEND_HOME_PATH is unset)"
@@ -187,34 +169,34 @@ def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/",
         fix = "Is the driver installed, and are the cards passed into this container (--device /dev/davinci0 ...)?"
     elif found.missing:
         fix = "Install a MindSpore with the Ascend backend." if found.cards else None
-    checks = [Check("ascend", status, f"{cards}; {cann}", fix), *findings]
+    checks = [Finding("ascend", status, f"{cards}; {cann}", fix), *findings]
     if not any(finding.name == "wheel" for finding in findings):  # then it computes on nothing
         _, why = device.resolve(device.AUTO, environ, root, asked)
-        checks.append(Check("device", INFO, f"a run computes on {why}"))
+        checks.append(Finding("device", INFO, f"a run computes on {why}"))
     return checks
 
 
-def check_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Check:
+def check_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Finding:
     """Memory that is free now."""
     has = machine.memory(proc, cgroup)
     if has.free_bytes is None or has.whole_bytes is None:
-        return Check("memory", INFO, "not known on this system")
-    return Check("memory", OK, f"{memory.gib(has.free_bytes)} free of {memory.gib(has.whole_bytes)} ({has.what})")
+        return Finding("memory", INFO, "not known on this system")
+    return Finding("memory", OK, f"{memory.gib(has.free_bytes)} free of {memory.gib(has.whole_bytes)} ({has.what})")
 
 
-def check_msrun(path: Optional[str] = None) -> Check:
+def check_msrun(path: Optional[str] = None) -> Finding:
     """MindSpore's own launcher, for those who use it; scripts/msrun_launcher.sh does without."""
     beside = os.path.join(os.path.dirname(sys.executable), "msrun")
     found = beside if os.access(beside, os.X_OK) else shutil.which("msrun", path=path)
     if found is None:
-        return Check("msrun", INFO, "not found; scripts/msrun_launcher.sh does without")
+        return Finding("msrun", INFO, "not found; scripts/msrun_launcher.sh does without")
     if found != beside:
-        return Check("msrun", WARN, f"{found} belongs to another Python than {sys.executable}",
-                     "Activate the environment that has MindSpore.")
-    return Check("msrun", OK, found)
+        return Finding("msrun", WARN, f"{found} belongs to another Python than {sys.executable}",
+                       "Activate the environment that has MindSpore.")
+    return Finding("msrun", OK, found)
 
 
-def check_port(port: int = DEFAULT_PORT) -> Check:
+def check_port(port: int = DEFAULT_PORT) -> Finding:
     """Whether the scheduler's default port can be listened on."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As the scheduler does: a port in TIME_WAIT counts as free.
@@ -222,16 +204,16 @@ def check_port(port: int = DEFAULT_PORT) -> Check:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            return Check("port", WARN, f"{port} cannot be used ({error.strerror})",
-                         "msrun_launcher.sh takes a free one unless it is given this one; msrun wants --master_port.")
-    return Check("port", OK, f"{port} is free")
+            return Finding("port", WARN, f"{port} cannot be used ({error.strerror})",
+                           "msrun_launcher.sh takes a free one unless it is given this one; msrun wants --master_port.")
+    return Finding("port", OK, f"{port} is free")
 
 
-def check_tokenizer(vocab_file: Optional[str], merges_file: Optional[str]) -> Check:
+def check_tokenizer(vocab_file: Optional[str], merges_file: Optional[str]) -> Finding:
     """The tokenizer files, read and tried on a sentence."""
     if vocab_file is None or merges_file is None:
         missing = "--vocab_file" if vocab_file is None else "--merges_file"
-        return Check("tokenizer", FAIL, f"{missing} is missing", "Give both files.")
+        return Finding("tokenizer", FAIL, f"{missing} is missing", "Give both files.")
     from ..text.tokenizer import Qwen2Tokenizer
 
     sentence = "Hello, 世界! 1234 \n\tdef f(x): return x**2"
@@ -240,26 +222,27 @@ def check_tokenizer(vocab_file: Optional[str], merges_file: Optional[str]) -> Ch
         ids = tokenizer.encode(sentence)
         back = tokenizer.decode(ids)
     except UserError as error:
-        return Check("tokenizer", FAIL, str(error))
+        return Finding("tokenizer", FAIL, str(error))
     if back != sentence:
-        return Check("tokenizer", FAIL, f"{sentence!r} comes back as {back!r}",
-                     "vocab.json and merges.txt are not of one model; download both again.")
-    return Check("tokenizer", OK, f"{len(tokenizer)} tokens; a test sentence of {len(ids)} tokens comes back unchanged")
+        return Finding("tokenizer", FAIL, f"{sentence!r} comes back as {back!r}",
+                       "vocab.json and merges.txt are not of one model; download both again.")
+    return Finding("tokenizer", OK,
+                   f"{len(tokenizer)} tokens; a test sentence of {len(ids)} tokens comes back unchanged")
 
 
-def check_mindspore() -> Check:
+def check_mindspore() -> Finding:
     """Import MindSpore and let it add two numbers on the CPU."""
     try:
         import mindspore as ms
 
         total = (ms.Tensor([1.0], ms.float32) + ms.Tensor([2.0], ms.float32)).asnumpy()[0]
     except Exception as error:  # whatever keeps MindSpore from working is what the user has to read
-        return Check("mindspore runs", FAIL, " ".join(f"{type(error).__name__}: {error}".split()))
-    return Check("mindspore runs", OK if total == 3.0 else FAIL, f"1 + 2 = {total:g} on the CPU")
+        return Finding("mindspore runs", FAIL, " ".join(f"{type(error).__name__}: {error}".split()))
+    return Finding("mindspore runs", OK if total == 3.0 else FAIL, f"1 + 2 = {total:g} on the CPU")
 
 
 def examine(vocab_file: Optional[str] = None, merges_file: Optional[str] = None, port: int = DEFAULT_PORT,
-            deep: bool = False) -> List[Check]:
+            deep: bool = False) -> List[Finding]:
     """All findings, in the order in which they are read."""
     checks = [check_python(), *check_packages(), check_requirements(),
               check_cpu(), check_kernels(), *check_ascend(), check_memory(),
@@ -271,7 +254,7 @@ def examine(vocab_file: Optional[str] = None, merges_file: Optional[str] = None,
     return checks
 
 
-def as_text(checks: Sequence[Check]) -> str:
+def as_text(checks: Sequence[Finding]) -> str:
     """One line a finding, its remedy below it, and a last line that sums up."""
     width = max(len(check.name) for check in checks)
     lines = []
@@ -284,7 +267,7 @@ def as_text(checks: Sequence[Check]) -> str:
     return "\n".join([*lines, f"{verdict}; {counts[WARN]} warning(s)"])
 
 
-def as_json(checks: Sequence[Check]) -> str:
+def as_json(checks: Sequence[Finding]) -> str:
     """The findings as one JSON object."""
     report: Dict[str, object] = {"ok": not any(check.status == FAIL for check in checks),
                                  "checks": [asdict(check) for check in checks]}

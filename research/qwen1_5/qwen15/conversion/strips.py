@@ -10,7 +10,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..checkpoint.casting import FLOATS, Count, cast
+from ..checkpoint.casting import FLOATS, Count, cast, non_finite
 from ..checkpoint.file_writer import FileWriter
 from ..checkpoint.pages import huge
 from ..checkpoint.reader import Checkpoint
@@ -18,7 +18,6 @@ from ..checkpoint.tensors import LONG_NAMES, NUMPY_DTYPES, element_count, itemsi
 from ..errors import EXIT_FAILED, UserError
 
 STRIP_BYTES = 4 * 2 ** 20
-_SCAN_ELEMENTS = 128 * 1024  # of which NumPy's two passes stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -126,26 +125,6 @@ class Tally:
         return [f"{LONG_NAMES[old]} -> {LONG_NAMES[new]}: {count.tensors} tensors, {count.values} values, "
                 f"{count.to_zero} became 0, {count.overflowed} overflowed to inf"
                 for (old, new), count in sorted(self.casts.items())]
-
-
-def non_finite(array: np.ndarray, dtype: str) -> Tuple[int, int]:
-    """How many (NaN, infinite) values an array of dtype 'F32', 'F16' or 'BF16' has.
-
-    A float whose exponent is all ones is NaN or infinite; as a signed integer such a positive number is at least the
-    exponent's mask, as an unsigned one such a negative number at least mask and sign. So two maxima are enough.
-    """
-    unsigned, signed, exponent, sign = {"F32": (np.uint32, np.int32, 0x7F800000, 0x80000000),
-                                        "F16": (np.uint16, np.int16, 0x7C00, 0x8000),
-                                        "BF16": (np.uint16, np.int16, 0x7F80, 0x8000)}[dtype]
-    flat = array.reshape(-1).view(unsigned)
-    nan = infinite = 0
-    for start in range(0, flat.size, _SCAN_ELEMENTS):
-        block = flat[start:start + _SCAN_ELEMENTS]
-        if block.view(signed).max() >= exponent or block.max() >= (exponent | sign):
-            magnitude = block & unsigned(sign - 1)
-            nan += int(np.count_nonzero(magnitude > exponent))
-            infinite += int(np.count_nonzero(magnitude == exponent))
-    return nan, infinite
 
 
 def _strips(move: Move, buffer: Callable[[int], np.ndarray]) -> Iterator[Tuple[int, np.ndarray]]:

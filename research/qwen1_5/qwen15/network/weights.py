@@ -288,7 +288,7 @@ class Loader:
         """Name of the first weight that holds NaN or infinity, None when all are finite. Reads every weight."""
         for name, stored in self._stored.items():
             floats = stored + SCALE if name in self.schemes else stored
-            if casting.has_non_finite(self._reader.read(floats), self._reader.infos[floats].dtype):
+            if any(casting.non_finite(self._reader.read(floats), self._reader.infos[floats].dtype)):
                 return name
         return None
 
