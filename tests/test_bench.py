@@ -271,4 +271,4 @@ def test_every_command_has_its_file():
 
 def test_checkpoint_given_keeps_its_own_dtype(tiny):
     args = type("Arguments", (), {"checkpoint": str(tiny), "layers": None, "dtype": None, "size": "0.5b", "cache": ""})
-    assert options.find_checkpoint(args) == options.Checkpoint(str(tiny), "tiny", "bfloat16")
+    assert options.find_checkpoint(args) == options.BenchCheckpoint(str(tiny), "tiny", "bfloat16")

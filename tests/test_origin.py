@@ -11,7 +11,7 @@ from qwen15.checkpoint.reader import open_checkpoint
 from qwen15.commands.dry_run import _checkpoint_lines
 from qwen15.config.load import load_config
 from qwen15.conversion.hugging_face import Options, plan_to_mindspore
-from qwen15.conversion.reslice import Request, plan_transform
+from qwen15.conversion.reslice import Reslicing, plan_transform
 from qwen15.conversion.run import run
 from qwen15.conversion.slices import Slicing
 from qwen15.errors import UserError
@@ -69,7 +69,7 @@ def test_merging_and_reversing_refuse_slices_of_a_fine_tuned_model_among_the_oth
     slices = models / "hf_safetensors"
     take_rank(models, slices, "tuned_safetensors", 1)
     with pytest.raises(UserError, match="another checkpoint"):
-        plan_transform(Request(source=str(slices), target=str(models / "whole.safetensors")))
+        plan_transform(Reslicing(source=str(slices), target=str(models / "whole.safetensors")))
     done = run_script(MODULE, "convert_reversed.py", "--mindspore_ckpt_path", slices, "--torch_ckpt_path", models / "back")
     assert done.returncode == 2 and "another checkpoint" in done.stderr and not (models / "back").exists()
 
@@ -85,7 +85,7 @@ def test_a_slice_in_the_place_of_another_is_refused(models):
 def test_slices_made_on_two_ways_of_one_model_belong_together(models):
     to_mindspore(models / "hf", models / "whole.safetensors")
     shutil.copy(models / "hf" / "config.json", models)
-    plan = plan_transform(Request(source=str(models / "whole.safetensors"), target=str(models / "cut"), parts=2))
+    plan = plan_transform(Reslicing(source=str(models / "whole.safetensors"), target=str(models / "cut"), parts=2))
     run(plan)
     plan.close()
     take_rank(models, models / "cut", "hf_safetensors", 1)

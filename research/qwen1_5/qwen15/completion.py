@@ -71,6 +71,6 @@ def _copy(source: Parser, made: argparse.ArgumentParser, shtab: Any) -> None:
         if action.type is boolean:
             copied.choices = ("True", "False")
         elif str(action.metavar) in _FILES:
-            setattr(copied, "complete", shtab.FILE)
+            copied.complete = shtab.FILE
         elif str(action.metavar) in _FOLDERS:
-            setattr(copied, "complete", shtab.DIRECTORY)
+            copied.complete = shtab.DIRECTORY

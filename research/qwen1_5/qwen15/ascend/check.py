@@ -41,7 +41,7 @@ DECODE_STEPS = 8
 
 
 @dataclass(frozen=True)
-class Result:
+class Comparison:
     """One comparison: the largest error as a fraction of the largest value, and the limit.
 
     Attributes:
@@ -71,7 +71,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def check_operators(dtype: str, head_dim: int, prepare: Callable[[Any], Any] = lambda cell: None) -> List[Result]:
+def check_operators(dtype: str, head_dim: int, prepare: Callable[[Any], Any] = lambda cell: None) -> List[Comparison]:
     """Try each contract of the fused operators on the device, one by one.
 
     Args:
@@ -82,7 +82,7 @@ def check_operators(dtype: str, head_dim: int, prepare: Callable[[Any], Any] = l
     return [judge(contract, dtype) for contract in contracts.contracts(dtype, head_dim, prepare)]
 
 
-def judge(contract: contracts.Contract, dtype: str) -> Result:
+def judge(contract: contracts.Contract, dtype: str) -> Comparison:
     """The contract as a comparison; one that fails names the reading of it that fits what the device did."""
     error, limit = relative_error(contract.device, contract.expected), OPERATOR_LIMIT[dtype]
     instead = ""
@@ -90,7 +90,7 @@ def judge(contract: contracts.Contract, dtype: str) -> Result:
         errors = {reading: relative_error(contract.device, values) for reading, values in contract.otherwise.items()}
         instead = next((reading for reading, other in errors.items() if other <= limit),
                        "something that no known reading explains")
-    return Result(contract.name, dtype, error, limit, instead)
+    return Comparison(contract.name, dtype, error, limit, instead)
 
 
 def check_network(folder: str, dtype: str, ranks: int = 1, vocab_emb_dp: bool = True, tied: bool = False,
@@ -106,7 +106,7 @@ def check_network(folder: str, dtype: str, ranks: int = 1, vocab_emb_dp: bool = 
         prepare: called with MindFormers' network before it runs.
 
     Returns:
-        results: of `Result`.
+        results: of `Comparison`.
         times: seconds of loading, first and later calls.
         weights: the account.
     """
@@ -124,7 +124,7 @@ def check_network(folder: str, dtype: str, ranks: int = 1, vocab_emb_dp: bool = 
     results = []
     for turn in (1, 2):
         errors = _generate(network, sizes, judge, turn, times)
-        results += [Result(f"{name}: {phase} {turn}", dtype, error, NETWORK_LIMIT[dtype])
+        results += [Comparison(f"{name}: {phase} {turn}", dtype, error, NETWORK_LIMIT[dtype])
                     for phase, error in errors.items()]
     return {"results": results, "times": times, "weights": told[-1]}
 
@@ -213,7 +213,7 @@ def _check(args: Namespace) -> int:
     if args.device_id is not None:
         os.environ["DEVICE_ID"] = str(args.device_id)
     report: Dict[str, Any] = {"environment": environment(), "ranks": ranks, "networks": [], "failures": []}
-    results: List[Result] = []
+    results: List[Comparison] = []
     for dtype in args.dtype:
         for vocab_emb_dp, tied in ((True, False), (True, True)) if ranks == 1 else ((True, False), (False, False)):
             what = f"network {dtype}, vocab_emb_dp {vocab_emb_dp}, tied {tied}"
@@ -246,7 +246,7 @@ def _attempt(report: Dict[str, Any], what: str, function: Callable[..., Any], *a
         return None
 
 
-def _print_report(report: Dict[str, Any], results: Sequence[Result]) -> None:
+def _print_report(report: Dict[str, Any], results: Sequence[Comparison]) -> None:
     print("Ascend check of qwen15: send everything from here on back")
     for name, value in report["environment"].items():
         print(f"  {name}: " + value.replace("\n", "\n    "))

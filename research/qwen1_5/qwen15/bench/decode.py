@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 from ..command_line import Parser
 from . import hf, options, report, rounds, work
 from .ours import Decode, Ours, random_prompts
-from .probes import Machine
+from .probes import Probes
 from .report import Column, number, text
 
 WHAT = "decode"
@@ -41,7 +41,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.against:
         hf.check_installed()
     checkpoint = options.find_checkpoint(args)
-    machine = Machine(args.threads)
+    machine = Probes(args.threads)
     ours = Ours(checkpoint, machine.threads, max(args.context) + args.new_tokens, max(args.batch))
     theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against else None
 
@@ -93,7 +93,7 @@ COLUMNS = (
 )
 
 
-def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
+def _bars(checkpoint: options.BenchCheckpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
     series = {"qwen15": [row["tokens_per_s"] for row in rows]}
     if "hf_tokens_per_s" in rows[0]:
         series["transformers"] = [row["hf_tokens_per_s"] for row in rows]

@@ -8,7 +8,7 @@ from typing import Any, List, Sequence
 import numpy as np
 
 from ..errors import UserError
-from .options import Checkpoint
+from .options import BenchCheckpoint
 from .rounds import Run
 
 
@@ -25,7 +25,7 @@ def check_installed() -> None:
 class HuggingFace:
     """The model as transformers runs it on this CPU, greedy, on `threads` threads."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int):
+    def __init__(self, checkpoint: BenchCheckpoint, threads: int):
         import torch
         import transformers
 

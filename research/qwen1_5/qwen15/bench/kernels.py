@@ -17,7 +17,7 @@ from ..network.base import rope_tables
 from . import hf, options, report, rounds, work
 from .make_checkpoint import DTYPES, dims_of
 from .operators import Array, Pool, prepare
-from .probes import Machine
+from .probes import Probes
 from .report import Column, number, text
 
 WHAT = "kernels"
@@ -231,7 +231,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     plot = options.plot_path(args, WHAT)
     if args.against:
         hf.check_installed()
-    machine = Machine(args.threads)
+    machine = Probes(args.threads)
     dims = dims_of(args.size, args.layers)
     cases = Cases(dims, args.dtype, args.group_size)
     library.load().exact_activations = args.dtype not in QUANTISED
@@ -262,7 +262,7 @@ def _all(cases: Cases, tokens: Sequence[int], contexts: Sequence[int]) -> Iterat
     yield from cases.selection()
 
 
-def _measure(case: Case, machine: Machine, args: argparse.Namespace) -> Dict[str, Any]:
+def _measure(case: Case, machine: Probes, args: argparse.Namespace) -> Dict[str, Any]:
     contenders = {"qwen15": repeated(lambda: next(case.ours)())}
     if args.against and case.torch is not None:
         import torch

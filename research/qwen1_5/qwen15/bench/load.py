@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
 from . import hf, options, report
-from .probes import Machine
+from .probes import Probes
 from .report import Column, number, text
 
 WHAT = "load"
@@ -47,7 +47,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.against:
         hf.check_installed()
     checkpoint = options.find_checkpoint(args)
-    threads = Machine(args.threads).threads
+    threads = Probes(args.threads).threads
     nbytes = sum(path.stat().st_size for path in Path(checkpoint.path).glob("*.safetensors"))
     taken: Dict[str, List[Dict[str, float]]] = {name: [] for name in ("qwen15",) + (("hf",) if args.against else ())}
     for number_ in range(args.rounds + 1):
@@ -64,7 +64,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _child(who: str, checkpoint: options.Checkpoint, threads: int, args: argparse.Namespace) -> Dict[str, float]:
+def _child(who: str, checkpoint: options.BenchCheckpoint, threads: int, args: argparse.Namespace) -> Dict[str, float]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "qwen15.bench.load_child", who, *checkpoint, str(threads), str(args.prompt),
@@ -88,7 +88,7 @@ COLUMNS = (
 )
 
 
-def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
+def _bars(checkpoint: options.BenchCheckpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
     return report.Bars(f"Loading {checkpoint.label}, {checkpoint.dtype}", "seconds; gigabytes",
                        ["imports, s", "imported to\nready, s", "ready to\nfirst token, s", "peak\nmemory, GB"],
                        {"transformers" if row["who"] == "hf" else row["who"]: [row["import_s"], row["ready_s"], row[

@@ -8,10 +8,10 @@ import sys
 import time
 from typing import Dict
 
-from .options import Checkpoint
+from .options import BenchCheckpoint
 
 
-def ours(checkpoint: Checkpoint, threads: int, prompt: int, new_tokens: int) -> Dict[str, float]:
+def ours(checkpoint: BenchCheckpoint, threads: int, prompt: int, new_tokens: int) -> Dict[str, float]:
     """Our engine."""
     start_s = time.perf_counter()
     import mindspore  # noqa: F401
@@ -30,7 +30,7 @@ def ours(checkpoint: Checkpoint, threads: int, prompt: int, new_tokens: int) -> 
     return {"import_s": imported_s - start_s, "ready_s": ready_s - imported_s, "first_token_s": first_s - ready_s}
 
 
-def theirs(checkpoint: Checkpoint, threads: int, prompt: int, new_tokens: int) -> Dict[str, float]:
+def theirs(checkpoint: BenchCheckpoint, threads: int, prompt: int, new_tokens: int) -> Dict[str, float]:
     """transformers."""
     start_s = time.perf_counter()
     import torch  # noqa: F401
@@ -53,7 +53,7 @@ def main() -> None:
     """Arguments: qwen15 or hf, the checkpoint's path, label and dtype, threads, prompt tokens, new tokens."""
     who, path, label, dtype, *counts = sys.argv[1:]
     run = {"qwen15": ours, "hf": theirs}[who]
-    found = run(Checkpoint(path, label, dtype), *map(int, counts))
+    found = run(BenchCheckpoint(path, label, dtype), *map(int, counts))
     # The high-water mark of resident memory, pages of mapped files included.
     found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(found))

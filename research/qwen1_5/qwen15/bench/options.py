@@ -20,7 +20,7 @@ from .make_checkpoint import DTYPES, QUANTISED, dims_of, make_checkpoint
 AGAINST = ("hf",)
 
 
-class Checkpoint(NamedTuple):
+class BenchCheckpoint(NamedTuple):
     """Weights to measure with.
 
     Attributes:
@@ -100,7 +100,7 @@ def cache_folder() -> str:
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "qwen15", "bench")
 
 
-def find_checkpoint(args: argparse.Namespace) -> Checkpoint:
+def find_checkpoint(args: argparse.Namespace) -> BenchCheckpoint:
     """The checkpoint the arguments mean; a random one is made when it is not there yet.
 
     Raises:
@@ -114,7 +114,7 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint:
             raise UserError("no such folder", where=f"--checkpoint {args.checkpoint}")
         own = load_config(None, [Flag("load_checkpoint", "--checkpoint", args.checkpoint),
                                  Flag("context.device_target", "bench", "CPU")])
-        return Checkpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype
+        return BenchCheckpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype
                           or own.model.param_init_type)
     dtype = args.dtype or "bfloat16"
     dims = dims_of(args.size, args.layers)
@@ -125,7 +125,7 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint:
         print(f"making random weights in {path}", file=sys.stderr)
         os.makedirs(args.cache, exist_ok=True)
         make_checkpoint(path, dims, dtype)
-    return Checkpoint(path, f"{label}, random weights", dtype)
+    return BenchCheckpoint(path, f"{label}, random weights", dtype)
 
 
 def plot_path(args: argparse.Namespace, what: str) -> Optional[str]:

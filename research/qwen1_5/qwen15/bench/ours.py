@@ -20,7 +20,7 @@ from ..kernels import library
 from ..network import weights  # noqa: F401  (interrupts before NumPy, see there)
 from ..network.build import build_network
 from ..reporting import quiet_frameworks
-from .options import Checkpoint
+from .options import BenchCheckpoint
 from .rounds import Run
 
 
@@ -31,7 +31,7 @@ class Ours:
         quantised_bytes: what a step reads of the weights, None where they are not quantised.
     """
 
-    def __init__(self, checkpoint: Checkpoint, threads: int, longest: int, sequences: int):
+    def __init__(self, checkpoint: BenchCheckpoint, threads: int, longest: int, sequences: int):
         quiet_frameworks("info")
         ops.use_threads(threads)
         block_size = 32

@@ -11,7 +11,7 @@ from ..generation.sampling import SamplingParams
 from ..generation.session import Answer, Prompt, Settings
 from . import options, report, rounds
 from .ours import Decode, Ours, random_prompts
-from .probes import Machine
+from .probes import Probes
 from .report import Column, number, text
 
 WHAT = "overhead"
@@ -81,7 +81,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
     checkpoint = options.find_checkpoint(args)
-    machine = Machine(args.threads)
+    machine = Probes(args.threads)
     ours = Ours(checkpoint, machine.threads, args.context + args.new_tokens, 1)
     prompts = random_prompts(1, args.context, ours.dims.vocab_size)
     rows: List[Dict[str, Any]] = []
@@ -107,7 +107,7 @@ COLUMNS = (Column("tokens are chosen by", text("way")), Column("a token, ms", nu
            Column("of it not kernels, ms", number("own_ms", ".3f")))
 
 
-def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
+def _bars(checkpoint: options.BenchCheckpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
     labels = [row["way"].replace(", ", ",\n") for row in rows]
     return report.Bars(f"A token beside the kernels, {checkpoint.label}", "milliseconds", labels,
                        {"Python, MindSpore, sampling, streaming": [row["own_ms"] for row in rows]})

@@ -66,7 +66,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _run(workers: int, checkpoint: options.Checkpoint, args: argparse.Namespace) -> List[Dict[str, Any]]:
+def _run(workers: int, checkpoint: options.BenchCheckpoint, args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Results of the ranks of one launch."""
     print(f"{workers} worker{'s' * (workers > 1)} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="qwen15_bench_") as folder:
@@ -136,7 +136,7 @@ COLUMNS = (
 )
 
 
-def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
+def _bars(checkpoint: options.BenchCheckpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
     return report.Bars(f"Workers on one machine, {checkpoint.label}, {checkpoint.dtype}",
                        "tokens per second; gigabytes",
                        [f"{row['workers']} worker{'s' * (row['workers'] > 1)}" for row in rows],

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 from ..command_line import Parser
 from . import hf, options, report, rounds, work
 from .ours import Ours, random_prompts
-from .probes import Machine
+from .probes import Probes
 from .report import Column, number, text
 
 WHAT = "prefill"
@@ -36,7 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.against:
         hf.check_installed()
     checkpoint = options.find_checkpoint(args)
-    machine = Machine(args.threads)
+    machine = Probes(args.threads)
     ours = Ours(checkpoint, machine.threads, max(args.tokens) + 1, 1)
     theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against else None
     rows = [_measure(ours, theirs, tokens, machine, checkpoint.computes_in, args.rounds) for tokens in args.tokens]
@@ -46,7 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _measure(ours: Ours, theirs: Optional[hf.HuggingFace], tokens: int, machine: Machine, dtype: str,
+def _measure(ours: Ours, theirs: Optional[hf.HuggingFace], tokens: int, machine: Probes, dtype: str,
              count: int) -> Dict[str, Any]:
     prompt: List[int] = random_prompts(1, tokens, ours.dims.vocab_size)[0].tolist()
     contenders: Dict[str, Callable[[], rounds.Run]] = {"qwen15": lambda: ours.prefill(prompt)}
@@ -76,7 +76,7 @@ COLUMNS = (
 )
 
 
-def _bars(checkpoint: options.Checkpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
+def _bars(checkpoint: options.BenchCheckpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
     series = {"qwen15": [row["tokens_per_s"] for row in rows]}
     if "hf_tokens_per_s" in rows[0]:
         series["transformers"] = [row["hf_tokens_per_s"] for row in rows]

@@ -17,7 +17,7 @@ _PASS_S = 0.01
 _FEW_REPEATS = 20_000
 
 
-class Machine:
+class Probes:
     """Probes of memory and arithmetic.
 
     Args:

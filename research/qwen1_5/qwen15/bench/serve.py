@@ -59,7 +59,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = list(argv or ())
     args = parser().parse_args(argv)
     plot = options.plot_path(args, WHAT)
-    own = options.Checkpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype)
+    own = options.BenchCheckpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype)
     vocab_size = own.config().model.dims.vocab_size
     jobs = _jobs(args.requests, vocab_size)
     longest = -(-max(args.long, _SHARED_TOKENS) // 128) * 128 + 128
@@ -136,7 +136,7 @@ def _ask(port: int, job: ClientRequest, stream: bool = False) -> float:
     return spent_s
 
 
-def _throughput(own: options.Checkpoint, port: int, jobs: Sequence[ClientRequest], clients: int, rounds: int,
+def _throughput(own: options.BenchCheckpoint, port: int, jobs: Sequence[ClientRequest], clients: int, rounds: int,
                 threads: Optional[int]
                 ) -> List[Dict[str, Any]]:
     """Tokens per second of so many clients, each asking when its last answer has come; beside the engine alone on the
@@ -228,7 +228,7 @@ def _shared_beginning(port: int, vocab_size: int, rounds: int) -> List[Dict[str,
              "samples": {"server": again, "beside": first}}]
 
 
-def _bars(own: options.Checkpoint, rows: Sequence[Dict[str, Any]]) -> report.Bars:
+def _bars(own: options.BenchCheckpoint, rows: Sequence[Dict[str, Any]]) -> report.Bars:
     return report.Bars(f"Server, {own.label}, {own.dtype}", "ratio",
                        ["clients : engine", "first token : piece", "known : unknown"],
                        {"qwen15": [row["ratio"] for row in rows]}, {})
