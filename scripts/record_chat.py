@@ -74,7 +74,8 @@ def main() -> None:
     options = ["--load_checkpoint", os.path.abspath(args.checkpoint), "--chat", "--max_new_tokens", "60"]
     with tempfile.TemporaryDirectory() as folder:
         text = record([sys.executable, script, "--config", config, *options], folder)
-    shown = f"$ python run_qwen1_5.py --config {os.path.basename(config)} --load_checkpoint {os.path.basename(options[1])} --chat\n"
+    shown = (f"$ python run_qwen1_5.py --config {os.path.basename(config)} "
+             f"--load_checkpoint {os.path.basename(options[1])} --chat\n")
     draw(shown + text.replace(folder + os.sep, "").replace(os.path.dirname(options[1]) + os.sep, ""), args.image)
     print(text)
 

@@ -27,8 +27,8 @@ SHOWN = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore
 
 def emulation(folder: str) -> list:
     """Errors under emulation, with and without faults."""
-    lines = ["| 网络 network | float32 | float16 | bfloat16 | 贪心 token 与 Hugging Face 相同（float32） greedy tokens as "
-             "Hugging Face's |",
+    lines = ["| 网络 network | float32 | float16 | bfloat16 | 贪心 token 与 Hugging Face 相同（float32） "
+             "greedy tokens as Hugging Face's |",
              "|---|---|---|---|---|"]
     worker = Worker(folder)
 

@@ -64,7 +64,8 @@ class Hub:
 
     def modelscope_downloads(self):
         """As `downloads`, by ModelScope's protocol."""
-        return [path.rpartition("FilePath=")[2] for method, path in self.asked if method == "GET" and "FilePath=" in path]
+        return [path.rpartition("FilePath=")[2] for method, path in self.asked
+                if method == "GET" and "FilePath=" in path]
 
     # -- the protocol
 
@@ -143,8 +144,10 @@ class Hub:
         if asked[2]:
             files = [self._entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
             listed = [{"Path": file["rfilename"], "Type": "blob", "Size": file["size"],
-                       "Sha256": hashlib.sha256((folder / file["rfilename"]).read_bytes()).hexdigest()} for file in files]
-            return self._reply(request, 200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": listed}}).encode())
+                       "Sha256": hashlib.sha256((folder / file["rfilename"]).read_bytes()).hexdigest()}
+                      for file in files]
+            answer = {"Code": 200, "Success": True, "Data": {"Files": listed}}
+            return self._reply(request, 200, json.dumps(answer).encode())
         name = query.get("FilePath", "")
         if name in self.status or not (folder / name).is_file():
             return self._refuse(request, self.status.get(name, 404))

@@ -215,8 +215,10 @@ def test_results_equal_those_of_single_runs(random_yaml, tmp_path):
     alone = records(run("--config", random_yaml, "--predict_file", path, "--max_batch", 1))
     assert len(together) == len(lines)
     for index, line in enumerate(lines):
-        assert together[index]["token_ids"] == alone[index]["token_ids"] and together[index]["text"] == alone[index]["text"]
-        assert together[index]["prompt"] == line["prompt"] and len(together[index]["token_ids"]) <= line["max_new_tokens"]
+        assert together[index]["token_ids"] == alone[index]["token_ids"]
+        assert together[index]["text"] == alone[index]["text"]
+        assert together[index]["prompt"] == line["prompt"]
+        assert len(together[index]["token_ids"]) <= line["max_new_tokens"]
 
 
 def test_a_seed_gives_the_same_texts_in_any_company(random_yaml, tmp_path):
@@ -260,7 +262,8 @@ def test_stdin_stop_strings_and_log_probabilities(random_yaml):
                         stdin="hello\n"))[0]
     assert len(plain["logprobs"]) == 9 and all(len(step["top"]) == 3 for step in plain["logprobs"])
     for step, token in zip(plain["logprobs"], plain["token_ids"]):
-        assert step["token_id"] == token == step["top"][0]["token_id"] and step["logprob"] == pytest.approx(step["top"][0]["logprob"])
+        assert step["token_id"] == token == step["top"][0]["token_id"]
+        assert step["logprob"] == pytest.approx(step["top"][0]["logprob"])
         assert step["top"][0]["logprob"] >= step["top"][1]["logprob"]
     middle = len(plain["text"]) // 2
     stop = plain["text"][middle:middle + 3]
@@ -332,8 +335,8 @@ def several(count):
 
 def test_a_prompt_with_several_answers_is_one_object_once_the_last_has_ended():
     out = io.StringIO()
-    results = JsonLines([PromptEntry(0, "p.jsonl:1", "Hi", DEFAULTS)], lambda index, value: write_line(out, index, value),
-                        True)
+    results = JsonLines([PromptEntry(0, "p.jsonl:1", "Hi", DEFAULTS)],
+                        lambda index, value: write_line(out, index, value), True)
     for piece in several(3):
         assert out.getvalue() == ""
         results.take(piece)

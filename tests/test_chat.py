@@ -296,7 +296,8 @@ def test_messages_a_template_cannot_use_are_one_clear_line(tokenizer):
 
 
 def test_generation_marks_and_time_are_known(theirs, tokenizer):
-    source = "{% generation %}{{ messages[0].content }}{% endgeneration %} {{ strftime_now('%Y') | length }} {{ messages | tojson(indent=1) }}"
+    source = ("{% generation %}{{ messages[0].content }}{% endgeneration %} {{ strftime_now('%Y') | length }} "
+              "{{ messages | tojson(indent=1) }}")
     expected = theirs.apply_chat_template(talk("é<"), chat_template=source, tokenize=False)
     assert template.render(source, talk("é<")) == expected
 

@@ -150,7 +150,8 @@ def test_bash_completes_commands_flags_values_and_paths(completion, words, expec
 def test_completion_without_shtab_names_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert run_main(qwen15_main.main, ["completion", "bash"]) == 2
-    assert capsys.readouterr().err == "error: qwen15 completion: the Python package shtab is missing. Run: pip install shtab\n"
+    assert capsys.readouterr().err == ("error: qwen15 completion: the Python package shtab is missing. "
+                                       "Run: pip install shtab\n")
 
 
 # --- what is printed and cannot be

@@ -200,7 +200,9 @@ def test_what_can_never_run_is_refused_before_any_work(request_, message):
 def test_logits_that_are_not_finite_end_that_request_and_name_the_weight(params):
     class Broken(Recalling):
         def logits(self, sequence):
-            return np.full(VOCABULARY, np.nan, np.float32) if sequence[0] == 77 and len(sequence) > 12 else super().logits(sequence)
+            if sequence[0] == 77 and len(sequence) > 12:
+                return np.full(VOCABULARY, np.nan, np.float32)
+            return super().logits(sequence)
 
         def find_non_finite(self):
             return "model.layers.3.attention.wo.weight"

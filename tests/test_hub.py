@@ -20,7 +20,8 @@ from qwen15.hub.modelscope import fetch as fetch_from_modelscope
 pytest.importorskip("huggingface_hub")
 RESOLVE = "import sys; from qwen15.errors import run_main; from qwen15.hub.resolve import resolve\n" \
           "import os\n" \
-          "sys.exit(max(run_main(lambda _: print(resolve(name, os.environ.get('HUB', 'hf')))) for name in sys.argv[1:]))"
+          "hub = os.environ.get('HUB', 'hf')\n" \
+          "sys.exit(max(run_main(lambda _: print(resolve(name, hub))) for name in sys.argv[1:]))"
 WEIGHTS = os.urandom(300000)
 
 
@@ -62,8 +63,8 @@ def user(hub, tmp_path):
             return process
 
         def modelscope(self, *names, **changes):
-            return self(*names, MODELSCOPE_ENDPOINT=hub.url, MODELSCOPE_CACHE=str(home / "modelscope"), HUB="modelscope",
-                        **changes)
+            return self(*names, MODELSCOPE_ENDPOINT=hub.url, MODELSCOPE_CACHE=str(home / "modelscope"),
+                        HUB="modelscope", **changes)
 
         def refused(self, name, code, **changes):
             """The one line of a look-up that fails."""

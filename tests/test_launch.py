@@ -114,7 +114,8 @@ def test_our_scripts_are_found_from_any_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("a --predict_data 帮助我制定一份去上海的旅游攻略 \\\n--x 1", ["a", "--predict_data", "帮助我制定一份去上海的旅游攻略", "--x", "1"]),
+    ("a --predict_data 帮助我制定一份去上海的旅游攻略 \\\n--x 1",
+     ["a", "--predict_data", "帮助我制定一份去上海的旅游攻略", "--x", "1"]),
     ("a 'two words' \"it's\" \\\"", ["a", "two words", "it's", '"']),
     ("a '' ''", ["a", "", ""]),
     ("a $(id) `id` $HOME ~ *.py {1,2} a;b|c>d<e&f #g",
@@ -138,7 +139,8 @@ def test_what_is_quoted_comes_back(words):
 HOSTILE = [
     "two words", "it's \"quoted\"", "a; touch hacked", "$(touch hacked)", "`touch hacked`", "> hacked", "< /etc/passwd",
     "a | tee hacked &",
-    "line 1\nline 2\r\n\ttab", "帮助我制定一份去上海的旅游攻略，包括景点、美食", "back\\slash \\n \\", "$HOME ${PATH} ~ *", "!history",
+    "line 1\nline 2\r\n\ttab", "帮助我制定一份去上海的旅游攻略，包括景点、美食", "back\\slash \\n \\",
+    "$HOME ${PATH} ~ *", "!history",
     "#comment",
     "-n --help", "", "emoji 👩‍👩‍👧 \u202eabc", "%s %d {0}", "a\u3000b\u00a0c",
 ]
@@ -376,7 +378,8 @@ def test_in_the_background_too_the_first_failure_ends_all(tmp_path):
             time.sleep(0.1)
         run.assert_nothing_left(port)
         report = run.log("launcher.log", "logs")
-        assert "the reason for it" in report and "error: rank 1: ended with exit code 7" in report and "exit code 7" in report
+        assert "the reason for it" in report
+        assert "error: rank 1: ended with exit code 7" in report and "exit code 7" in report
 
 
 # -- ports and folders

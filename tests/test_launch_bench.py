@@ -41,4 +41,5 @@ def test_more_workers_than_can_share_are_refused_before_any_starts(small_model, 
     make_random(tmp_path, small_model)
     done = bench(tmp_path, "--checkpoint", tmp_path / "random", "--workers", 2, 3)
     assert done.returncode == 2 and "worker ..." not in done.stderr
-    assert "error: --workers: 3 workers cannot share this model: num_heads 4 is not divisible by model_parallel 3" in done.stderr
+    assert ("error: --workers: 3 workers cannot share this model: num_heads 4 is not divisible by model_parallel 3"
+            in done.stderr)

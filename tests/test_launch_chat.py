@@ -73,7 +73,8 @@ def ranks_in(logs):
                 group = file.read().rpartition(")")[2].split()[2]
         except OSError:
             continue
-        if environ.get(b"XDG_STATE_HOME") == os.fsencode(logs.parent / "state") and environ.get(b"MS_ROLE") and group == entry:
+        ours = environ.get(b"XDG_STATE_HOME") == os.fsencode(logs.parent / "state")
+        if ours and environ.get(b"MS_ROLE") and group == entry:
             found["scheduler" if environ[b"MS_ROLE"] == b"MS_SCHED" else int(environ[b"RANK_ID"])] = int(entry)
     return found
 

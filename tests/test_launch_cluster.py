@@ -77,7 +77,8 @@ def test_an_exception_in_one_rank_ends_all_and_its_last_words_are_shown(rank, tm
     with Launch(worker("phases", "400", f"raise:{rank}:3"), 2, folder=tmp_path) as run:
         run.until(lambda run: "a defect in step 3" in run.log(f"worker_{rank}.log"))
         assert_ended(run, time.monotonic(), 1)
-        assert "RuntimeError: a defect in step 3" in run.err and f"error: rank {rank}: ended with exit code 1." in run.err
+        assert "RuntimeError: a defect in step 3" in run.err
+        assert f"error: rank {rank}: ended with exit code 1." in run.err
 
 
 @pytest.mark.slow

@@ -150,7 +150,8 @@ def test_a_rank_that_the_kernel_kills_for_want_of_memory(rank, phase, predict):
         last = assert_ended(run, begin, 137, f"rank {rank}")
     finally:
         group.close()
-    assert "killed by SIGKILL. The kernel has run out of memory and has ended a process meanwhile: take more workers, " in last
+    assert ("killed by SIGKILL. The kernel has run out of memory and has ended a process meanwhile: take more workers, "
+            in last)
 
 
 @pytest.mark.slow
@@ -208,8 +209,8 @@ def test_slices_of_two_checkpoints_end_the_run(random_yaml, predict, tmp_path):
     random_model(tmp_path / "other", seed=1, vocab_size=49152, hidden_size=64, intermediate_size=96,
                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     for model, slices in ((source, tmp_path / "slices"), (tmp_path / "other", tmp_path / "others")):
-        subprocess.run([sys.executable, MODULE / "convert_weight.py", "--torch_ckpt_dir", model, "--mindspore_ckpt_path",
-                        slices, "--model_parallel", "2"], check=True, capture_output=True)
+        subprocess.run([sys.executable, MODULE / "convert_weight.py", "--torch_ckpt_dir", model,
+                        "--mindspore_ckpt_path", slices, "--model_parallel", "2"], check=True, capture_output=True)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(source / name, tmp_path / "slices")
     shutil.rmtree(tmp_path / "slices" / "rank_1")

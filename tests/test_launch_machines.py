@@ -213,5 +213,6 @@ def test_machines_that_do_not_fit_together_are_named(machines, tmp_path):
         one.until(lambda run: "started" in run.err)
         with machines.launch(1, tmp_path, worker("add"), 5, 1) as two:
             assert two.wait(30) == 2
-            assert "error: NODE_RANK 1: machine 0 does not take this one: WORKER_NUM is 5 here and 4 on machine 0" in two.err
+            assert ("error: NODE_RANK 1: machine 0 does not take this one: WORKER_NUM is 5 here and 4 on machine 0"
+                    in two.err)
         assert one.popen.poll() is None

@@ -223,7 +223,8 @@ def test_an_exit_code_that_is_none_is_a_failure_of_its_own(code, links):
         other.sendall(json.dumps({"failed": {"where": "rank 1", "what": "w", "fix": "", "code": code, "log": "",
                                              "lines": []}}).encode() + b"\n")
         told = failure_of(links.hub)
-        assert told.where == "machine 1 (rank 1) at 127.0.0.1" and told.what == "what comes from it is not what a launcher says"
+        assert told.where == "machine 1 (rank 1) at 127.0.0.1"
+        assert told.what == "what comes from it is not what a launcher says"
         assert told.code == 1
 
 

@@ -70,7 +70,8 @@ def test_merging_and_reversing_refuse_slices_of_a_fine_tuned_model_among_the_oth
     take_rank(models, slices, "tuned_safetensors", 1)
     with pytest.raises(UserError, match="another checkpoint"):
         plan_transform(Reslicing(source=str(slices), target=str(models / "whole.safetensors")))
-    done = run_script(MODULE, "convert_reversed.py", "--mindspore_ckpt_path", slices, "--torch_ckpt_path", models / "back")
+    done = run_script(MODULE, "convert_reversed.py", "--mindspore_ckpt_path", slices, "--torch_ckpt_path",
+                      models / "back")
     assert done.returncode == 2 and "another checkpoint" in done.stderr and not (models / "back").exists()
 
 

@@ -226,7 +226,8 @@ class TestSaving:
         files = SavedChats()
         files.save(path, {"messages": []})
         files.save(path, {"messages": [2]})
-        assert json.loads((tmp_path / "talk.json").read_text()) == {"messages": [2]} and len(list(tmp_path.iterdir())) == 1
+        assert json.loads((tmp_path / "talk.json").read_text()) == {"messages": [2]}
+        assert len(list(tmp_path.iterdir())) == 1
         with pytest.raises(UserError, match="exists already"):
             SavedChats().save(path, {"messages": [3]})
 
@@ -245,7 +246,8 @@ class TestSaving:
     def test_chinese_can_be_read_in_the_file(self, tmp_path):
         SavedChats().save(str(tmp_path / "谈话.json"), {"messages": [{"role": "user", "content": "你好\u2028\x85"}]})
         text = (tmp_path / "谈话.json").read_text(encoding="utf-8")
-        assert "你好" in text and "\u2028" not in text and json.loads(text)["messages"][0]["content"] == "你好\u2028\x85"
+        assert "你好" in text and "\u2028" not in text
+        assert json.loads(text)["messages"][0]["content"] == "你好\u2028\x85"
         SavedChats().save(str(tmp_path / "half.json"), {"messages": [{"role": "user", "content": "\ud83d"}]})
         assert json.loads((tmp_path / "half.json").read_text())["messages"][0]["content"] == "\ud83d"
 
@@ -284,7 +286,8 @@ class TestSettings:
     @pytest.mark.parametrize("text, fragment", [
         ("temprature 1", "Did you mean temperature?"), ("temperature", "needs a value, it is 0.7"),
         ("temperature 0,7", "wants a number"),
-        ("temperature -1", "must be at least 0"), ("top_k 2.5", "wants a whole number"), ("top_p 1e999", "wants a number"),
+        ("temperature -1", "must be at least 0"), ("top_k 2.5", "wants a whole number"),
+        ("top_p 1e999", "wants a number"),
         ("max_length 5", "is not a value of sampling"), ("do_sample perhaps", "wants True or False"),
         ("temperature none", "needs a value")])
     def test_what_cannot_be_set_is_named(self, text, fragment):

@@ -180,7 +180,8 @@ def test_what_mindspore_writes_is_read(tmp_path, monkeypatch, crc, slice_kib):
         assert file.others == {"note": "str values"}
         for name, value in values.items():
             assert (len(file.stored[name].segments) > 1) == (value.nbytes > slice_kib * 1024)
-            assert file.read(name).tobytes() == bytes(value.get_bytes()) and file.infos[name].shape == tuple(value.shape)
+            assert file.read(name).tobytes() == bytes(value.get_bytes())
+            assert file.infos[name].shape == tuple(value.shape)
 
 
 def test_a_file_is_byte_for_byte_what_mindspore_writes(tmp_path):
@@ -309,7 +310,8 @@ def header(text, data=b""):
     (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
              "b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}},
             bytes(6)), "overlaps"),
-    (header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    (header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
      "twice"),
     (header(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', bytes(4)), "digits"),
     (header(b'{"a":{"dtype":"F32","shape":[1.5],"data_offsets":[0,4]}}', bytes(4)), "whole numbers"),

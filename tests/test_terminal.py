@@ -47,7 +47,8 @@ def test_what_a_run_reports_is_shown_as_text(capsys):
 def test_a_long_error_keeps_its_place_and_its_way_out():
     line = str(UserError(f"{'y' * 10 ** 6} is no number", where="prompts.jsonl:12", fix="Write a number."))
     assert len(line) == terminal.MOST_CHARACTERS
-    assert line.startswith("prompts.jsonl:12: yyy") and line.endswith("y is no number. Write a number.") and "more characters" in line
+    assert line.startswith("prompts.jsonl:12: yyy")
+    assert line.endswith("y is no number. Write a number.") and "more characters" in line
 
 
 def test_names_that_people_use_stay_as_they_are():

@@ -28,8 +28,8 @@ def in_python(code, tmp_path, *arguments, **environment):
 
 
 BUILD = """
-tokenizer = build_tokenizer({"type": "Qwen2Tokenizer", "vocab_file": sys.argv[1], "merges_file": sys.argv[2], "unk_token": "<|endoftext|>",
-                             "pad_token": "<|endoftext|>", "model_max_length": 32768})
+tokenizer = build_tokenizer({"type": "Qwen2Tokenizer", "vocab_file": sys.argv[1], "merges_file": sys.argv[2],
+                             "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 32768})
 """
 REPORT = """
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
@@ -41,11 +41,13 @@ print(json.dumps({
     "is_mindformers": isinstance(tokenizer, PreTrainedTokenizer), "is_encoding": isinstance(batch, BatchEncoding),
     "sizes": [tokenizer.vocab_size, len(tokenizer), tokenizer.model_max_length],
     "ids": [tokenizer.encode(text) for text in texts], "call": [tokenizer(text)["input_ids"] for text in texts],
-    "batch": batch["input_ids"].asnumpy().tolist(), "mask": batch["attention_mask"].asnumpy().tolist(), "dtype": str(batch["input_ids"].dtype),
+    "batch": batch["input_ids"].asnumpy().tolist(), "mask": batch["attention_mask"].asnumpy().tolist(),
+    "dtype": str(batch["input_ids"].dtype),
     "left": tokenizer(texts, padding="max_length", max_length=8, truncation=True)["input_ids"],
     "pair": tokenizer("a", "b<|im_end|>")["input_ids"], "pairs": tokenizer([("a", "b"), ("c", "d")])["input_ids"],
     "plain": tokenizer("x<|im_end|>", control_tokens=False)["input_ids"],
-    "text": tokenizer.decode(batch["input_ids"][2], skip_special_tokens=True), "texts": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True),
+    "text": tokenizer.decode(batch["input_ids"][2], skip_special_tokens=True),
+    "texts": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True),
     "nested": tokenizer.decode([[9707], [1879]]), "padded": tokenizer.decode([9707, 151936]),
     "roles": [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.im_end_id, tokenizer.bos_token_id],
     "special": [tokenizer.all_special_tokens, tokenizer.all_special_ids],
@@ -123,16 +125,22 @@ from mindformers import Trainer
 from mindformers.core.context import build_context
 from mindformers.tools.register import MindFormerConfig
 config = MindFormerConfig(**{
-    "seed": 0, "run_mode": "predict", "resume_training": False, "use_parallel": False, "load_checkpoint": "", "auto_trans_ckpt": False, "only_save_strategy": False,
-    "trainer": {"type": "CausalLanguageModelingTrainer", "model_name": "qwen1_5"}, "runner_config": {"batch_size": 1, "epochs": 1, "sink_mode": True, "sink_size": 2}, "parallel": {}, "parallel_config": {},
-    "use_legacy": True, "context": {"mode": 0, "device_target": "CPU", "postprocess_use_numpy": True}, "output_dir": "out",
+    "seed": 0, "run_mode": "predict", "resume_training": False, "use_parallel": False, "load_checkpoint": "",
+    "auto_trans_ckpt": False, "only_save_strategy": False,
+    "trainer": {"type": "CausalLanguageModelingTrainer", "model_name": "qwen1_5"},
+    "runner_config": {"batch_size": 1, "epochs": 1, "sink_mode": True, "sink_size": 2},
+    "parallel": {}, "parallel_config": {},
+    "use_legacy": True, "context": {"mode": 0, "device_target": "CPU", "postprocess_use_numpy": True},
+    "output_dir": "out",
     "processor": {"type": "Qwen2Processor", "tokenizer": {
         "type": "Qwen2Tokenizer", "vocab_file": sys.argv[1], "merges_file": sys.argv[2], "model_max_length": 64}},
     "model": {"arch": {"type": "LlamaForCausalLM"}, "model_config": {
-        "type": "LlamaConfig", "batch_size": 1, "seq_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 151936,
-        "intermediate_size": 48, "qkv_has_bias": True, "use_past": False, "use_flash_attention": False, "use_rope_slice": True,
+        "type": "LlamaConfig", "batch_size": 1, "seq_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2,
+        "vocab_size": 151936, "intermediate_size": 48, "qkv_has_bias": True, "use_past": False,
+        "use_flash_attention": False, "use_rope_slice": True,
         "fused_rms_norm": False, "compute_dtype": "float32", "rotary_dtype": "float32", "param_init_type": "float32",
-        "softmax_compute_type": "float32", "layernorm_compute_type": "float32", "pad_token_id": 151643, "eos_token_id": 151643,
+        "softmax_compute_type": "float32", "layernorm_compute_type": "float32",
+        "pad_token_id": 151643, "eos_token_id": 151643,
         "max_decode_length": 8, "do_sample": True, "top_k": 1}}})
 build_context(config)
 trainer = Trainer(args=config, task="text_generation")

@@ -100,7 +100,8 @@ def judge():
     """MindSpore, in a version whose safetensors writes strided arrays right."""
     safetensors = pytest.importorskip("safetensors")
     if tuple(map(int, safetensors.__version__.split(".")[:2])) >= (0, 8):
-        pytest.skip("safetensors 0.8 writes the base memory of strided arrays: no judge of slices along the second axis")
+        pytest.skip("safetensors 0.8 writes the base memory of strided arrays: no judge of slices along the second "
+                    "axis")
     return pytest.importorskip("mindspore")
 
 

@@ -45,8 +45,8 @@ def _chinese(token_text, vocab_size) -> List[str]:
         for _ in range(1500):
             parts.append(chance.choice(words))
             if chance.random() < 0.25:
-                parts.append(chance.choice(["，", "。", "。\n", "、", "“", "”", "：", " ", "2024年", "！\n\n", "（", "）",
-                                            "GPT-4", "　　"]))
+                parts.append(chance.choice(["，", "。", "。\n", "、", "“", "”", "：", " ", "2024年", "！\n\n", "（",
+                                            "）", "GPT-4", "　　"]))
         documents.append("".join(parts))
     return documents
 

@@ -7,7 +7,7 @@ import math
 from typing import Any, Dict, List, Tuple
 
 _MOST_DIGITS = 400
-"""Python refuses to read integers of more than 4300 digits, or takes time that grows with their square where it does not."""
+"""Python refuses to read integers of more than 4300 digits; where it does not, its time grows with their square."""
 
 
 def loads(text: str, *, once: bool = False) -> Any:

@@ -10,7 +10,7 @@ import unicodedata
 from typing import Mapping, Optional, TextIO
 
 VARIABLE = "QWEN15_TERMINAL"
-"""Set by the launcher for a rank 0 whose stdin is its terminal: which of the launcher's streams (1, 2) are that terminal too."""
+"""Set by the launcher for a rank 0 whose stdin is its terminal: which of its streams (1, 2) are that terminal too."""
 
 
 def shown(text: str, most: Optional[int] = None) -> str:

@@ -1,4 +1,4 @@
-"""Whether slices belong together: the record of their source that converting leaves in them, and what all ranks hold alike."""
+"""Whether slices belong together: converting leaves a record of the source in them; what all ranks hold is alike."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ class BatchProgress:
     def line(self, elapsed_s: float) -> str:
         """The line for a time since the start."""
         new = self._new_tokens + sum(len(answer.token_ids) for answer in self._running.values())
-        text = f"{self._finished} of {self._total} prompts, {len(self._running)} running, {new / max(elapsed_s, 1e-9):.1f} tokens/s"
+        text = (f"{self._finished} of {self._total} prompts, {len(self._running)} running, "
+                f"{new / max(elapsed_s, 1e-9):.1f} tokens/s")
         if self._finished:
             text += f", {human_time(elapsed_s / self._finished * (self._total - self._finished))} left"
         return text

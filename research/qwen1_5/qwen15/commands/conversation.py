@@ -99,7 +99,8 @@ class Conversation:
         if not isinstance(messages, list):
             raise ValueError('holds no list of "messages"')
         for number, message in enumerate(messages, 1):
-            if not isinstance(message, dict) or message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
+            if (not isinstance(message, dict) or message.get("role") not in _ROLES
+                    or not isinstance(message.get("content"), str)):
                 raise ValueError(f"message {number} is not a role ({', '.join(_ROLES)}) and a content that is text")
             if message["role"] == "system" and number > 1:
                 raise ValueError(f"message {number} is a system message; only the first may be one")

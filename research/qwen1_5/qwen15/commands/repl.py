@@ -43,8 +43,8 @@ COMMANDS = {
 }
 _WIDTH = max(len(f"/{name} {command.wants}") for name, command in COMMANDS.items())
 HELP = "\n".join(f"{f'/{name} {command.wants}':<{_WIDTH}}  {command.does}" for name, command in COMMANDS.items()) + """
-Ctrl-C stops an answer. Tab completes. Three double quotes begin and end a message of several lines. //... sends a text that
-begins with /."""
+Ctrl-C stops an answer. Tab completes. Three double quotes begin and end a message of several lines.
+//... sends a text that begins with /."""
 
 _COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
 

@@ -133,7 +133,7 @@ class Plan:
 
 
 def record_source(plan: Plan, source: str) -> None:
-    """Note in every .safetensors file of the plan what it is made from, so that slices that belong together are known."""
+    """Note in every .safetensors file of the plan what it is made from, so that slices of one source are known."""
     for number, file in enumerate(plan.files):
         if file.kind == "safetensors":
             rank = number if file.name.startswith("rank_") else None

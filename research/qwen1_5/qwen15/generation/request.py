@@ -9,7 +9,7 @@ from ..errors import UserError
 from .sampling import Constraint, SamplingParams
 
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
-"""Why a request ended: a stop token (or nothing else was allowed), a limit, someone wanted it to, its logits were not finite."""
+"""Why a request ended: a stop token (or nothing else was allowed), a limit, someone's wish, logits not finite."""
 
 
 @dataclass(frozen=True)

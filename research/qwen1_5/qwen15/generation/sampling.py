@@ -201,7 +201,7 @@ class Sampler:
                  stop_ids: FrozenSet[int] = frozenset(), mask: Optional[TokenMask] = None):
         self.params = params
         self.is_plain_greedy = not params.do_sample and not params.edits_logits and mask is None
-        """The choice is the argmax of the untouched logits: a whole batch can be searched at once, and nothing is noted."""
+        """The choice is the argmax of the untouched logits: a whole batch can be searched at once, nothing is noted."""
         self._select = selection
         self._stop_ids = sorted(stop_ids)
         self._mask = mask

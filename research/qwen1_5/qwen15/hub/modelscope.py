@@ -1,7 +1,7 @@
 """A model from ModelScope, by the package modelscope: its cache, token and address are the ones that users know.
 
-MODELSCOPE_CACHE, MODELSCOPE_API_TOKEN and MODELSCOPE_ENDPOINT (MODELSCOPE_DOMAIN before version 1.38) are read by modelscope
-itself, which compares digests while it downloads. HF_HUB_OFFLINE keeps this from asking the hub, too.
+MODELSCOPE_CACHE, MODELSCOPE_API_TOKEN and MODELSCOPE_ENDPOINT (MODELSCOPE_DOMAIN before version 1.38) are read by
+modelscope itself, which compares digests while it downloads. HF_HUB_OFFLINE keeps this from asking the hub, too.
 """
 
 from __future__ import annotations

@@ -367,7 +367,8 @@ class Hub(Link):
             if other.number == new.number:
                 return f"a launcher with NODE_RANK {new.number} has come already"
             if new.first < other.first + other.count and other.first < new.first + new.count:
-                return f"{new.name} and {other.name} hold the same ranks: LOCAL_WORKER has to be the same on every machine"
+                return (f"{new.name} and {other.name} hold the same ranks: LOCAL_WORKER has to be the same on every "
+                        "machine")
         if not 0 < new.count <= new.worker_num - new.first:
             return f"there is no {new.name} among {new.worker_num} ranks"
         return None

@@ -70,7 +70,8 @@ class Job:
         return os.path.join(self.log_dir, task.log_name)
 
 
-NO_LINK = "a machine that is lost will be noticed after 30 s, by MindSpore's heartbeat, and failures are named where they happen"
+NO_LINK = ("a machine that is lost will be noticed after 30 s, by MindSpore's heartbeat, and failures are named where "
+           "they happen")
 
 
 def say(line: str) -> None:
@@ -243,9 +244,10 @@ class _Supervisor:
             if self._link.refusal:
                 raise UserError(f"machine 0 does not take this one: {self._link.refusal}",
                                 where=f"NODE_RANK {self._link.here.number}",
-                                fix="Start the launcher with the same numbers on every machine; only NODE_RANK differs.")
-            say(f"machine 0's launcher does not answer at {self._job.address}:{self._job.port + machines.PORT_OFFSET}: "
-                f"{NO_LINK}")
+                                fix="Start the launcher with the same numbers on every machine; only NODE_RANK "
+                                    "differs.")
+            address = f"{self._job.address}:{self._job.port + machines.PORT_OFFSET}"
+            say(f"machine 0's launcher does not answer at {address}: {NO_LINK}")
             self._link = None
         elif self._link is not None:
             self._link.start()
