@@ -6,6 +6,7 @@
 #
 #   QWEN15_SECOND_VENV  its virtual environment (default: .venv-second in the checkout)
 #   QWEN15_PYTHON       the interpreter to make it with (Python 3.9 to 3.11)
+#   QWEN15_TEST_JOBS    processes that run tests side by side (default: 2 when there are as many cores)
 #
 # Exit codes: pytest's; 1 the pair cannot be installed; 77 not run, the disk has no room for it (5.5 GiB the first time).
 set -euo pipefail
@@ -18,7 +19,7 @@ needed_mib=5632  # 4.1 GiB in the end; pip keeps the downloads, 1 GiB, beside wh
 have() {
     "$venv/bin/python" - <<'PYTHON' 2>/dev/null || true
 from importlib.metadata import version
-for module in ("pytest", "pytest_timeout", "torch", "tiktoken", "jinja2"):
+for module in ("pytest", "pytest_timeout", "xdist", "torch", "tiktoken", "jinja2"):
     __import__(module)
 print(f"mindspore {version('mindspore')}, mindformers {version('mindformers')}", end="")
 PYTHON
@@ -46,10 +47,10 @@ if [ "$(have)" != "$pair" ]; then
     export PATH=$venv/bin:$PATH
     say "installing $pair (0.8 GB: this takes some minutes the first time)"
     python -m pip install --quiet --disable-pip-version-check mindspore==2.7.2 mindformers==1.8.0 'numpy>=1.26,<2' \
-        'safetensors>=0.5.3,<0.8' 'tiktoken>=0.7' 'jinja2>=3.1' 'pytest>=7' pytest-timeout
+        'safetensors>=0.5.3,<0.8' 'tiktoken>=0.7' 'jinja2>=3.1' 'pytest>=7' pytest-timeout pytest-xdist
     install_torch
     if [ "$(have)" != "$pair" ]; then
-        echo "error: $venv has not become $pair with torch, pytest, tiktoken and jinja2. Remove it and try again" >&2
+        echo "error: $venv has not become $pair with torch, pytest, xdist, tiktoken and jinja2. Remove it and try again" >&2
         exit 1
     fi
 fi
@@ -62,4 +63,5 @@ tests=(tests/test_ascend_*.py)
 for argument in "$@"; do
     if [ -e "${argument%%::*}" ]; then tests=(); fi
 done
-exec python -m pytest "${tests[@]}" -m "${QWEN15_TEST_MARK:-not slow}" "$@"
+jobs=${QWEN15_TEST_JOBS:-$(($(nproc) < 2 ? 1 : 2))}
+exec python -m pytest "${tests[@]}" -m "${QWEN15_TEST_MARK:-not slow}" -n "$jobs" --dist loadfile "$@"

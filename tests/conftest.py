@@ -23,16 +23,22 @@ DATA = Path(os.environ.get("QWEN15_TEST_DATA", ROOT / "models"))
 sys.path.insert(0, str(MODULE))
 
 
-ALONE = ("test_bench", "test_doctor", "test_interrupts", "test_kernels_selection", "test_launch", "test_machines",
-         "test_startup", "test_tokenizer_speed")
+ALONE = ("test_bench", "test_doctor", "test_kernels_selection", "test_launch", "test_startup", "test_tokenizer_speed")
 """Beginnings of the files whose tests measure time, count threads or start several ranks."""
+
+LONGEST = ("test_ascend_emulation", "test_docs", "test_serve", "test_network", "test_quantised_network", "test_kernels",
+           "test_convert", "test_predict", "test_repl", "test_batch", "test_ascend_graphs", "test_tensor_parallel",
+           "test_tokenizer", "test_engine")
+"""Files that take longest, longest first."""
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what wants the machine for itself."""
+    """Mark what wants the machine for itself; begin with the longest files, so that no process waits for another."""
     for item in items:
         if item.path.stem.startswith(ALONE):
             item.add_marker("alone")
+    place = {stem: number for number, stem in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")

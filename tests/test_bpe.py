@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -71,9 +72,8 @@ def vocabulary(merges):
 
 def canonical(merges):
     vocab = vocabulary(merges)
-    return merges_are_canonical([vocab[a] for a, _ in merges], [vocab[b] for _, b in merges],
-                                [vocab[a + b] for a, b in merges],
-                                len(vocab))
+    left, right, joined = np.array([(vocab[a], vocab[b], vocab[a + b]) for a, b in merges], np.int64).reshape(-1, 3).T
+    return merges_are_canonical(left, right, joined, len(vocab))
 
 
 MERGES = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=9)

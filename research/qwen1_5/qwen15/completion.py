@@ -67,7 +67,7 @@ def _copy(source: Parser, made: argparse.ArgumentParser, shtab: Any) -> None:
     for action in source._actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
-        copied = made._add_action(copy.copy(action))
+        copied: Any = made._add_action(copy.copy(action))
         if action.type is boolean:
             copied.choices = ("True", "False")
         elif str(action.metavar) in _FILES:

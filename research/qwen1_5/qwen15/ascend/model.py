@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Dict, Sequence
+from typing import Dict, Sequence, Union
 
 import numpy as np
 
@@ -107,7 +107,7 @@ def rounded(tensors: Dict[str, np.ndarray], dtype: str) -> Dict[str, np.ndarray]
     return result
 
 
-def logits(sizes: Dims, tensors: Dict[str, np.ndarray], ids: Sequence[int]) -> np.ndarray:
+def logits(sizes: Dims, tensors: Dict[str, np.ndarray], ids: Union[Sequence[int], np.ndarray]) -> np.ndarray:
     """Logits (T, V) float32 after every token of one sequence, without a cache."""
     cos, sin = rope_tables(len(ids), sizes.head_dim, THETA)
     lengths = np.asarray([len(ids)])

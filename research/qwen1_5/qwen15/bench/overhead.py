@@ -9,6 +9,7 @@ from ..command_line import Parser
 from ..generation.request import Step
 from ..generation.sampling import SamplingParams
 from ..generation.session import Answer, Prompt, Settings
+from ..network.cpu import CpuNetwork
 from . import options, report, rounds
 from .ours import Decode, Ours, random_prompts
 from .probes import Probes
@@ -86,6 +87,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     prompts = random_prompts(1, args.context, ours.dims.vocab_size)
     rows: List[Dict[str, Any]] = []
     network = ours.engine.network
+    assert isinstance(network, CpuNetwork)  # a bench runs on nothing else
     short = network.short
     for way, params in WAYS.items():
         network.short = None if way == WHOLE_CALLS else short

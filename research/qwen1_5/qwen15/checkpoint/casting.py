@@ -54,7 +54,7 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
 @functools.lru_cache(maxsize=None)
 def _table(source: str, target: str) -> np.ndarray:
     """What each of the 65536 numbers of a 16-bit dtype becomes: several times faster than working it out."""
-    every = np.arange(1 << 16, dtype=np.uint16).view(NUMPY_DTYPES[source])
+    every: np.ndarray = np.arange(1 << 16, dtype=np.uint16).view(NUMPY_DTYPES[source])
     return from_float32(to_float32(every, source), target)
 
 
@@ -78,7 +78,7 @@ def _zeros_and_infinities(array: np.ndarray, dtype: str) -> Tuple[int, int]:
 
 def cast(array: np.ndarray, source: str, target: str) -> Tuple[np.ndarray, Count]:
     """`array` of dtype `source` as `target`, both of FLOATS, and what the cast did."""
-    out = np.empty(array.shape, NUMPY_DTYPES[target])
+    out: np.ndarray = np.empty(array.shape, NUMPY_DTYPES[target])
     flat_out = out.reshape(-1)
     to_zero = overflowed = 0
     for start, chunk in _chunks(array):

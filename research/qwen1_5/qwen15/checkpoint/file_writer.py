@@ -80,7 +80,7 @@ class Blocks:
 
     def _write(self, writer: "FileWriter", block: np.ndarray, nbytes: int, at: int) -> None:
         try:
-            writer.write_at(memoryview(block)[:nbytes], at)
+            writer.write_at(block.data[:nbytes], at)
         finally:
             self._free.put(block)
 
@@ -173,7 +173,7 @@ class FileWriter:
             if isinstance(step, bytes):
                 self._put(memoryview(step))
             elif isinstance(step, Tail):
-                self._put(memoryview(step.make(self._crcs)))
+                self._put(memoryview(step.make(self._crcs or {})))
             elif step.nbytes == 0:
                 if self._crcs is not None:
                     self._crcs.setdefault(step.name, 0)
@@ -234,7 +234,8 @@ class FileWriter:
                 # memory, and is written again with what follows.
                 direct = self._direct
                 self._go_direct(False)
-                self.write_at(memoryview(self._block)[:self._at - self._begin], self._begin)
+                assert self._block is not None
+                self.write_at(self._block.data[:self._at - self._begin], self._begin)
                 self._go_direct(direct)
             os.fsync(self._fd)
         return self._at

@@ -128,8 +128,8 @@ def _is_naturals(value: Any) -> bool:
 def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen = set()
-        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        names = [name for name, _ in pairs]
+        repeated = next(name for place, name in enumerate(names) if name in names[:place])
         raise _Malformed(f"{repeated[:80]!r} appears twice")
     return result
 
@@ -157,4 +157,4 @@ def steps(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> List[Step
         offset += info.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNMENT)
-    return [_LENGTH.pack(len(text)) + text] + [Body(info.name, info.nbytes) for info in infos]
+    return [_LENGTH.pack(len(text)) + text, *(Body(info.name, info.nbytes) for info in infos)]

@@ -171,7 +171,7 @@ class TensorFile(Checkpoint):
                 begin -= length
 
     def read_into(self, name: str, offset: int, buffer: Union[memoryview, np.ndarray]) -> None:
-        view = memoryview(buffer).cast("B")
+        view = (buffer.data if isinstance(buffer, np.ndarray) else buffer).cast("B")
         done = 0
         for at, nbytes in self._pieces(name, offset, len(view)):
             while nbytes:
@@ -323,8 +323,9 @@ def open_checkpoint(path: Union[str, "os.PathLike[str]"], formats: Sequence[str]
         raise UserError(f"holds {' and '.join(found[kind][0] for kind in kinds)}: which one is meant?", path,
                         "Give the file instead of the folder.")
     (kind,) = kinds
-    index = INDEX_FILES.get(kind)
-    if index in names:
+    index_name = INDEX_FILES.get(kind)
+    if index_name is not None and index_name in names:
+        index = index_name
         shards = sorted(set(_weight_map(os.path.join(path, index)).values()))
         for shard in shards:
             if shard not in names:
@@ -342,8 +343,7 @@ def _nothing_found(path: str, names: Sequence[str], formats: Sequence[str]) -> N
     if ranks:
         raise UserError(f"holds slices (rank_{min(ranks)} to rank_{max(ranks)}), not a whole checkpoint", path,
                         "Give one rank's folder, or merge the slices with transform_ckpt.py.")
-    kinds = [f".{kind}" for kind in formats]
-    kinds = ", ".join(kinds[:-1]) + " or " + kinds[-1] if len(kinds) > 1 else kinds[0]
+    kinds = " or ".join(filter(None, (", ".join(f".{kind}" for kind in formats[:-1]), f".{formats[-1]}")))
     shown = f"only {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "it is empty"
     raise UserError(f"holds no {kinds} weights, {shown}", path,
                     "Give the folder that the weights were downloaded to.")

@@ -84,6 +84,20 @@ def fields(data: Union[bytes, memoryview]) -> Iterator[Tuple[int, Union[int, mem
             raise WireError(f"field {number} has wire type {kind} before byte {at}")
 
 
+def integer(value: Union[int, memoryview]) -> int:
+    """The value of a field that has to be a number."""
+    if not isinstance(value, int):
+        raise WireError("bytes where a number belongs")
+    return value
+
+
+def message(value: Union[int, memoryview]) -> memoryview:
+    """The value of a field that has to be a message, text or bytes."""
+    if isinstance(value, int):
+        raise WireError("a number where a message belongs")
+    return value
+
+
 def integers(value: Union[int, memoryview]) -> List[int]:
     """The integers of one occurrence of a repeated field, packed or not."""
     if isinstance(value, int):

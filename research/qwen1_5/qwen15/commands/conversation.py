@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..config.keys import MODEL
 from ..errors import UserError
@@ -108,9 +108,9 @@ class Conversation:
         self.system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else None
         self.messages, self.gone = rest, 0
 
-    def _fit(self, messages: List[Dict[str, str]]) -> Tuple[List[chat.Message], int]:
-        head = [] if self.system is None else [{"role": "system", "content": self.system}]
-        everything = head + messages
+    def _fit(self, messages: Sequence[chat.Message]) -> Tuple[List[chat.Message], int]:
+        head: List[chat.Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        everything = [*head, *messages]
 
         def length(some):
             return len(self._session.chat_prompt(some, self.settings).ids)

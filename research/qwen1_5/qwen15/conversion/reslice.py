@@ -185,7 +185,7 @@ def _cuts_by_strategy(request: Reslicing, ranks: Sequence[Checkpoint], slicing: 
         new = _choose(name, TensorInfo.of(name, info.dtype, shape), after, weights, target)
         if name in weights and shape != weights[name].shape:
             raise UserError(f"{name} in slices of {list(info.shape)} is {list(shape)} whole by the strategy; "
-                            f"{config.where} makes it {list(weights[name].shape)}",
+                            f"config.json makes it {list(weights[name].shape)}",
                             request.source_strategy or request.source,
                             "Give the strategy of the job that wrote this checkpoint.")
         _divisible(name, shape, new, request)
@@ -252,7 +252,7 @@ def _check_names(request: Reslicing, ranks: Sequence[Checkpoint], before: Option
 
 
 def _form_of(checkpoint: Checkpoint) -> str:
-    return checkpoint.files[0].kind
+    return str(checkpoint.files[0].kind)
 
 
 def _fill(plan: Plan, request: Reslicing, ranks: Sequence[Checkpoint], cuts: Dict[str, _Cut]) -> None:

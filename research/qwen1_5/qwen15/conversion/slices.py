@@ -75,15 +75,15 @@ def open_slices(path: str, config_path: Optional[str] = None, vocab_emb_dp: Opti
     Raises:
         UserError: it cannot be opened, or the embedding fits neither way of holding it.
     """
-    config = None
+    config, beside = None, config_folder(path)
     if config_path is not None:
         config = dims_from_hf_config(config_path)
-    elif config_folder(path) is not None:
-        config = dims_from_hf_config(config_folder(path))
+    elif beside is not None:
+        config = dims_from_hf_config(beside)
     ranks = open_ranks(path) if rank_folders(path) else [open_checkpoint(path, ("safetensors", "ckpt"))]
     try:
         origin.check_together(ranks)
-        folder = config_folder(path) or (path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
+        folder = beside or (path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
         slicing = _slicing(ranks, config, vocab_emb_dp) if strict else Slicing(len(ranks), True)
         return ranks, slicing, config, folder
     except BaseException:
@@ -118,7 +118,7 @@ def _slicing(ranks: Sequence[Checkpoint], config: Optional[HfConfig], vocab_emb_
 def _same_start(ranks: Sequence[Checkpoint], name: str) -> bool:
     """Whether the first two ranks' tensors begin with the same row: what tells a copy from a cut."""
     first, second = (rank.infos.get(name) for rank in ranks[:2])
-    if second is None or first.shape != second.shape or not first.shape[0]:
+    if first is None or second is None or first.shape != second.shape or not first.shape[0]:
         return False
     return ranks[0].read(name, 0, 0, 1).tobytes() == ranks[1].read(name, 0, 0, 1).tobytes()
 

@@ -158,15 +158,15 @@ def _parse(content: bytes) -> Dict[str, Layout]:
 
 def _stage(item: Union[int, memoryview]) -> int:
     """The pipeline stage of an operator's strategy."""
-    for number, value in wire.fields(item):
+    for number, value in wire.fields(wire.message(item)):
         if number == 2:
-            return next((stage for field, stage in wire.fields(value) if field == 1), 0)
+            return next((wire.integer(stage) for field, stage in wire.fields(wire.message(value)) if field == 1), 0)
     return 0
 
 
 def _layout_item(message: Union[int, memoryview]) -> Tuple[str, Layout]:
     name, layout = None, None
-    for number, value in wire.fields(message):
+    for number, value in wire.fields(wire.message(message)):
         if number == 1:
             name = bytes(value).decode("utf-8")
         elif number == 2:
@@ -179,13 +179,15 @@ def _layout_item(message: Union[int, memoryview]) -> Tuple[str, Layout]:
 def _layouts(message: Union[int, memoryview]) -> Layout:
     grids: List[List[int]] = []
     maps: List[List[int]] = []
-    for number, value in wire.fields(message):
+    for number, value in wire.fields(wire.message(message)):
         if number == 1:
             grids.append(_dims(value))
         elif number == 2:
             maps.append([wire.signed(item) for item in _dims(value)])
-        elif number == 7 and wire.signed(value) > 1:
-            raise wire.WireError(f"the optimizer's weights are cut over {wire.signed(value)} ranks, not done here")
+        elif number == 7:
+            cuts = wire.signed(wire.integer(value))
+            if cuts > 1:
+                raise wire.WireError(f"the optimizer's weights are cut over {cuts} ranks, not done here")
     if len(grids) != 1 or len(maps) != 1:
         raise wire.WireError(f"{len(grids)} grids and {len(maps)} maps where one of each belongs")
     layout = Layout(tuple(grids[0]), tuple(maps[0]))
@@ -199,7 +201,7 @@ def _layouts(message: Union[int, memoryview]) -> Layout:
 
 def _dims(message: Union[int, memoryview]) -> List[int]:
     result: List[int] = []
-    for number, value in wire.fields(message):
+    for number, value in wire.fields(wire.message(message)):
         if number == 1:
             result += wire.integers(value)
     return result

@@ -133,7 +133,7 @@ def _strips(move: Move, buffer: Callable[[int], np.ndarray]) -> Iterator[Tuple[i
     step = max(1, STRIP_BYTES // max(1, row_bytes))
     for row in range(0, move.rows, step):
         rows = min(step, move.rows - row)
-        strip = buffer(rows * row_bytes).view(NUMPY_DTYPES[move.dtype]).reshape(rows, move.columns)
+        strip: np.ndarray = buffer(rows * row_bytes).view(NUMPY_DTYPES[move.dtype]).reshape(rows, move.columns)
         _fill(move, row, strip)
         yield row, strip
 
@@ -231,7 +231,7 @@ def transfer(moves: Sequence[Move], writers: Dict[int, FileWriter], tally: Tally
 
 def _write(move: Move, row: int, strip: np.ndarray, writers: Dict[int, FileWriter]) -> None:
     for destination, _, block in _outgoing(move, row, strip):
-        writers[destination.file].feed(destination.name, memoryview(block).cast("B"))
+        writers[destination.file].feed(destination.name, block.data.cast("B"))
 
 
 def _convert(move: Move, strip: np.ndarray, tally: Tally, allow_overflow: bool) -> np.ndarray:

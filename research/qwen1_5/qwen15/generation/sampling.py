@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, Protocol, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
 
 import numpy as np
 
@@ -344,7 +345,7 @@ class _NGrams:
         return tuple(self._text[len(self._text) - self._size + 1:])
 
 
-def log_probabilities(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+def log_probabilities(logits: np.ndarray, ids: Union[Sequence[int], np.ndarray]) -> np.ndarray:
     """Natural log of the softmax of logits (V,) at `ids` -> (N,) float64."""
     wide = logits.astype(np.float64)
     top = wide.max()
@@ -360,4 +361,4 @@ def most_probable(logits: np.ndarray, count: int, selection: Selection = PLAIN) 
 
 def pick_seed(seed: Optional[int]) -> int:
     """`seed`, or a fresh one from the operating system when it is None."""
-    return int(np.random.SeedSequence().entropy % (1 << 63)) if seed is None else seed
+    return secrets.randbits(63) if seed is None else seed

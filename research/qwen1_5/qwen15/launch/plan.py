@@ -217,7 +217,8 @@ def _resolve(host: str, node_rank: int) -> str:
         reason = error.strerror if isinstance(error, socket.gaierror) else "not a host name"
         raise UserError(f"{host!r} cannot be resolved ({reason})", where="MASTER_ADDR",
                         fix="Give the address of the machine with NODE_RANK 0.") from None
-    family, _, _, _, (address, *_) = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    family, _, _, _, place = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    address = str(place[0])
     if node_rank == 0:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:

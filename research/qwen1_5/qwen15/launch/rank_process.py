@@ -229,7 +229,7 @@ class _WithoutNotices:
         self._at_line_start = True
 
     def __call__(self, data: bytes) -> bytes:
-        passed = []
+        passed: List[bytes] = []
         for piece in (self._held + data).splitlines(keepends=True):
             if self._at_line_start and self._may_be_notice(piece):
                 if not piece.endswith(b"\n"):

@@ -212,6 +212,7 @@ class _Supervisor:
                 process.relay(self._unread)
 
     def _interrupted(self) -> int:
+        assert self._signal is not None
         name = signal.Signals(self._signal).name
         self._tell(Report("the launcher", f"ended by {name}", code=128 + self._signal))
         self._end_all()
@@ -368,7 +369,7 @@ class _Supervisor:
 
     def _joined(self) -> Tuple[Set[int], bool]:
         """Ranks that the scheduler has registered, and whether the cluster is complete."""
-        text = _read(self._scheduler.log_path)
+        text = self._scheduler_log()
         joined = {int(rank) for rank in _JOINED.findall(text)}
         return joined, _COMPLETE in text or len(joined) == self._job.worker_num
 
@@ -419,6 +420,7 @@ class _Supervisor:
 
     def _blame_rank(self, process: RankProcess) -> _Failure:
         code = process.code
+        assert code is not None, "it has ended"
         if code > 0:
             return _Failure(process, f"ended with exit code {code}", code=code)
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -436,28 +438,30 @@ class _Supervisor:
 
     def _blame_scheduler(self) -> _Failure:
         process = self._scheduler
+        assert process is not None, "without one nobody blames it"
+        silence_s = process.task.environ.get("MS_NODE_TIMEOUT", "30")
         lost = self._lost()
         if lost:
             rank = min(lost)
             culprit = next((local for local in self._ranks if local.task.rank == rank), None)
             if culprit is None:
                 return _Failure(process, f"no heartbeat has come from {_these(lost)}, on another machine, for "
-                                         f"{self._silence_s()} s",
+                                         f"{silence_s} s",
                                 "See what the launcher there says, and whether that machine can still be reached.")
             state = {"T": "stopped (state T), ", "D": "waiting for a disk (state D), "}.get(culprit.state(), "")
-            return _Failure(culprit, f"{state}no heartbeat has come from it for {self._silence_s()} s")
+            return _Failure(culprit, f"{state}no heartbeat has come from it for {silence_s} s")
         joined, complete = self._joined()
-        if process.code > 0 and not complete and time.monotonic() - self._begin >= self._job.timeout_s:
+        if (process.code or 0) > 0 and not complete and time.monotonic() - self._begin >= self._job.timeout_s:
             return self._missing(joined)
         return self._blame_rank(process)
 
     def _lost(self) -> Set[int]:
         """Ranks whose heartbeat the scheduler has missed."""
-        text = _read(self._scheduler.log_path)
+        text = self._scheduler_log()
         return {int(rank) for rank in _LOST.findall(text) + _LOST_FIRST.findall(text)}
 
-    def _silence_s(self) -> str:
-        return self._scheduler.task.environ.get("MS_NODE_TIMEOUT", "30")
+    def _scheduler_log(self) -> bytes:
+        return _read(self._scheduler.log_path) if self._scheduler is not None else b""
 
     def _blame_silent(self, waited: List[RankProcess]) -> _Failure:
         """Ranks gave up in a collective: the ones that did not are those they waited for."""
@@ -468,7 +472,7 @@ class _Supervisor:
             return _Failure(silent[0], f"kept the other ranks waiting for {limit_s} s ({states})",
                             "If it only needs longer, set QWEN15_HANG_TIMEOUT_S to more seconds.")
         return _Failure(waited[0], f"waited {limit_s} s in vain for a rank of another machine",
-                        "See what the launcher there says.", waited[0].code)
+                        "See what the launcher there says.", waited[0].code or EXIT_FAILED)
 
     def _fail(self, failure: _Failure) -> None:
         """End all, show the last lines of the culprit's log, and raise."""

@@ -11,6 +11,8 @@ time (about 50 ms for 150k merges); the rare vocabulary that fails it is served 
 follows the merges file literally.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import json
@@ -18,9 +20,12 @@ import os
 import re
 import threading
 import unicodedata
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Qwen2's way of cutting text into pieces: contractions, words with one leading mark, single digits, runs of symbols,
 # line ends, other white space (the last blank stays with the next word).
@@ -106,7 +111,7 @@ class BytePairEncoder:
         self._merges = np.array(_read_merges(self.merges_file, self.vocab, self.vocab_file), np.int64)
         self._byte_ids = [self.vocab.get(symbol) for symbol in byte_alphabet()]
         self._check_reachable()
-        self._unknown = self.vocab.get(unknown)
+        self._unknown = None if unknown is None else self.vocab.get(unknown)
         if None in self._byte_ids and self._unknown is None:
             lacking = [f"{byte:#04x}" for byte, index in enumerate(self._byte_ids) if index is None]
             raise UserError(f"has no token for {len(lacking)} of the 256 bytes ({', '.join(lacking[:3])}, ...)",
@@ -173,7 +178,8 @@ class BytePairEncoder:
         return self._made_of(self._merges[:, occurs[self._merges[2]]])
 
     def _made_of(self, merges: Any) -> Union["_ByRank", "_ByMerges"]:
-        kind = _ByRank if merges_are_canonical(*merges, len(self.tokens)) else _ByMerges
+        left, right, joined = merges
+        kind = _ByRank if merges_are_canonical(left, right, joined, len(self.tokens)) else _ByMerges
         return kind(self.tokens, merges.tolist(), self._byte_ids, self._unknown)
 
     def encode(self, text: str) -> List[int]:
@@ -450,11 +456,11 @@ def _outside_alphabet(values: Any, ends: Any) -> List[int]:
     return sorted(set(np.searchsorted(ends, np.flatnonzero(values < 0), side="right").tolist()))
 
 
-def merges_are_canonical(left: Sequence[int], right: Sequence[int], joined: Sequence[int], size: int) -> bool:
+def merges_are_canonical(left: np.ndarray, right: np.ndarray, joined: np.ndarray, size: int) -> bool:
     """Whether merging by rank alone ends, for every token, in the pair that the merges file names.
 
     Args:
-        left, right, joined: ids of the two parts and of the whole, one entry per merge, most wanted first; (M,).
+        left, right, joined: ids of the two parts and of the whole, one entry per merge, most wanted first; (M,) int64.
         size: number of ids in the vocabulary.
 
     A token t = a + b goes wrong only if, on the way from bytes to a and b, the part that ends a and the part that
@@ -465,7 +471,6 @@ def merges_are_canonical(left: Sequence[int], right: Sequence[int], joined: Sequ
     """
     import numpy as np
 
-    left, right, joined = (np.asarray(ids, np.int64) for ids in (left, right, joined))
     if not len(joined):
         return True
     order = np.arange(len(joined))

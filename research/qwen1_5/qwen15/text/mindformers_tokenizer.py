@@ -59,7 +59,8 @@ class Qwen2Tokenizer(tokenization_utils.PreTrainedTokenizer, _plain):
         """Ids of a text, or of two; `control_tokens` as in the plain tokenizer, everything else as in MindFormers."""
         if text_pair is None and not options and isinstance(text, str):
             return _plain.encode(self, text, control_tokens=control_tokens)
-        return super().encode(text, text_pair, control_tokens=control_tokens, **options)
+        theirs = tokenization_utils.PreTrainedTokenizer.encode
+        return theirs(self, text, text_pair, control_tokens=control_tokens, **options)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, control_tokens: Optional[bool] = None,
                      **options: Any) -> Any:

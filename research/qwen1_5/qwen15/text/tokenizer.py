@@ -8,7 +8,7 @@ import json
 import os
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 from ..errors import UserError
 from ..whole_file import write_whole
@@ -44,6 +44,14 @@ class Encoding(dict):
             return self[name]
         except KeyError:
             raise AttributeError(name) from None
+
+
+def _id_of_role(role: str) -> property:
+    def get(self: Qwen2Tokenizer) -> Optional[int]:
+        content = getattr(self, role)
+        return None if content is None else self.id_of(content)
+    get.__doc__ = f"Id of {role}, None without one."
+    return property(get)
 
 
 class Qwen2Tokenizer:
@@ -141,9 +149,9 @@ class Qwen2Tokenizer:
             self._added[index] = token
         next_id = 1 + max([len(self._bpe.tokens) - 1, *self._added])
         for content in dict.fromkeys(wanted):
-            index = known.get(content, vocab.get(content))
-            self._added[next_id if index is None else index] = AddedToken(content, special=True)
-            next_id += index is None
+            place = known.get(content, vocab.get(content))
+            self._added[next_id if place is None else place] = AddedToken(content, special=True)
+            next_id += place is None
         self._index_added()
         padded = options.get("padded_vocab_size")
         if padded is not None and padded < self._size:
@@ -241,16 +249,9 @@ class Qwen2Tokenizer:
         """Ids of the control tokens, ascending."""
         return sorted(self.control_token_ids)
 
-    def _id_of_role(role: str) -> property:  # pylint: disable=no-self-argument
-        def get(self) -> Optional[int]:
-            content = getattr(self, role)
-            return None if content is None else self.convert_tokens_to_ids(content)
-        get.__doc__ = f"Id of {role}, None without one."
-        return property(get)
-
+    unk_token: Optional[str]
     bos_token_id, eos_token_id, unk_token_id, sep_token_id, pad_token_id, cls_token_id, mask_token_id = map(
         _id_of_role, ROLES)
-    del _id_of_role
 
     # -- text to ids --------------------------------------------------------------------------------------------------
 
@@ -315,18 +316,21 @@ class Qwen2Tokenizer:
 
     def tokenize(self, text: str, **options: Any) -> List[str]:
         """The tokens of `text` as they stand in vocab.json (in the byte alphabet: a blank is `Ġ`)."""
-        return self.convert_ids_to_tokens(self.encode(text, control_tokens=options.get("control_tokens")))
+        return [self.token_of(index) for index in self.encode(text, control_tokens=options.get("control_tokens"))]
 
     def convert_tokens_to_ids(self, tokens: Union[str, Sequence[str], None]) -> Union[int, List[int], None]:
         """Id of a token, or ids of several. What is no token gets the id of `unk_token`."""
         if tokens is None:
             return None
         if not isinstance(tokens, str):
-            return [self.convert_tokens_to_ids(token) for token in tokens]
-        index = self._added_ids.get(tokens, self._bpe.vocab.get(tokens))
-        if index is None and self.unk_token is not None and tokens != self.unk_token:
-            index = self.convert_tokens_to_ids(self.unk_token)
-        return index
+            return [self.id_of(token) for token in tokens]  # type: ignore[misc]  # as in Hugging Face's, None stays
+        return self.id_of(tokens)
+
+    def id_of(self, token: str) -> Optional[int]:
+        """Id of a token, that of `unk_token` for what is none; None where there is no such token either."""
+        unknown = self.unk_token
+        index = self._added_ids.get(token, self._bpe.vocab.get(token))
+        return self.id_of(unknown) if index is None and unknown is not None and token != unknown else index
 
     def __call__(self, text: Union[str, Sequence[str]], *, control_tokens: Optional[bool] = None,
                  add_special_tokens: bool = True, padding: Union[bool, str] = False,
@@ -348,7 +352,7 @@ class Qwen2Tokenizer:
         """
         _refuse(unsupported)
         single = isinstance(text, str)
-        rows = [self.encode(text, control_tokens=control_tokens)] if single else \
+        rows = [self.encode(text, control_tokens=control_tokens)] if isinstance(text, str) else \
             self.encode_batch(text, control_tokens=control_tokens)
         if truncation is None:
             truncation = max_length is not None and padding is False
@@ -437,7 +441,7 @@ class Qwen2Tokenizer:
             raise ValueError("byte-level BPE keeps every blank: there are none to clean up or to put in")
         ids = _as_list(token_ids)
         if ids and isinstance(ids[0], list):
-            return [self.decode(row, skip_special_tokens) for row in ids]
+            return self.batch_decode(ids, skip_special_tokens)
         if skip_special_tokens:
             skipped = self.control_token_ids
             ids = [index for index in ids if index not in skipped]
@@ -450,21 +454,25 @@ class Qwen2Tokenizer:
 
     def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False, **options: Any) -> List[str]:
         """`decode` of each sequence."""
-        return [self.decode(ids, skip_special_tokens, **options) for ids in sequences]
+        return cast(List[str], [self.decode(ids, skip_special_tokens, **options) for ids in sequences])
 
     def convert_ids_to_tokens(self, ids: Union[int, Sequence[int]], skip_special_tokens: bool = False
                               ) -> Union[str, List[str]]:
         """Token of an id, or tokens of several, as they stand in vocab.json; "" in the padded vocabulary."""
         if isinstance(ids, int):
-            self._check_ids((ids,))
-            added = self._added.get(ids)
-            return self._token_at(ids) if added is None else added.content
+            return self.token_of(ids)
         skipped = self.control_token_ids if skip_special_tokens else ()
-        return [self.convert_ids_to_tokens(index) for index in _as_list(ids) if index not in skipped]
+        return [self.token_of(index) for index in _as_list(ids) if index not in skipped]
+
+    def token_of(self, index: int) -> str:
+        """Token of an id, as it stands in vocab.json."""
+        self._check_ids((index,))
+        added = self._added.get(index)
+        return self._token_at(index) if added is None else added.content
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """The text of several tokens."""
-        return self.decode([self.convert_tokens_to_ids(token) for token in tokens])
+        return str(self.decode([self.id_of(token) for token in tokens]))
 
     def _check_ids(self, ids: Iterable[int]) -> None:
         for position, index in enumerate(ids):
