@@ -59,6 +59,8 @@ class Generation:
         cached_tokens: tokens of the prompt that an earlier one had left in the KV cache.
         prompt_logprobs: when asked for, such an entry for each token of the prompt but the first.
         answers: with `n` over 1 all of them; this one is the first.
+        decode_steps: calls of the network that made its tokens after the first.
+        guessed_tokens, accepted_tokens: guesses that were checked and those that were right, with `speculate`.
     """
 
     text: str
@@ -71,11 +73,16 @@ class Generation:
     cached_tokens: int = 0
     prompt_logprobs: Tuple[Mapping[str, Any], ...] = ()
     answers: Tuple["Generation", ...] = ()
+    decode_steps: int = 0
+    guessed_tokens: Optional[int] = None
+    accepted_tokens: Optional[int] = None
 
     @classmethod
     def _of(cls, answer: Answer, usage: Usage) -> "Generation":
         return cls(answer.text, tuple(answer.token_ids), answer.finish_reason, usage.prompt_tokens, usage.prefill_s,
-                   usage.decode_s, tuple(answer.logprobs), usage.cached_tokens, tuple(answer.prompt_logprobs))
+                   usage.decode_s, tuple(answer.logprobs), usage.cached_tokens, tuple(answer.prompt_logprobs),
+                   decode_steps=usage.decode_steps, guessed_tokens=usage.guessed_tokens,
+                   accepted_tokens=usage.accepted_tokens)
 
 
 @dataclass(frozen=True)
@@ -219,7 +226,7 @@ def load(checkpoint: Union[str, "os.PathLike[str]"], config: Union[str, "os.Path
         tell: receives lines about what was loaded; None drops them.
         max_batch: most sequences that run at once; None leaves it to the KV cache.
         settings: keys of the YAML by their last name (`seq_length=2048`, `param_init_type="float32"`, `num_blocks=256`,
-            `device_target="CPU"`), over those of `config`.
+            `device_target="CPU"`, `speculate="ngram"`), over those of `config`.
 
     Raises:
         UserError: a key or value that cannot be, a checkpoint that does not fit, too little memory.
@@ -264,8 +271,9 @@ def generate(model: Model, prompt: Union[str, Sequence[str]], **settings: Any) -
         settings: over the model's configuration: `max_new_tokens`, `max_length` (prompt included), `do_sample`,
             `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`,
             `no_repeat_ngram_size`, `min_new_tokens`, `logit_bias` (token id to number), `seed`, `n` (answers to
-            each prompt), `stop` (a text or several), `logprobs` and `prompt_logprobs` (a number each), and
-            `control_tokens` (False: `<|im_end|>` and the like in the text stay text).
+            each prompt), `stop` (a text or several), `logprobs` and `prompt_logprobs` (a number each), `speculate`
+            (False: nothing is guessed for it), and `control_tokens` (False: `<|im_end|>` and the like in the text stay
+            text).
 
     Raises:
         UserError: a prompt that is empty or too long, or a setting out of bounds; nothing is generated then.

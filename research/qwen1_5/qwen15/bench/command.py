@@ -17,6 +17,7 @@ COMMANDS: Dict[str, Tuple[str, str]] = {
     "tokenize": ("tokenize", "megabytes per second of text to tokens"),
     "convert": ("convert", "megabytes per second of checkpoints"),
     "parallel": ("parallel", "decode over several workers of one machine"),
+    "speculate": ("speculate", "guessed tokens against plain decoding: prompt lookup, a draft model"),
     "serve": ("serve", "many clients against a batch, the first token beside a long prompt, a shared beginning"),
     "numerics": ("numerics", "how close logits are to transformers', for each dtype"),
     "make-checkpoint": ("make_checkpoint", "write a random checkpoint of any Qwen1.5 size"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, TextIO, Tuple
+from typing import Any, Dict, List, TextIO, Tuple
 
 from ..generation.request import Usage
 from ..generation.session import Piece
 from ..progress import human_time
+from .results import guesses
 
 _LINE_EVERY_S = 30.0
 
@@ -34,6 +35,7 @@ class BatchProgress:
         self._missing: Dict[int, int] = {}
         self._prompt_tokens = self._new_tokens = 0
         self._width = 0
+        self._usages: List[Usage] = []
 
     def take(self, piece: Piece) -> None:
         """More of an answer."""
@@ -62,7 +64,7 @@ class BatchProgress:
         total_s = self._clock() - self._begin_s
         return (f"{self._finished} prompts, {self._prompt_tokens} prompt tokens and {self._new_tokens} new tokens in "
                 f"{total_s:.2f} s: "
-                f"{self._new_tokens / max(total_s, 1e-9):.1f} new tokens/s")
+                f"{self._new_tokens / max(total_s, 1e-9):.1f} new tokens/s{guesses(self._usages)}")
 
     def _count(self, piece: Piece, usage: Usage) -> None:
         self._running.pop((piece.index, piece.choice), None)
@@ -73,6 +75,7 @@ class BatchProgress:
             self._finished += 1
             self._prompt_tokens += usage.prompt_tokens
         self._new_tokens += usage.generated_tokens
+        self._usages.append(usage)
 
     def _show(self, text: str) -> None:
         if self._tty:

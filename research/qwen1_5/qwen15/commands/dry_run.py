@@ -6,6 +6,7 @@ from typing import List, Sequence
 
 from .. import device, ops
 from ..checkpoint.reader import open_checkpoint
+from ..config.describe import guesses
 from ..config.schema import Config
 from ..generation import memory_check
 from ..generation.session import Prompt, Session
@@ -26,8 +27,11 @@ def describe(session: Session, prompts: Sequence[Prompt]) -> str:
     lines.append(f"tokenizer: {len(session.tokenizer)} tokens, {config.tokenizer.vocab_file}")
     if prompts:
         lines.append(_prompt_line(session, prompts))
+    lines += [line[2:] for line in guesses(config)]
     lines.append(memory_check.check(config))
     lines += _checkpoint_lines(config)
+    if config.speculation is not None and config.speculation.draft is not None:
+        lines += [f"draft model's {line}" for line in _checkpoint_lines(config.speculation.draft)]
     return "\n".join([*lines, "dry run: nothing was loaded"])
 
 

@@ -19,6 +19,7 @@ from ..reporting import Reporter
 from . import chat_settings
 from .conversation import Conversation, window_of
 from .prompts import from_json, to_json
+from .results import guesses
 from .saved_chat import SavedChats
 from .screen import Screen
 
@@ -327,4 +328,4 @@ def _timing(usage: Usage) -> str:
     line = f"[{new} of {usage.prompt_tokens} prompt tokens prefilled in {usage.prefill_s:.2f} s"
     if usage.generated_tokens > 1:
         line += f", {(usage.generated_tokens - 1) / max(usage.decode_s, 1e-9):.1f} tokens/s"
-    return f"{line}]"
+    return f"{line}{guesses([usage])}]"

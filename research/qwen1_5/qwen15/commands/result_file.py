@@ -8,7 +8,7 @@ import json
 import os
 import time
 from dataclasses import asdict
-from typing import Any, Mapping, Sequence, Set
+from typing import Any, Dict, Mapping, Sequence, Set
 
 from .. import strict_json
 from ..errors import EXIT_FAILED, UserError
@@ -23,7 +23,9 @@ _SCHEMA = 1
 def fingerprint(session: Session, entry: PromptEntry, prompt: Prompt) -> str:
     """A short name of everything that decides an answer: prompt, settings, model. A result that bears another one is
     foreign."""
-    what = {**asdict(prompt), "label": "", "stop_ids": sorted(prompt.stop_ids), "id": entry.name, "schema": _SCHEMA,
+    what: Dict[str, Any] = asdict(prompt)
+    del what["settings"]["speculate"]  # decides how fast it comes
+    what = {**what, "label": "", "stop_ids": sorted(prompt.stop_ids), "id": entry.name, "schema": _SCHEMA,
             "model": [os.path.realpath(session.checkpoint), asdict(session.config.model)]}
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
 

@@ -122,6 +122,9 @@ def record(entry: PromptEntry, ended: Ended) -> Dict[str, Any]:
     made.update({"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": usage.prompt_tokens,
                  **_end(answer),
                  "prefill_s": round(usage.prefill_s, 6), "decode_s": round(usage.decode_s, 6)})
+    if usage.guessed_tokens is not None:
+        made.update(decode_steps=usage.decode_steps, guessed_tokens=usage.guessed_tokens,
+                    accepted_tokens=usage.accepted_tokens, tokens_per_step=_tokens_per_step([usage]))
     if usage.cached_tokens:
         made["cached_tokens"] = usage.cached_tokens
     if answer.prompt_logprobs:
@@ -159,4 +162,21 @@ def summary(usages: List[Usage], total_s: float) -> str:
     line = f"prefill {prompt} tokens in {prefill_s:.2f} s ({prompt / max(prefill_s, 1e-9):.1f} tokens/s)"
     if decoded:
         line += f", decode {decoded} tokens in {decode_s:.2f} s ({decoded / max(decode_s, 1e-9):.1f} tokens/s)"
-    return f"{line}, {total_s:.2f} s in all"
+    return f"{line}{guesses(usages)}, {total_s:.2f} s in all"
+
+
+def guesses(usages: Sequence[Usage]) -> str:
+    """What guessing was worth, as the end of a sentence; empty where nothing was guessed."""
+    guessed = [usage for usage in usages if usage.guessed_tokens is not None]
+    rate = _tokens_per_step(guessed)
+    if rate is None:
+        return ""
+    right, checked = (sum(getattr(usage, name) or 0 for usage in guessed)
+                      for name in ("accepted_tokens", "guessed_tokens"))
+    return f", {rate:.2f} tokens a step ({right} of {checked} guesses right)"
+
+
+def _tokens_per_step(usages: Sequence[Usage]) -> Optional[float]:
+    """Tokens that a sequence's decode step made on average; None without any step."""
+    steps = sum(usage.decode_steps for usage in usages)
+    return round(sum(max(usage.generated_tokens - 1, 0) for usage in usages) / steps, 4) if steps else None

@@ -27,7 +27,21 @@ def describe(config: Config) -> str:
         rows.append(("seed = None", config.sources["seed"]))
     width = min(max(len(left) for left, _ in rows), _WIDEST)
     lines = [f"{left:<{width}}  # {right}" for left, right in rows]
-    return "\n".join([*lines, f"# device: {config.device_note}"])
+    return "\n".join([*lines, f"# device: {config.device_note}", *guesses(config)])
+
+
+def guesses(config: Config) -> List[str]:
+    """A line on how tokens are guessed, where they are."""
+    speculation = config.speculation
+    if speculation is None:
+        return []
+    most = f"up to {speculation.tokens} tokens a step"
+    if speculation.draft is None:
+        return [f"# speculation: {most}, looked up in the text itself"]
+    dims = speculation.draft.model.dims
+    return [f"# speculation: {most}, guessed by {speculation.draft.load_checkpoint} ({dims.num_layers} layers, hidden "
+            f"{dims.hidden_size}, vocabulary {dims.vocab_size}; weights {speculation.draft.model.param_init_type}, KV "
+            f"cache {speculation.draft.model.compute_dtype})"]
 
 
 def _flatten(nested: Mapping[str, Any], prefix: str = "") -> List[Tuple[str, Any]]:

@@ -68,6 +68,10 @@ FLAG_FIELDS = (
               "no N tokens in a row come twice, 0 allows it"),
     FlagField("--min_new_tokens", MODEL + "min_new_tokens", whole, "an answer does not end before this many tokens"),
     FlagField("--seed", "seed", whole, "makes sampling repeatable"),
+    FlagField("--speculate", "speculate", str,
+              "guess tokens and check several in one step: ngram (from the text itself), or folder or hub name of a "
+              "small model with the same tokenizer; none for neither"),
+    FlagField("--speculate_tokens", "speculate_tokens", whole, "most guesses in one step"),
     FlagField("--batch_size", MODEL + "batch_size", whole, "sequences that run together"),
     FlagField("--device_target", "context.device_target", str, "auto, Ascend or CPU"),
     FlagField("--device_id", "context.device_id", _device_id, "Ascend card; -1 lets the launcher choose"),

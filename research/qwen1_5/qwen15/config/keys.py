@@ -19,6 +19,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 _LARGEST_INT = 2 ** 31 - 1
 MOST_LAYERS = 4096
 """More than any model has; what is done for each layer stays short."""
+MOST_GUESSES = 32
+"Guesses of a stream in one step; more have never been worth their time."
 LARGEST_FLOAT = 1e30
 MODEL = "model.model_config."
 TOKENIZER = "processor.tokenizer."
@@ -61,6 +63,8 @@ _ROWS = [
     Key("load_checkpoint", "path"),
     Key("hub", "str", allowed=HUBS, default="hf"),
     Key("auto_trans_ckpt", "bool", default=False),
+    Key("speculate", "str"),
+    Key("speculate_tokens", "int", low=1, high=MOST_GUESSES),
     Key("src_strategy_path_or_dir", "path", DEVICE),
     Key("transform_process_num", "int", DEVICE, low=1),
     Key("only_save_strategy", "bool", DEVICE),

@@ -9,7 +9,7 @@ from .. import device
 from ..errors import UserError
 from ..hub.resolve import resolve
 from ..naming import Dims, indivisible
-from . import yaml_lines
+from . import speculation, yaml_lines
 from .checkpoint_files import CheckpointFiles, read_beside
 from .final import Final
 from .flags import Flag
@@ -63,6 +63,7 @@ def _config(final: Final, environ: Mapping[str, str]) -> Config:
     threads = final.pick("context.runtime_num_threads")
     memory = final.pick("context.max_device_memory")
     auto_trans = final.pick("auto_trans_ckpt")
+    guesses = speculation.read(final, model, device_target, _draft)
     _note_inert(final, device_target)
     effective = final.nested()
     return Config(model=model, generation=generation, parallel=parallel, tokenizer=tokenizer,
@@ -70,7 +71,12 @@ def _config(final: Final, environ: Mapping[str, str]) -> Config:
                   load_checkpoint=checkpoint, auto_trans_ckpt=auto_trans, run_mode=run_mode,
                   context=effective.get("context", {}),
                   max_device_memory_bytes=None if memory is None else size_bytes(memory), effective=effective,
-                  sources=dict(final.sources), notes=tuple(final.notes))
+                  sources=dict(final.sources), notes=tuple(final.notes), speculation=guesses)
+
+
+def _draft(flags: Sequence[Flag]) -> Config:
+    """The configuration of a draft model, which the launcher's variables are not about."""
+    return load_config(None, flags, environ={})
 
 
 def _checkpoint(final: Final) -> Optional[str]:

@@ -92,6 +92,19 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
+class Speculation:
+    """How tokens are guessed.
+
+    Attributes:
+        tokens: most guesses of a sequence in one step.
+        draft: the configuration of the model that guesses; None looks them up in the text itself.
+    """
+
+    tokens: int
+    draft: Optional["Config"]
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How the model is spread over workers; `model_parallel` is 1 unless `use_parallel`."""
 
@@ -125,6 +138,7 @@ class Config:
         effective: every key with its final value, nested as MindFormers wants it.
         sources: where each dotted key's value came from: `default`, `/path/config.json`, `file.yaml:31` or `--flag`.
         notes: lines a command should show on stderr: keys without effect, values that override the checkpoint's.
+        speculation: None when nothing is guessed.
     """
 
     model: ModelConfig
@@ -143,3 +157,4 @@ class Config:
     effective: Dict[str, Any]
     sources: Mapping[str, str]
     notes: Tuple[str, ...]
+    speculation: Optional[Speculation] = None

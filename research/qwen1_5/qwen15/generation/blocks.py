@@ -25,6 +25,13 @@ def block_digest(before: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(before + np.asarray(tokens, np.int32).tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
+def name_blocks(digests: List[bytes], ids: Sequence[int], count: int, block_size: int) -> None:
+    """Extend `digests` to the digests of the first `count` blocks of a sequence, all of them full."""
+    while len(digests) < count:
+        start = len(digests) * block_size
+        digests.append(block_digest(digests[-1] if digests else b"", ids[start:start + block_size]))
+
+
 class BlockPool:
     """The cache's blocks, counted by who holds them.
 
@@ -54,6 +61,11 @@ class BlockPool:
     def cached_blocks(self) -> int:
         """Of the free blocks, those whose content is kept for whoever may need it."""
         return len(self._idle)
+
+    @property
+    def unused_blocks(self) -> int:
+        """Of the free blocks, those whose content nobody can need."""
+        return len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that `tokens` tokens of one sequence fill or begin."""
@@ -153,6 +165,12 @@ class BlockTable:
         missing = self._pool.blocks_for(tokens) - len(self.blocks)
         if missing > 0:
             self.blocks.extend(self._pool.take(missing))
+
+    def shrink(self, tokens: int) -> None:
+        """Give back what a sequence of `tokens` tokens in all has no use for."""
+        kept = self._pool.blocks_for(tokens)
+        self._pool.give_back(self.blocks[kept:])
+        del self.blocks[kept:]
 
     def release(self) -> None:
         """Give all blocks back."""

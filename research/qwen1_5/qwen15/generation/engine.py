@@ -17,9 +17,11 @@ from .ranks import Add, Cancel, CancelAll, Command, Shared
 from .request import CANCELLED, FAILED, LENGTH, STOP, Limits, LogProbs, Request, Step, Usage
 from .sampling import NonFiniteLogits, NothingAllowed, Sampler, Selection
 from .scheduler import Continuation, Scheduler
+from .speculate import Speculation
 
 _FAILED, _COMPLETE = -1, -2
 """What ranks are told in a token's place: the logits are not finite; the constraint allows nothing more."""
+_NO_GUESS = -1
 
 
 class _Choice(NamedTuple):
@@ -64,16 +66,20 @@ class Engine:
         max_batch: most sequences that run at once; None leaves it to the cache.
         selection: the searches over the vocabulary.
         prefix_cache: share full blocks of the KV cache between requests that begin alike.
+        speculation: guesses tokens, so that one step can make several; what is generated does not depend on it.
     """
 
     def __init__(self, network: Network, limits: Limits, max_batch: Optional[int] = None,
-                 selection: Selection = sampling.PLAIN, prefix_cache: bool = True):
+                 selection: Selection = sampling.PLAIN, prefix_cache: bool = True,
+                 speculation: Optional[Speculation] = None):
         self.network = network
         self.limits = limits
         self.selection = selection
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
         self.scheduler = Scheduler(self.pool, max_batch, not network.supports_cached_prefill, prefix_cache)
         self.shared = Shared(network)
+        self.speculation = speculation
+        self.guessed_tokens = self.accepted_tokens = 0
         self._next_number = 0
         self._known: Dict[int, Continuation] = {}
         self._cancelled: Set[int] = set()
@@ -191,6 +197,8 @@ class Engine:
         if continuation is not None:
             self.scheduler.remove(continuation)
             self._cancelled.discard(number)
+            if self.speculation is not None:
+                self.speculation.forget(continuation)
 
     # ---- rank 0's word ----
 
@@ -291,12 +299,43 @@ class Engine:
         self._choose(choices, logits, start_s, [c for c, _ in piece], "prefill_s")
 
     def _decode(self, streams: List[Continuation]) -> None:
-        """One more token for every request that is past its prompt."""
+        """One more token for every request that is past its prompt, and one for each guess that is right."""
         start_s = time.perf_counter()
-        logits = self._rows([(c, c.ids[-1:], len(c.ids) - 1) for c in streams])
-        for continuation in streams:
+        guesses = self._guesses(streams)
+        logits = self._rows([(c, [c.ids[-1], *guessed], len(c.ids) - 1) for c, guessed in zip(streams, guesses)])
+        choices, row = [], 0
+        for continuation, guessed in zip(streams, guesses):
             self.scheduler.note_cached(continuation, len(continuation.ids))
-        self._choose([_Choice(c, row) for row, c in enumerate(streams)], logits, start_s, streams, "decode_s")
+            continuation.decode_steps += 1
+            choices.append(_Choice(continuation, row, guessed))
+            row += len(guessed) + 1
+        self._choose(choices, logits, start_s, streams, "decode_s")
+
+    def _guesses(self, streams: Sequence[Continuation]) -> List[Tuple[int, ...]]:
+        """What may come next in each stream, with blocks for it; the same on every rank."""
+        speculation = self.speculation
+        if speculation is None or len(streams) > speculation.most_streams:
+            return [()] * len(streams)
+        rooms = [min(speculation.most, c.limit - len(c.ids) - 1) if c.request.speculate else 0 for c in streams]
+        if max(rooms) <= 0:
+            return [()] * len(streams)
+        made: Sequence[Sequence[int]]
+        if self.network.ranks == 1 or speculation.everywhere:
+            made = speculation.guess(streams, rooms)
+        else:
+            told = np.full((len(streams), speculation.most), _NO_GUESS, np.int32)
+            if self.network.rank == 0:
+                for row, guessed in enumerate(speculation.guess(streams, rooms)):
+                    told[row, :len(guessed)] = guessed
+            with interrupts.held():
+                told = self.network.agree(told.reshape(-1)).reshape(told.shape)
+            made = [row[row != _NO_GUESS].tolist() for row in told]
+        return [self._with_room(c, guessed[:max(room, 0)]) for c, guessed, room in zip(streams, made, rooms)]
+
+    def _with_room(self, continuation: Continuation, guessed: Sequence[int]) -> Tuple[int, ...]:
+        stop_ids = continuation.request.stop_ids
+        last = next((i + 1 for i, token in enumerate(guessed) if token in stop_ids), len(guessed))
+        return tuple(guessed[:self.scheduler.reserve_guesses(continuation, last)])
 
     def _rows(self, parts: Sequence[Tuple[Continuation, List[int], int]]) -> np.ndarray:
         """Logits (rows, V) of a decode call with a row for each of the tokens, those of a part from its position on."""
@@ -348,7 +387,8 @@ class Engine:
                     tokens[at] = _chosen(sampler, logits[rows[at]])
                 if wanted and tokens[at] >= 0:
                     logprobs[at] = self._logprobs(logits[rows[at]], int(tokens[at]), wanted)
-                if i < len(choice.guesses) and tokens[at] != choice.guesses[i]:
+                if i < len(choice.guesses) and (tokens[at] != choice.guesses[i]
+                                                or tokens[at] in choice.continuation.request.stop_ids):
                     break
 
     def _argmax(self, logits: np.ndarray) -> np.ndarray:
@@ -375,10 +415,24 @@ class Engine:
 
     def _take(self, choice: _Choice, tokens: List[int], logprobs: Dict[int, LogProbs], at: int) -> None:
         """Add the tokens that were chosen, up to the first that is not as guessed."""
-        continuation = choice.continuation
+        continuation, guesses = choice.continuation, choice.guesses
         if continuation.number in self._cancelled:
             return
+        right = next((i for i, guess in enumerate(guesses) if tokens[i] != guess), len(guesses))
+        continuation.guessed += len(guesses)
+        continuation.accepted += right
+        self.guessed_tokens += len(guesses)
+        self.accepted_tokens += right
+        self._take_each(choice, tokens[:right + 1], logprobs, at)
+        if guesses and self.speculation is not None and continuation.number in self._known:
+            self.scheduler.return_guesses(continuation)
+            self.speculation.learn(continuation, guesses, right)
+
+    def _take_each(self, choice: _Choice, tokens: List[int], logprobs: Dict[int, LogProbs], at: int) -> None:
+        continuation = choice.continuation
         for i, token in enumerate(tokens):
+            if i:  # the guess before it was right: its keys and values stay
+                self.scheduler.note_cached(continuation, len(continuation.ids))
             if token == _FAILED:
                 self._end(continuation, FAILED, error=self._non_finite(continuation))
                 return
@@ -395,8 +449,6 @@ class Engine:
                 self._end(continuation, reason, token, logprobs.get(at + i))
                 return
             self._report(continuation, token, None, None, logprobs.get(at + i))
-            if i < len(choice.guesses) and token != choice.guesses[i]:
-                return
 
     def _report(self, continuation: Continuation, token: Optional[int], reason: Optional[str], usage: Optional[Usage],
                 logprobs: Optional[LogProbs], error: Optional[UserError] = None) -> None:
@@ -414,11 +466,15 @@ class Engine:
              logprobs: Optional[LogProbs] = None,
              error: Optional[UserError] = None) -> None:
         usage = Usage(len(continuation.request.prompt), continuation.reused or 0, continuation.generated,
-                      continuation.prefill_s, continuation.decode_s)
+                      continuation.prefill_s, continuation.decode_s, continuation.decode_steps,
+                      *((continuation.guessed, continuation.accepted) if self._guesses_for(continuation) else ()))
         if reason == FAILED:
             self.scheduler.distrust(continuation)
         self._report(continuation, token, reason, usage, logprobs, error)
         self._leave(continuation.number)
+
+    def _guesses_for(self, continuation: Continuation) -> bool:
+        return self.speculation is not None and continuation.request.speculate
 
     def _end_cancelled(self) -> None:
         for number in sorted(self._cancelled):

@@ -139,25 +139,44 @@ def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, referenc
     return total
 
 
-def compare(config: Config, has: Available, held: Held = AS_CONFIGURED) -> str:
+def draft_need(config: Config, held: Held = AS_CONFIGURED) -> Need:
+    """Bytes of the draft model `config`, beside those of the model whose process it runs in: that of rank 0."""
+    return replace(need(config.model, config.parallel, config.device_target, held), runtime_bytes=0)
+
+
+def compare(config: Config, has: Available, held: Held = AS_CONFIGURED, draft: Optional[Need] = None) -> str:
     """Compare what a run needs with what there is; returns one line that says so.
+
+    Args:
+        config: of the run.
+        has: what there is.
+        held: how its weights and cache are held.
+        draft: what its draft model needs on rank 0.
 
     Raises:
         UserError: it does not fit; with the numbers, the setting to change, and a value that fits.
     """
-    wanted = need(config.model, config.parallel, config.device_target, held)
+    alone = need(config.model, config.parallel, config.device_target, held)
     ranks = config.parallel.model_parallel
     per_rank = f" on each of {ranks} ranks" if ranks > 1 else ""
-    line = f"memory: {wanted}{per_rank}"
+    wanted = f"{alone}{per_rank}"
+    beside = 0
+    if draft is not None:
+        beside = draft.total_bytes
+        where = " on rank 0" if ranks > 1 else ""
+        wanted += f"; draft model: {draft}{where}; {gib(alone.total_bytes + beside)} together"
+    line = f"memory: {wanted}"
     if has.free_bytes is None:
         return f"{line} (not compared: nothing says how much there is)"
     # Ranks start together: what is free now changes under this one's hands, what the machine has in all does not.
-    all_ranks = wanted.total_bytes * ranks
-    if wanted.total_bytes <= has.free_bytes and (has.whole_bytes is None or all_ranks <= has.whole_bytes):
+    all_ranks = alone.total_bytes * ranks + beside
+    if alone.total_bytes + beside <= has.free_bytes and (has.whole_bytes is None or all_ranks <= has.whole_bytes):
         return f"{line}, of {gib(has.free_bytes)} ({has.what})"
     limit = has.free_bytes if has.whole_bytes is None else min(has.free_bytes, has.whole_bytes // ranks)
-    raise UserError(f"{wanted}{per_rank} is more than the {gib(limit)} there are ({has.what})", "memory",
-                    remedy(config, limit, held))
+    fits_alone = beside and alone.total_bytes <= limit
+    raise UserError(f"{wanted} is more than the {gib(limit)} there are ({has.what})", "memory",
+                    "Leave the draft model out (--speculate ngram or none), or take a smaller one" if fits_alone
+                    else remedy(config, limit, held))
 
 
 def remedy(config: Config, limit_bytes: int, held: Held = AS_CONFIGURED) -> str:

@@ -20,7 +20,9 @@ def check(config: Config, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -
     Raises:
         UserError: it does not fit; with the numbers, the setting to change, and a value that fits.
     """
-    return memory.compare(config, available(config, proc, cgroup), held(config))
+    draft = None if config.speculation is None else config.speculation.draft
+    return memory.compare(config, available(config, proc, cgroup), held(config),
+                          None if draft is None else memory.draft_need(draft, held(draft)))
 
 
 def available(config: Config, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Available:

@@ -27,6 +27,7 @@ class Request:
         prompt_logprobs: report those of the prompt's own tokens, with this many most probable ones at each place; None
             for none.
         constraint: makes the mask of allowed tokens, on rank 0; None allows all.
+        speculate: its next tokens may be guessed, where the engine guesses at all; none of them depends on it.
         label: what messages call it.
     """
 
@@ -38,6 +39,7 @@ class Request:
     logprobs: int = 0
     prompt_logprobs: Optional[int] = None
     constraint: Optional[Constraint] = None
+    speculate: bool = True
     label: str = "the prompt"
 
     @property
@@ -113,6 +115,9 @@ class Usage(NamedTuple):
         cached_tokens: those of them whose keys and values were in the cache from an earlier request.
         generated_tokens: tokens chosen.
         prefill_s, decode_s: seconds.
+        decode_steps: calls that it decoded in; without guesses each makes one token.
+        guessed_tokens, accepted_tokens: guesses that were checked, and those of them that were right; None where
+            nothing is guessed.
     """
 
     prompt_tokens: int
@@ -120,6 +125,9 @@ class Usage(NamedTuple):
     generated_tokens: int
     prefill_s: float
     decode_s: float
+    decode_steps: int = 0
+    guessed_tokens: Optional[int] = None
+    accepted_tokens: Optional[int] = None
 
 
 class Step(NamedTuple):

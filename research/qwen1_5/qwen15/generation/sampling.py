@@ -6,12 +6,27 @@ Selecting over the vocabulary is done by the kernel library where there is one; 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    FrozenSet,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 
@@ -187,6 +202,25 @@ def accelerated(library: Any) -> Selection:
     return Selection(fast_argmax, fast_top_candidates, fast_nucleus_candidates)
 
 
+class _Randoms:
+    """A request's random numbers, of which the next ones can be looked at before they are used."""
+
+    def __init__(self, seed: int, stream: int):
+        key = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=16).digest()
+        self._generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
+        self._ahead: Deque[float] = deque()
+
+    def next(self) -> float:
+        """The next one, from 0 to 1."""
+        return self._ahead.popleft() if self._ahead else self._generator.random()
+
+    def ahead(self, place: int) -> float:
+        """The one that comes after `place` others."""
+        while len(self._ahead) <= place:
+            self._ahead.append(self._generator.random())
+        return self._ahead[place]
+
+
 class Sampler:
     """Chooses one request's tokens.
 
@@ -210,7 +244,29 @@ class Sampler:
         self._made: Counter[int] = Counter()
         self._count = 0
         self._ngrams = _NGrams(params.no_repeat_ngram_size, prompt) if params.no_repeat_ngram_size else None
-        self._random: Optional[np.random.Generator] = None
+        self._randoms: Optional[_Randoms] = None
+        self._place: Optional[int] = None
+
+    def imagined(self) -> "Sampler":
+        """A copy that chooses with the same random numbers, and leaves this one as it is; it knows no constraint."""
+        made = copy.copy(self)
+        made._mask = None
+        made._seen, made._made = set(self._seen), Counter(self._made)
+        made._ngrams = None if self._ngrams is None else self._ngrams.imagined()
+        made._randoms, made._place = self._own_randoms(), 0
+        return made
+
+    def _own_randoms(self) -> _Randoms:
+        if self._randoms is None:
+            self._randoms = _Randoms(self.params.seed, self.params.stream)
+        return self._randoms
+
+    def _random(self) -> float:
+        randoms = self._own_randoms()
+        if self._place is None:
+            return randoms.next()
+        self._place += 1
+        return randoms.ahead(self._place - 1)
 
     def note(self, token: int) -> None:
         """A token was chosen."""
@@ -302,10 +358,7 @@ class Sampler:
         cumulative = np.cumsum(_softmax(row[ids], self.params.temperature))
         if not math.isfinite(cumulative[-1]):
             raise NonFiniteLogits
-        if self._random is None:
-            key = hashlib.blake2b(f"{self.params.seed}/{self.params.stream}".encode(), digest_size=16).digest()
-            self._random = np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
-        point = self._random.random() * cumulative[-1]
+        point = self._random() * cumulative[-1]
         # Rounding may put the point at the very end: the last token with any probability, which a masked one has not.
         last = int(np.searchsorted(cumulative, cumulative[-1], side="left"))
         return int(ids[min(int(np.searchsorted(cumulative, point, side="right")), last)])
@@ -328,12 +381,19 @@ class _NGrams:
         self._size = size
         self._text: List[int] = []
         self._after: Dict[Tuple[int, ...], Set[int]] = {}
+        self._grows = True
         for token in text:
             self.add(token)
 
+    def imagined(self) -> "_NGrams":
+        """A copy whose text goes on by itself; of the n-grams it knows those that are there now."""
+        made = copy.copy(self)
+        made._text, made._grows = self._text[max(0, len(self._text) - self._size + 1):], False
+        return made
+
     def add(self, token: int) -> None:
         """The text goes on with this token."""
-        if len(self._text) >= self._size - 1:
+        if self._grows and len(self._text) >= self._size - 1:
             self._after.setdefault(self._last(), set()).add(token)
         self._text.append(token)
 

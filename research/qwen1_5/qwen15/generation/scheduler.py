@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Deque, List, Optional, Sequence, Set, Tuple
 
-from .blocks import BlockPool, BlockTable, OutOfBlocks, block_digest
+from .blocks import BlockPool, BlockTable, OutOfBlocks, name_blocks
 from .request import LogProbs, Request
 from .sampling import Sampler
 
@@ -30,6 +30,7 @@ class Continuation:
         ids: prompt and generated tokens; the first `cached` of them are in the KV cache.
         prefilling: its tokens are being brought into the cache, at the start or after it was put back.
         reused: tokens of the prompt found in the cache when it first started.
+        decode_steps, guessed, accepted: see `request.Usage`.
     """
 
     def __init__(self, number: int, request: Request, sampler: Sampler, pool: BlockPool):
@@ -44,6 +45,7 @@ class Continuation:
         self.reused: Optional[int] = None
         self.prefill_s = 0.0
         self.decode_s = 0.0
+        self.decode_steps = self.guessed = self.accepted = 0
         self.prompt_logprobs: List[LogProbs] = []
         self.digests: List[bytes] = []
         self.published = 0
@@ -143,11 +145,7 @@ class Scheduler:
         return found
 
     def _digest(self, continuation: Continuation, count: int) -> None:
-        """Name the first `count` blocks, all of them full."""
-        size, digests = self.pool.block_size, continuation.digests
-        while len(digests) < count:
-            start = len(digests) * size
-            digests.append(block_digest(digests[-1] if digests else b"", continuation.ids[start:start + size]))
+        name_blocks(continuation.digests, continuation.ids, count, self.pool.block_size)
 
     def _may_grow(self, continuation: Continuation) -> bool:
         return self.pool.blocks_for(continuation.limit) > len(continuation.table.blocks)
@@ -219,6 +217,20 @@ class Scheduler:
                 except OutOfBlocks:
                     self._put_back(max(self.running, key=lambda c: c.number))
         return [c for c in self.running if not c.prefilling]
+
+    def reserve_guesses(self, continuation: Continuation, count: int) -> int:
+        """Make room for up to `count` guesses behind a stream's tokens, in blocks that nobody else has a use for, and
+        return for how many there is; `return_guesses` gives it back."""
+        table, length = continuation.table, len(continuation.ids)
+        room = table.capacity + self.pool.unused_blocks * self.pool.block_size - length
+        count = max(0, min(count, room))
+        table.reserve(length + count)
+        return count
+
+    @staticmethod
+    def return_guesses(continuation: Continuation) -> None:
+        """Blocks that only refused guesses were in are free again."""
+        continuation.table.shrink(len(continuation.ids))
 
     def _put_back(self, continuation: Continuation) -> None:
         """To the front of the queue, without blocks; it is computed again later, from all of its tokens."""

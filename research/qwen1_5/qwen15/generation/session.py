@@ -9,19 +9,23 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Opti
 
 from .. import interrupts, ops
 from ..checkpoint.reader import open_checkpoint
+from ..config import schema as config_schema
 from ..config.keys import KEYS, MODEL, convert
 from ..config.sampling_rules import implied, shaping
 from ..config.schema import Config
 from ..device import env_rank
 from ..errors import UserError
 from ..network import weights
+from ..network.base import Network
 from ..reporting import stdout_to_stderr
 from ..text import chat
 from ..text.stream import TextStream
 from . import memory_check, ranks, sampling
+from .draft import DraftModel, draft_cost
 from .engine import Engine
 from .request import STOP, Limits, LogProbs, Request, Step, Usage
 from .sampling import SamplingParams, Selection
+from .speculate import PromptLookup, Speculation, Told, most_streams
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
              "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens")
@@ -46,6 +50,7 @@ class Settings:
         logprobs: report the log probabilities of this many likeliest tokens at each step, 0 for none.
         prompt_logprobs: report those of the prompt's tokens, with this many likeliest ones beside each; None for none.
         n: how many answers, each drawn for itself.
+        speculate: its tokens may be guessed, where the configuration says how; none of them depends on it.
     """
 
     do_sample: bool
@@ -66,6 +71,7 @@ class Settings:
     logit_bias: Tuple[Tuple[int, float], ...] = ()
     prompt_logprobs: Optional[int] = None
     n: int = 1
+    speculate: bool = True
 
     @classmethod
     def of(cls, config: Config) -> "Settings":
@@ -118,6 +124,12 @@ def _stop_strings(value: Any) -> Tuple[str, ...]:
     return strings
 
 
+def _yes_or_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"wants true or false, not {value!r}")
+    return value
+
+
 def _whole(low: int, high: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -144,6 +156,7 @@ def _logit_bias(value: Any) -> Tuple[Tuple[int, float], ...]:
 _CHECKS: Dict[str, Callable[[Any], Any]] = {
     "stop": _stop_strings, "logprobs": _whole(0, _MOST_LOGPROBS), "logit_bias": _logit_bias,
     "n": _whole(1, _MOST_ANSWERS),
+    "speculate": _yes_or_no,
     "prompt_logprobs": lambda value: None if value is None else _whole(0, _MOST_LOGPROBS)(value),
 }
 """Settings that no key of the configuration has."""
@@ -227,14 +240,14 @@ class Session:
             check_launch(config)
         if config.threads:
             ops.use_threads(config.threads)
-        parallel = config.parallel
-        checkpoint = weights.resolve(config.load_checkpoint, env_rank() if parallel.use_parallel else 0,
-                                     parallel.model_parallel,
-                                     config.auto_trans_ckpt)
+        checkpoint = _checkpoint(config)
         if config.tokenizer.vocab_file is None or config.tokenizer.merges_file is None:
             # A folder that holds no checkpoint is named as such, not for what else it lacks
             open_checkpoint(checkpoint)
-        return cls(config, load_tokenizer(config), checkpoint)
+        tokenizer = load_tokenizer(config)
+        if config.speculation is not None and config.speculation.draft is not None:
+            check_draft(tokenizer, config.speculation.draft)
+        return cls(config, tokenizer, checkpoint)
 
     @property
     def rank(self) -> int:
@@ -253,14 +266,34 @@ class Session:
         """
         start_s = time.perf_counter()
         tell(memory_check.check(self.config))
+        guesses = self.config.speculation
         with interrupts.held(), stdout_to_stderr():
             from ..network.build import build_network
 
+            draft = None
+            if guesses is not None and guesses.draft is not None and env_rank() == 0:
+                # Before the model itself: the kernels compute as exactly as the last one that was built wants it.
+                draft = build_network(guesses.draft, _checkpoint(guesses.draft),
+                                      lambda line: tell(f"draft model: {line}"))
             network = build_network(self.config, self.checkpoint, tell)
             ranks.refuse_unlike(network)
-        self.engine = Engine(network, self.limits, max_batch, selection())
+        quantised = network.quantised_bytes is not None
+        self.engine = Engine(network, self.limits, max_batch, selection(),
+                             speculation=None if guesses is None else self._speculation(guesses, draft, quantised))
         self.note = network.note
+        if draft is not None:
+            tell(f"draft model: {draft.note}")
         tell(f"{network.note}; ready in {time.perf_counter() - start_s:.1f} s")
+
+    def _speculation(self, guesses: config_schema.Speculation, draft: Optional[Network],
+                     quantised: bool) -> Speculation:
+        if guesses.draft is None:
+            return PromptLookup(guesses.tokens, quantised)
+        if draft is None:
+            return Told(guesses.tokens, most_streams(quantised))
+        model = guesses.draft.model
+        return DraftModel(draft, model.num_blocks, model.block_size, self.limits.vocab_size, guesses.tokens,
+                          draft_cost(self.config, guesses.draft), selection(), quantised)
 
     def prompt(self, text: str, settings: Settings, control_tokens: bool = True, label: str = "the prompt") -> Prompt:
         """A text to be continued as it stands."""
@@ -306,7 +339,8 @@ class Session:
             for choice in range(s.n):
                 made.append(Request(prompt.ids, s.max_length, s.max_new_tokens, prompt.stop_ids,
                                     s.params(seed, prompt.stream + choice), s.logprobs,
-                                    s.prompt_logprobs if choice == 0 else None, label=prompt.label))
+                                    s.prompt_logprobs if choice == 0 else None, speculate=s.speculate,
+                                    label=prompt.label))
                 self.limits.check(made[-1])
         return made
 
@@ -331,7 +365,7 @@ class Session:
                 run.cancel(step.request)
             if text or step.usage is not None:
                 index, choice = places[step.request]
-                yield Piece(index, text, answer, step.usage, choice)
+                yield Piece(index, text, answer, answer.usage, choice)
         if failures:
             raise failures[0]
 
@@ -351,6 +385,7 @@ class Answer:
         self.prompt_logprobs: List[Dict[str, Any]] = []
         self._prompt_ids = prompt.ids
         self.finish_reason = ""
+        self.usage: Optional[Usage] = None
 
     @property
     def stopped(self) -> bool:
@@ -377,6 +412,9 @@ class Answer:
         if step.finish_reason is not None:
             piece += self._stream.end()
             self.finish_reason = STOP if self.stopped else step.finish_reason
+        if step.usage is not None:
+            # Tokens behind a stop string were of the same step, and are not the answer's.
+            self.usage = step.usage._replace(generated_tokens=len(self.token_ids))
         self.pieces.append(piece)
         return piece
 
@@ -431,6 +469,33 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"has {len(tokenizer)} tokens, the model's vocabulary only {config.model.dims.vocab_size}",
                         where=files.vocab_file, fix="Use the tokenizer files of this checkpoint.")
     return tokenizer
+
+
+def check_draft(tokenizer: Any, draft: Config) -> None:
+    """Refuse a draft model whose token ids mean something else than the model's.
+
+    Raises:
+        UserError: with the first id that differs, or its tokenizer's files are missing.
+    """
+    where = f"speculate {draft.load_checkpoint}"
+    if draft.tokenizer.vocab_file is None or draft.tokenizer.merges_file is None:
+        raise UserError("there is no vocab.json and merges.txt beside the draft model, so its tokens cannot be "
+                        "compared with the model's", where=where,
+                        fix="Copy the files of the draft model's own download there.")
+    own = load_tokenizer(draft)
+    for token in range(min(len(tokenizer), len(own))):
+        theirs, ours = own.token_bytes(token), tokenizer.token_bytes(token)
+        if theirs != ours:
+            raise UserError(f"the draft model has another tokenizer: token {token} is "
+                            f"{theirs.decode('utf-8', 'replace')!r} there and {ours.decode('utf-8', 'replace')!r} in "
+                            f"{tokenizer.vocab_file}", where=where, fix="Use a smaller model of the same family.")
+    _checkpoint(draft)
+
+
+def _checkpoint(config: Config) -> str:
+    parallel = config.parallel
+    return weights.resolve(config.load_checkpoint, env_rank() if parallel.use_parallel else 0,
+                           parallel.model_parallel, config.auto_trans_ckpt)
 
 
 def is_chat_model(tokenizer: Any) -> bool:

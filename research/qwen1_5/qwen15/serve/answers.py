@@ -109,8 +109,16 @@ class Answers:
         prompt = sum(usage.prompt_tokens for usage in firsts.values() if usage is not None)
         cached = sum(usage.cached_tokens for usage in firsts.values() if usage is not None)
         made = sum(choice.usage.generated_tokens for choice in finished if choice.usage is not None)
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-                "prompt_tokens_details": {"cached_tokens": cached}}
+        counted: Dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+                                   "prompt_tokens_details": {"cached_tokens": cached}}
+        guessed = [choice.usage for choice in finished
+                   if choice.usage is not None and choice.usage.guessed_tokens is not None]
+        if guessed:  # under the names that OpenAI has for predicted outputs
+            right = sum(usage.accepted_tokens or 0 for usage in guessed)
+            wrong = sum(usage.guessed_tokens or 0 for usage in guessed) - right
+            counted["completion_tokens_details"] = {"accepted_prediction_tokens": right,
+                                                    "rejected_prediction_tokens": wrong}
+        return counted
 
     # --- shapes
 

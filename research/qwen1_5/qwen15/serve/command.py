@@ -205,6 +205,11 @@ def _application(session: Session, args: argparse.Namespace, names: Sequence[str
      lambda: pool.free_blocks)
     metrics.watch("put_back_total", "Requests that lost their blocks to older ones and were computed again",
                   lambda: engine.scheduler.put_back)
+    if engine.speculation is not None:
+        metrics.watch("guessed_tokens_total", "Guesses of next tokens that were checked",
+                      lambda: engine.guessed_tokens)
+        metrics.watch("accepted_tokens_total", "Guesses that were right, each a token without a step of its own",
+                      lambda: engine.accepted_tokens)
     options = Options(names=tuple(names), api_key=args.api_key, body_bytes=args.max_body_mib * 2 ** 20,
                       request_s=args.request_timeout_s, origins=tuple(args.allowed_origins),
                       max_model_len=session.limits.seq_length, tell=report.info, debug=args.debug)

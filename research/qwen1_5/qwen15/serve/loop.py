@@ -123,7 +123,7 @@ class Loop:
         scored = self._prompt_entries(ticket.prompts[choice], step.prompt_logprobs, answer)
         if not (text or entries or scored or reason or step.token is not None):
             return []
-        return [(ticket, Event(choice, text, entries, reason, step.usage, scored))]
+        return [(ticket, Event(choice, text, entries, reason, answer.usage, scored))]
 
     @staticmethod
     def _prompt_entries(prompt: Prompt, logprobs: Optional[List[LogProbs]], answer: Answer) -> Tuple[Dict[str, Any],
