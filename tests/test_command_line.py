@@ -32,7 +32,7 @@ MISTAKES = [
     ("predict --output_format jason", "--output_format: wants one of text, jsonl, not 'jason'. Did you mean jsonl?"),
     ("predict --predict_data", "--predict_data: a value is missing. "
                                "One that begins with a hyphen is written with an equals sign: --predict_data=-..."),
-    ("predict stray", "qwen15 predict: 'stray' is an argument too many. Words that belong together go into quotes."),
+    ("predict stray", "qwen15 predict: 'stray' is not expected. Put words that belong together in quotes."),
     ("predict --tempera 0.7", "qwen15 predict: --tempera is not one of its flags. Did you mean --temperature?"),
     ("convert --dtype bf16", "--dtype: wants one of auto, bfloat16, float16, float32, not 'bf16'. "
                              "Did you mean bfloat16?"),
@@ -66,8 +66,8 @@ def test_a_mistake_gets_one_line_and_no_usage(line, said, capsys):
                                               "Did you mean --temperature?\n"),
     ("convert_weight.py", ["--dtype", "bf16"], "error: --dtype: wants one of auto, bfloat16, float16, float32, not "
                                                "'bf16'. Did you mean bfloat16?\n"),
-    ("convert_reversed.py", ["x"], "error: convert_reversed.py: 'x' is an argument too many. "
-                                   "Words that belong together go into quotes.\n"),
+    ("convert_reversed.py", ["x"], "error: convert_reversed.py: 'x' is not expected. "
+                                   "Put words that belong together in quotes.\n"),
     ("transform_ckpt.py", ["--model_parallel", "-"], "error: --model_parallel: wants a whole number, not '-'\n"),
 ])
 def test_the_scripts_say_the_same_under_their_own_names(script, arguments, said):

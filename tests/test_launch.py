@@ -75,10 +75,10 @@ def test_nine_arguments_with_every_worker_here_are_one_machine():
      "LOCAL_WORKER: '3' is not a whole number from 1 to 2"),
     ((SCRIPT, "4", "2", "127.0.0.1", "9000", "2", "l", "True", "1"), "would hold ranks 4 to 5, of 4 (0 to 3)"),
     ((SCRIPT, "4", "2", "192.0.2.1", "9000", "0", "l", "True", "1"),
-     "192.0.2.1 is no address of this machine, and NODE_RANK is 0"),
+     "192.0.2.1 is not an address of this machine, and NODE_RANK is 0"),
     ((SCRIPT, "4", "2", "no such host", "9000", "1", "l", "True", "1"),
      "MASTER_ADDR: 'no such host' cannot be resolved"),
-    (("", "2"), "COMMAND: an empty command"), (("python", "2"), "python is to run nothing"),
+    (("", "2"), "COMMAND: an empty command"), (("python", "2"), "python is given nothing to run"),
     (("python missing.py", "2"), "missing.py: no such file"),
     (("missing_program --x", "2"), "'missing_program' is neither"),
     ((f"python {SCRIPT} what's this", "2"), "COMMAND: no closing quotation"),
@@ -395,7 +395,7 @@ def test_another_port_is_taken_when_the_usual_one_is_in_use(tmp_path):
             pass  # somebody else listens there: as good
         with Launch(worker("echo"), 1, folder=tmp_path) as run:
             assert run.wait() == 0
-            assert f"port 8118 is in use, {run.port} is taken" in run.err and run.port != 8118
+            assert f"port 8118 is in use, {run.port} is used instead" in run.err and run.port != 8118
 
 
 def test_a_port_that_was_asked_for_and_is_in_use_is_named(tmp_path):

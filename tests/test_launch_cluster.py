@@ -66,7 +66,7 @@ def test_a_killed_process_is_named_and_ends_all(victim, phase, tmp_path):
         os.kill(run.processes()[victim], signal.SIGKILL)
         assert_ended(run, begin, 137)
         assert f"error: {name_of(victim)}: killed by SIGKILL." in run.err
-        assert "out-of-memory killer has not been at work" in run.err or "run out of memory" in run.err
+        assert "not the kernel's out-of-memory killer" in run.err or "run out of memory" in run.err
         if victim == 1 and phase == "decoding":
             assert re.search(r"last lines of \S*worker_1\.log\n(.*\n)*step 3 sum 2\n", run.err)
 

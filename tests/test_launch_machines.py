@@ -99,7 +99,7 @@ def test_a_wrong_address_is_named_on_either_machine(machines, tmp_path):
         assert run.processes() == {}
     with machines.launch(0, tmp_path, worker("add"), address="10.200.77.9") as run:
         assert run.wait(30) == 2
-        assert "10.200.77.9 is no address of this machine, and NODE_RANK is 0" in run.err
+        assert "10.200.77.9 is not an address of this machine, and NODE_RANK is 0" in run.err
 
 
 @pytest.mark.slow

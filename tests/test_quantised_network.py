@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import random_model
-from quantised_fixtures import SIZES, Kind, quantised_model
 from qwen15 import naming
 from qwen15.checkpoint.quantized import dequantise
 from qwen15.config.load import load_config
@@ -13,6 +12,7 @@ from qwen15.errors import UserError
 from qwen15.generation import memory_check
 from qwen15.generation.memory import need
 from qwen15.network import weights
+from stored_form_fixtures import SIZES, Kind, quantised_model
 from test_network import greedy, hf_greedy, open_network, operators, random_prompts
 from test_weights import safetensors_of, save
 

@@ -56,7 +56,7 @@ def test_a_session_in_a_terminal(chat, tmp_path):
     assert "[system: You are a pirate.]" in ask(terminal, "/system")
     saved = tmp_path / "talk.json"
     assert "2 messages saved" in ask(terminal, f"/save {saved}")
-    assert "forgotten" in ask(terminal, "/clear")
+    assert "cleared" in ask(terminal, "/clear")
     assert "2 messages loaded" in ask(terminal, f"/load {saved}")
     assert "2 messages saved" in ask(terminal, f"/save {saved.with_name('again.json')}")
     assert json.loads(saved.read_text()) == json.loads(saved.with_name("again.json").read_text())
@@ -288,7 +288,7 @@ class TestSettings:
         ("temperature 0,7", "wants a number"),
         ("temperature -1", "must be at least 0"), ("top_k 2.5", "wants a whole number"),
         ("top_p 1e999", "wants a number"),
-        ("max_length 5", "is not a value of sampling"), ("do_sample perhaps", "wants True or False"),
+        ("max_length 5", "is not a sampling setting"), ("do_sample perhaps", "wants True or False"),
         ("temperature none", "needs a value")])
     def test_what_cannot_be_set_is_named(self, text, fragment):
         with pytest.raises(UserError, match=re.escape(fragment)):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, random_model
-from quantised_fixtures import Kind, quantised_model
+from stored_form_fixtures import Kind, quantised_model
 
 pytest.importorskip("torch")
 WORKER = ROOT / "tests" / "tensor_parallel_worker.py"

@@ -243,7 +243,7 @@ def two(tmp_path):
 
 @pytest.mark.parametrize("flags, said", [
     (("--model_parallel", 3), ["num_heads 4 is not divisible by model_parallel 3", "1, 2 ranks"]),
-    (("--model_parallel", 0), ["0 is no number of ranks"]),
+    (("--model_parallel", 0), ["must be at least 1, not 0"]),
     (("--model_parallel", 2), ["is cut for 2 ranks already"]),
     (("--src_vocab_emb_dp", "False"), ["vocab_emb_dp True", "not False"]),
     (("--src_ckpt_strategy", "missing.ckpt"), ["missing.ckpt"]),

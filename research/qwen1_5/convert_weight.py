@@ -27,7 +27,7 @@ def parser():
     made.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
                       help="with --model_parallel: every rank keeps embedding and head whole (default True)")
     made.add_argument("--quantize", choices=("int8", "int4"),
-                      help="store matrices as integers; below 2 billion weights int8 is the choice")
+                      help="store matrices as integers; choose int8 below 2 billion weights")
     made.add_argument("--group_size", type=whole, choices=(32, 64, 128), metavar="32|64|128",
                       help="inputs that share a scale (default: 128 for int8, 64 for int4)")
     made.add_argument("--keep_head", action="store_true",

@@ -135,7 +135,7 @@ class Model:
         session = self._open()
         prompts = self._prompts([prompt], settings)
         if prompts[0].settings.n > 1:
-            raise UserError("a stream is of one answer", where="n", fix="Call generate.")
+            raise UserError("a stream gives one answer", where="n", fix="Call generate.")
         session.requests(prompts)
         return _in_turn(session.run(prompts))
 
@@ -282,7 +282,7 @@ def generate(model: Model, prompt: Union[str, Sequence[str]], **settings: Any) -
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     for each in prompts:
         if isinstance(each, Mapping):
-            raise UserError("a list of messages is one conversation, and generate continues texts",
+            raise UserError("generate continues texts, and this is a conversation",
                             fix="Use model.chat(messages).")
         if not isinstance(each, str):
             raise TypeError(f"a prompt is a text, not {type(each).__name__}")
@@ -315,7 +315,8 @@ def convert(source: Union[str, "os.PathLike[str]"], target: Union[str, "os.PathL
 
     slicing = None if model_parallel is None else Slicing(model_parallel, vocab_emb_dp)
     if to_hugging_face and slicing is not None:
-        raise UserError("slices are for MindSpore", where="model_parallel", fix="Leave it away with to_hugging_face.")
+        raise UserError("slices are for MindSpore", where="model_parallel",
+                        fix="Leave it out when converting to Hugging Face.")
     path = os.fspath(target)
     is_folder = os.path.isdir(path) or not os.path.splitext(path)[1]
     options = hugging_face.Options(target=path, form="folder" if is_folder and slicing is None else None, dtype=dtype,

@@ -110,8 +110,8 @@ class Parser(argparse.ArgumentParser):
         if word.startswith("-"):
             fix = did_you_mean(word.replace("-", "_").replace("__", "--", 1), flags) or did_you_mean(word, flags)
             return UserError(f"{word} is not one of its flags", self.prog, fix or f"{self.prog} --help lists them.")
-        return UserError(f"{word!r} is an argument too many", self.prog,
-                         "Words that belong together go into quotes." if flags else None)
+        return UserError(f"{word!r} is not expected", self.prog,
+                         "Put words that belong together in quotes." if flags else None)
 
 
 def program(verb: str, script: str) -> str:

@@ -274,7 +274,7 @@ def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[
     fault = (asked or ask)(found).fault
     if fault:
         raise UserError(f"device_target Ascend, but {fault}", where,
-                        "`qwen15 doctor` examines it; --device_target CPU does without.")
+                        "Run `qwen15 doctor` to examine it, or use --device_target CPU.")
 
 
 def env_rank() -> int:

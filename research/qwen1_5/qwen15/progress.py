@@ -26,7 +26,7 @@ def human_time(seconds: float) -> str:
 
 
 def byte_bar(label: str, total_bytes: int) -> tqdm:
-    """A progress bar that counts bytes (`update`) and is taken away when it is left (`with`).
+    """A progress bar that counts bytes (`update`) and is removed when the `with` block ends.
 
     Args:
         label: what is being done, one word.

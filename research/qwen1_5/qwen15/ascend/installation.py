@@ -138,7 +138,7 @@ def _judge_cann(found: Optional[str], want: Wanted) -> Finding:
         return Finding("cann version", WARN, "the folder does not say which version of CANN it is",
                        f"{want.source} goes with CANN {want.cann}." if want.cann else None)
     if want.cann is None:
-        return Finding("cann version", WARN, f"{found}; {want.source}: nobody says which CANN it goes with")
+        return Finding("cann version", WARN, f"{found}; {want.source}: it is not known which CANN it goes with")
     fix = f"Install CANN {want.cann}, which {want.source} names for this MindSpore."
     if _same_release(found, want.cann):
         return Finding("cann version", OK, found)
@@ -153,7 +153,7 @@ def _judge_driver(part: str, found: Optional[str], want: Wanted) -> Finding:
     if want.driver is None or _same_release(found, want.driver):
         return Finding(part, OK, found)
     return Finding(part, WARN, f"{found}; {want.source} goes with {want.driver}",
-                   f"A {part} that is older than CANN wants may fail; a newer one works as a rule.")
+                   f"A {part} older than CANN asks for may fail; a newer one usually works.")
 
 
 def _same_release(one: str, other: str) -> bool:

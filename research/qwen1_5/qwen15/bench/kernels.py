@@ -14,11 +14,12 @@ from ..family import FAMILY
 from ..kernels import library
 from ..naming import Dims
 from ..network.base import rope_tables
-from . import hf, options, report, rounds, work
+from . import options, report, rounds, work
 from .make_checkpoint import DTYPES, dims_of
 from .operators import Array, Pool, prepare
 from .probes import Probes
 from .report import Column, number, text
+from .start import start
 
 WHAT = "kernels"
 BLOCK = 32
@@ -226,11 +227,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Raises:
         UserError: arguments that cannot be, or something is not installed.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
-    plot = options.plot_path(args, WHAT)
-    if args.against:
-        hf.check_installed()
+    argv, args, plot = start(parser(), WHAT, argv)
     machine = Probes(args.threads)
     dims = dims_of(args.size, args.layers)
     cases = Cases(dims, args.dtype, args.group_size)

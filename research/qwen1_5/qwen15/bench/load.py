@@ -13,9 +13,10 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
-from . import hf, options, report
+from . import options, report
 from .probes import Probes
 from .report import Column, number, text
+from .start import start
 
 WHAT = "load"
 MEMORY_FACTOR, MEMORY_PLUS_BYTES = 1.25, 600_000_000
@@ -41,11 +42,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Raises:
         UserError: arguments that cannot be, something is not installed, or a process failed.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
-    plot = options.plot_path(args, WHAT)
-    if args.against:
-        hf.check_installed()
+    argv, args, plot = start(parser(), WHAT, argv)
     checkpoint = options.find_checkpoint(args)
     threads = Probes(args.threads).threads
     nbytes = sum(path.stat().st_size for path in Path(checkpoint.path).glob("*.safetensors"))

@@ -109,7 +109,7 @@ def find_checkpoint(args: argparse.Namespace) -> BenchCheckpoint:
     if args.checkpoint is not None:
         if args.layers is not None:
             raise UserError("is for random checkpoints, and --checkpoint names one", where="--layers",
-                            fix="Leave one of them away.")
+                            fix="Leave one of them out.")
         if not os.path.isdir(args.checkpoint):
             raise UserError("no such folder", where=f"--checkpoint {args.checkpoint}")
         own = load_config(None, [Flag("load_checkpoint", "--checkpoint", args.checkpoint),

@@ -14,6 +14,7 @@ from . import options, report, rounds
 from .ours import Decode, Ours, random_prompts
 from .probes import Probes
 from .report import Column, number, text
+from .start import start
 
 WHAT = "overhead"
 WHOLE_CALLS = "greedy, all parameters passed at each step"
@@ -78,9 +79,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Raises:
         UserError: arguments that cannot be.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
-    plot = options.plot_path(args, WHAT)
+    argv, args, plot = start(parser(), WHAT, argv)
     checkpoint = options.find_checkpoint(args)
     machine = Probes(args.threads)
     ours = Ours(checkpoint, machine.threads, args.context + args.new_tokens, 1)

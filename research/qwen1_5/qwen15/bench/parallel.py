@@ -20,6 +20,7 @@ from ..errors import EXIT_FAILED, UserError
 from . import options, report
 from .parallel_rank import PROFILED_TOKENS
 from .report import Column, number, text
+from .start import start
 
 WHAT = "parallel"
 
@@ -47,9 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Raises:
         UserError: arguments that cannot be, a model that so many workers cannot share, or a run that failed.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
-    plot = options.plot_path(args, WHAT)
+    argv, args, plot = start(parser(), WHAT, argv)
     checkpoint = options.find_checkpoint(args)
     dims = checkpoint.config().model.dims
     for workers in args.workers:

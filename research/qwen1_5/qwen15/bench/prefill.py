@@ -9,6 +9,7 @@ from . import hf, options, report, rounds, work
 from .ours import Ours, random_prompts
 from .probes import Probes
 from .report import Column, number, text
+from .start import start
 
 WHAT = "prefill"
 
@@ -30,11 +31,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Raises:
         UserError: arguments that cannot be, or something is not installed.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
-    plot = options.plot_path(args, WHAT)
-    if args.against:
-        hf.check_installed()
+    argv, args, plot = start(parser(), WHAT, argv)
     checkpoint = options.find_checkpoint(args)
     machine = Probes(args.threads)
     ours = Ours(checkpoint, machine.threads, max(args.tokens) + 1, 1)

@@ -21,6 +21,7 @@ from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
 from . import options, report
 from .report import Column, number, text
+from .start import start
 
 WHAT = "serve"
 _SHARED_TOKENS = 1000
@@ -56,9 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Raises:
         UserError: arguments that cannot be, or the server did not start.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
-    plot = options.plot_path(args, WHAT)
+    argv, args, plot = start(parser(), WHAT, argv)
     own = options.BenchCheckpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype)
     vocab_size = own.config().model.dims.vocab_size
     jobs = _jobs(args.requests, vocab_size)

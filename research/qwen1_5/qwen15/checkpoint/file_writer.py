@@ -48,7 +48,7 @@ def told(path: str) -> Iterator[None]:
 class Blocks:
     """Memory for bytes on their way to the disk, and the threads that write it: one block is filled, others written.
 
-    To be left (`with`) before the files are closed: leaving waits for the writes that are under way.
+    The end of its `with` block waits for the writes under way; it has to come before the files are closed.
 
     Args:
         writers: how many files are written at once; each fills a block of its own.

@@ -71,7 +71,7 @@ class GgufFile(Checkpoint):
         try:
             reader = GGUFReader(path)
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as error:
-            raise UserError(f"is no whole GGUF file: {error}", path, _DAMAGED) from None
+            raise UserError(f"is not a complete GGUF file: {error}", path, _DAMAGED) from None
         self.config = _config(reader, path)
         self.is_llama = bool(self.config.pop("_is_llama"))
         self.infos: dict[str, TensorInfo] = {}

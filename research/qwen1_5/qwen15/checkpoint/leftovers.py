@@ -1,4 +1,4 @@
-"""Entries of a checkpoint that are no weights: what each is, by its name, so that leaving it out can be told.
+"""Entries of a checkpoint that are not weights: what each is, by its name, so that the user can be told of it.
 
 The one table for all who read checkpoints: predicting skips what converting leaves out.
 """

@@ -128,7 +128,7 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantizationConfig:
         raise UserError(f"compressed-tensors with sparsity {sparsity.get('format')!r} is not supported", where, _FIX)
     weights = group.get("weights")
     if not isinstance(weights, dict) or weights.get("type", "int") != "int":
-        raise UserError("compressed-tensors whose weights are no integers are not supported", where, _FIX)
+        raise UserError("compressed-tensors whose weights are not integers are not supported", where, _FIX)
     strategy = str(weights.get("strategy") or "group")
     if strategy not in ("group", "channel"):
         raise UserError(f"compressed-tensors with strategy {strategy!r} is not supported", where, _FIX)

@@ -115,7 +115,7 @@ def _scheme(source: Checkpoint, settings: QuantizationConfig, linear: Linear, pa
     for suffix in parts:
         info = source.infos[f"{linear.base}.{suffix}"]
         if suffix not in wanted:
-            raise UserError(f"{info.name} is no part of {layout}, which {settings.where} names", source.path, _FIX)
+            raise UserError(f"{info.name} does not belong to {layout}, which {settings.where} names", source.path, _FIX)
         if info.shape != wanted[suffix]:
             raise UserError(f"{info.name} has shape {list(info.shape)}; {settings.bits} bits, groups of {group_size}, "
                             f"as {settings.where} says, make it {list(wanted[suffix])}", source.path, _FIX)

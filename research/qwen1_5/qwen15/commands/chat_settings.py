@@ -48,7 +48,7 @@ def name_in(argument: str) -> str:
     """
     name = argument.replace("=", " ", 1).split()[0] if argument.replace("=", " ", 1).split() else argument
     if name not in NAMES:
-        raise UserError(f"{name!r} is not a value of sampling", where="/set",
+        raise UserError(f"{name!r} is not a sampling setting", where="/set",
                         fix=did_you_mean(name, NAMES) or f"Known are {', '.join(NAMES)}.")
     return name
 

@@ -97,7 +97,7 @@ class Conversation:
         """Become the conversation that /save has written. Raises a ValueError that says what is wrong."""
         messages = value.get("messages") if isinstance(value, dict) else value
         if not isinstance(messages, list):
-            raise ValueError('holds no list of "messages"')
+            raise ValueError('has no list of "messages"')
         for number, message in enumerate(messages, 1):
             if (not isinstance(message, dict) or message.get("role") not in _ROLES
                     or not isinstance(message.get("content"), str)):

@@ -80,7 +80,7 @@ def check_requirements(version: Callable[[str], Optional[str]] = version_of,
                 fixes.append(f"'{wanted.name}{wanted.specifier}'")
     if details:
         return Finding("versions", WARN, "; ".join(details), f"pip install {' '.join(fixes)}")
-    return Finding("versions", OK, "every package has the versions that it wants")
+    return Finding("versions", OK, "the installed versions fit together")
 
 
 def _judged(name: str, found: str, version: Callable[[str], Optional[str]]) -> Finding:
@@ -189,7 +189,7 @@ def check_msrun(path: Optional[str] = None) -> Finding:
     beside = os.path.join(os.path.dirname(sys.executable), "msrun")
     found = beside if os.access(beside, os.X_OK) else shutil.which("msrun", path=path)
     if found is None:
-        return Finding("msrun", INFO, "not found; scripts/msrun_launcher.sh does without")
+        return Finding("msrun", INFO, "not found; scripts/msrun_launcher.sh does not need it")
     if found != beside:
         return Finding("msrun", WARN, f"{found} belongs to another Python than {sys.executable}",
                        "Activate the environment that has MindSpore.")

@@ -193,7 +193,7 @@ def yaml_for(checkpoint: str, model_parallel: Optional[int] = None) -> PredictYa
     pad, bos = (_first(generation[name], getattr(hf, name), end) for name in ("pad_token_id", "bos_token_id"))
     if not eos:
         raise UserError("no eos_token_id in config.json or generation_config.json", checkpoint,
-                        "Add it to config.json: without it no answer ends.")
+                        "Add it to config.json: without it answers do not end.")
     sampling = tuple((name, _first(generation[name], KEYS[MODEL + name].default)) for name in _SAMPLING)
     length = tokenizer.get("model_max_length")
     sequences = 2 if hf.dims.num_kv_heads == hf.dims.num_heads else 4

@@ -83,8 +83,8 @@ class Options:
             self._check_interactive(output_format, logprobs)
         elif self.output_format == "text":
             if self.output_file:
-                raise UserError("an output file holds JSON lines", where="--output_format",
-                                fix="Leave --output_format text away.")
+                raise UserError("an output file is always JSON lines", where="--output_format",
+                                fix="Leave out --output_format text.")
             if logprobs:
                 raise UserError("log probabilities need JSON", where="--logprobs", fix="Add --output_format jsonl.")
         elif self.echo is not None:

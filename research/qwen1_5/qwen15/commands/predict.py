@@ -38,14 +38,14 @@ def parser() -> Parser:
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT",
                        help="end an answer before any of these strings")
     group.add_argument("--n", type=whole, default=1, metavar="N",
-                       help="answers to each prompt, drawn apart (with --do_sample)")
+                       help="answers to each prompt, sampled independently (with --do_sample)")
     group.add_argument("--logit_bias", nargs="+", default=[], metavar="ID=NUMBER",
                        help="add a number to a token's logit; -inf forbids the token")
     group.add_argument("--max_batch", type=whole, metavar="N",
                        help="most sequences that run at once (default: 16 with --predict_file, else what the KV cache "
                             "holds)")
     group.add_argument("--task", default="text_generation", choices=("text_generation",),
-                       help="accepted for the original's sake")
+                       help="accepted as in the original, without effect")
     group = made.add_argument_group("output")
     group.add_argument("--output_format", choices=("text", "jsonl"),
                        help="text streams to stdout (default); jsonl prints one object per prompt (default with "

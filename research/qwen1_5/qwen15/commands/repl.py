@@ -149,7 +149,8 @@ class Repl:
         prompt = replace(prompt, stream=again)
         if dropped:
             turns = "turn" if dropped == 1 else f"{dropped} turns"
-            self._screen.note(f"[the window of {prompt.settings.max_length} tokens is full: the oldest {turns} went]")
+            window = prompt.settings.max_length
+            self._screen.note(f"[the window of {window} tokens is full: the oldest {turns} left it]")
         self._shared.tell(to_json([prompt]))
         answer, usage = None, None
         with interruptible(self._engine):
@@ -231,7 +232,7 @@ class Repl:
         if argument:
             raise UserError("/clear takes no text")
         self._conversation.clear()
-        self._screen.note("[the conversation is forgotten]")
+        self._screen.note("[the conversation is cleared]")
 
     def _system(self, argument: str) -> None:
         if not argument:

@@ -100,7 +100,7 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     model_type = config.get("model_type")
     if model_type == "llama":
         raise UserError("model_type llama: its checkpoints have no q/k/v biases, which this network adds", where,
-                        "Give the checkpoint zero biases and write model_type qwen2; nothing is made up for you here.")
+                        "Give the checkpoint zero biases and write model_type qwen2; they are not added silently.")
     if model_type != "qwen2":
         known = did_you_mean(model_type, ["qwen2"]) if isinstance(model_type, str) else None
         raise UserError(f"model_type {model_type!r} is not supported, only qwen2 (Qwen1.5, Qwen2, Qwen2.5)", where,

@@ -85,7 +85,7 @@ def _dims(final: Final, hf: Optional[Dims], hf_path: str, device_target: str) ->
     width = head_dim * sizes["num_heads"]
     if device_target == device.ASCEND and width != sizes["hidden_size"]:
         raise UserError(f"head_dim {head_dim} x num_heads {sizes['num_heads']} = {width} is not hidden_size "
-                        f"{sizes['hidden_size']}, as MindFormers' LlamaForCausalLM takes for granted",
+                        f"{sizes['hidden_size']}, as MindFormers' LlamaForCausalLM requires",
                         hf_path, "Use --device_target CPU.")
     return Dims(head_dim=head_dim, **sizes)
 

@@ -37,7 +37,7 @@ def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = N
     from .slices import Slicing
 
     if parts is not None and parts < 1:
-        raise UserError(f"{parts} is no number of ranks", "--model_parallel", "Give 1, 2, 4, ...")
+        raise UserError(f"must be at least 1, not {parts}", "--model_parallel", "Give 1, 2, 4, ...")
     return Options(target=target, form=args.format, dtype=args.dtype, shard_bytes=parse_size(args.max_shard_size),
                    slicing=None if parts is None else Slicing(parts, vocab_emb_dp), recipe=_recipe(args),
                    dequantise=getattr(args, "dequantize", False))
@@ -51,7 +51,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     if kind is None:
         for flag in ("group_size", "keep_head"):
             if getattr(args, flag, None):
-                raise UserError("means nothing without --quantize", f"--{flag}",
+                raise UserError("has no effect without --quantize", f"--{flag}",
                                 "Give --quantize int8 or int4 as well.")
         return None
     bits = {"int8": 8, "int4": 4}[kind]

@@ -151,7 +151,7 @@ def _stored_form(source: Checkpoint, settings: Optional[QuantizationConfig], wei
         return source, {}
     take_account(source, Expected(config.dims, config.where, "hf"))  # before what is missing is asked for
     if sum(element_count(weight.shape) for weight in weights) < SMALL_MODEL_VALUES and options.recipe.bits == 4:
-        plan.notes.append("below 2 billion weights int8 is the choice: 4 bits cost a small model much of what it knows")
+        plan.notes.append("choose int8 below 2 billion weights: 4 bits cost a small model much of what it knows")
     return quantised(source, weights, options.recipe), {}
 
 

@@ -121,7 +121,7 @@ class _Rows:
         else:
             exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(15)
         if not np.isfinite(exact).all():
-            raise UserError(f"{self.weight.hf} holds NaN or infinite values, which no integer stands for",
+            raise UserError(f"{self.weight.hf} holds NaN or infinite values, which integers cannot represent",
                             self.source.path, "The source is damaged; download it again.")
         if (exact > _LARGEST_SCALE).any():
             raise UserError(f"{self.weight.hf} holds values too large for scales in float16", self.source.path,

@@ -179,7 +179,7 @@ def _verify(plan: Plan, paths: Mapping[int, str]) -> int:
             results[number] = file
             surplus = set(file.infos) - {info.name for info in plan.files[number].infos}
             if surplus or file.others:
-                raise UserError(f"holds {sorted(surplus | set(file.others))[0]}, which nobody wrote", path)
+                raise UserError(f"holds {sorted(surplus | set(file.others))[0]}, which does not belong there", path)
         with byte_bar("comparing", plan.read_bytes) as bar:
             return compare(plan.moves, results, bar.update)
     finally:

@@ -39,7 +39,7 @@ class Slicing:
             UserError: with the arithmetic.
         """
         if self.parts < 1:
-            raise UserError(f"{self.parts} is no number of ranks", "--model_parallel")
+            raise UserError(f"must be at least 1, not {self.parts}", "--model_parallel")
         reason = naming.indivisible(dims, self.parts)
         if reason is not None:
             fitting = [parts for parts in range(1, dims.num_kv_heads + 1) if naming.indivisible(dims, parts) is None]
@@ -134,7 +134,7 @@ def infer_dims(ranks: Sequence[Checkpoint], slicing: Slicing) -> HfConfig:
     def size(name: str, axis: int, cut: bool) -> int:
         info = infos.get(name)
         if info is None or len(info.shape) <= axis:
-            raise UserError(f"{name} is {'missing' if info is None else 'no matrix'}", where,
+            raise UserError(f"{name} is {'missing' if info is None else 'not a matrix'}", where,
                             "Is this a Qwen1.5 checkpoint under MindSpore's names?")
         return info.shape[axis] * (slicing.parts if cut else 1)
 

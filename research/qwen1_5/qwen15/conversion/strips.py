@@ -288,4 +288,4 @@ def compare(moves: Sequence[Move], results: Dict[int, Checkpoint], advance: Call
 
 def _unlike(result: Checkpoint, name: str, what: str) -> UserError:
     return UserError(f"{name} {what}: the result is not what was converted", result.path,
-                     "The disk or the memory is at fault; nothing was put in place.", exit_code=EXIT_FAILED)
+                     "The disk or the memory is faulty; nothing was put in place.", exit_code=EXIT_FAILED)

@@ -159,10 +159,10 @@ def _read_description(path: str) -> Any:
     keys = {"version", "layout", "bits", "group_size", "gptq_version", "zero_biases", "tensors"}
     if not isinstance(described, dict) or set(described) != keys or described["version"] != _VERSION or \
             described["layout"] not in INTEGERS or not isinstance(described["tensors"], dict):
-        raise UserError("is no description of a quantised checkpoint", path,
-                        "Convert the quantised checkpoint again, or take --dequantize.")
+        raise UserError("does not describe a quantised checkpoint", path,
+                        "Convert the quantised checkpoint again, or use --dequantize.")
     return described
 
 
 def _other(path: str, what: str) -> UserError:
-    return UserError(f"describes another checkpoint: it says {what}", path, "Take --dequantize, or convert again.")
+    return UserError(f"describes another checkpoint: it says {what}", path, "Use --dequantize, or convert again.")

@@ -58,11 +58,6 @@ class BlockPool:
         return len(self._free) + len(self._idle)
 
     @property
-    def cached_blocks(self) -> int:
-        """Of the free blocks, those whose content is kept for whoever may need it."""
-        return len(self._idle)
-
-    @property
     def unused_blocks(self) -> int:
         """Of the free blocks, those whose content nobody can need."""
         return len(self._free)

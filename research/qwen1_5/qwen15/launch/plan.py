@@ -184,7 +184,7 @@ def _argument_vector(words: Sequence[str]) -> Tuple[str, ...]:
     if _PYTHON.fullmatch(first):
         words = words[1:]
         if not words:
-            raise UserError("python is to run nothing", where="COMMAND",
+            raise UserError("python is given nothing to run", where="COMMAND",
                             fix='Name the script: "python run_qwen1_5.py ...".')
         return (sys.executable, *_find_script(words))
     if first == "pytest":
@@ -224,7 +224,7 @@ def _resolve(host: str, node_rank: int) -> str:
             try:
                 probe.bind((address, 0))
             except OSError:
-                raise UserError(f"{address} is no address of this machine, and NODE_RANK is 0", where="MASTER_ADDR",
+                raise UserError(f"{address} is not an address of this machine, and NODE_RANK is 0", where="MASTER_ADDR",
                                 fix="The scheduler runs on machine 0: give an address of this machine that the others "
                                     "reach, or another NODE_RANK.") from None
     return address
@@ -387,7 +387,7 @@ def _start(plan: LaunchPlan, log_dir: str, shared: Optional[bytes]) -> int:
         reservation = ports.reserve(plan.master_addr, port, plan.port_given)
         port = reservation.port
         if port != plan.master_port:
-            supervise.say(f"port {plan.master_port} is in use, {port} is taken")
+            supervise.say(f"port {plan.master_port} is in use, {port} is used instead")
     try:
         scheduler, ranks = tasks(plan, port, os.environ)
         job = supervise.Job(scheduler, ranks, plan.worker_num, plan.master_addr, port, log_dir, plan.timeout_s,

@@ -338,7 +338,7 @@ class _Supervisor:
             return _Failure(process, f"waits for the terminal for {limit_s} s, and the launcher is in the background",
                             "Keep it in the foreground, or give its input in a file or a pipe.")
         return _Failure(process, f"stopped (SIGSTOP, state T) for {limit_s} s",
-                        "What stopped it has to let it go on sooner.")
+                        "Whatever stopped it has to let it continue sooner (SIGCONT).")
 
     def _incomplete(self) -> Optional[_Failure]:
         """Until the cluster is complete: say every half minute who is still missing, and when the time for it is
@@ -434,7 +434,7 @@ class _Supervisor:
         if now > self._kills_before:
             return ("The kernel has run out of memory and has ended a process meanwhile: take more workers, fewer KV "
                     "cache blocks or a smaller dtype.")
-        return "Somebody ended it: the kernel's out-of-memory killer has not been at work."
+        return "Somebody ended it; it was not the kernel's out-of-memory killer."
 
     def _blame_scheduler(self) -> _Failure:
         process = self._scheduler

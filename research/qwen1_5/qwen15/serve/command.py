@@ -117,7 +117,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise UserError(f"is no address of this machine ({error.strerror or error})", where=f"--host {host}") from None
+        raise UserError(f"is not an address of this machine ({error.strerror or error})",
+                        where=f"--host {host}") from None
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -334,7 +334,7 @@ def _read_text(path: str, what: str) -> str:
         raise UserError(f"is a folder, {what} is wanted", path, f"Name the file, e.g. {os.path.join(path, what)}."
                         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start}), so it is no {what}", path,
+        raise UserError(f"is not UTF-8 text (byte {error.start}), so it is not {what}", path,
                         "It is damaged or another kind of file: fetch it again.") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path) from None

@@ -50,7 +50,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_pr
         UserError: no messages; the template refuses them or makes control tokens out of their text.
     """
     if not messages:
-        raise UserError("there are no messages to make a prompt of")
+        raise UserError("there are no messages to make a prompt from")
     template = chat_template or tokenizer.chat_template or CHATML
     controls = tokenizer.all_special_tokens
 
@@ -136,7 +136,7 @@ def _unused(count: int, *values: Any) -> List[str]:
     free = [character for character in _NONCHARACTERS if character not in used][:count]
     if len(free) < count:
         raise UserError("the messages hold so many of Unicode's noncharacters (U+FDD0 to U+FDEF) that none is left to "
-                        "keep control tokens apart", None, "Remove them: they stand for nothing in a text.")
+                        "keep control tokens apart", None, "Remove them: they have no meaning in a text.")
     return free
 
 

@@ -438,7 +438,7 @@ class Qwen2Tokenizer:
             UserError: an id is negative or beyond the padded vocabulary.
         """
         if clean_up_tokenization_spaces or spaces_between_special_tokens:
-            raise ValueError("byte-level BPE keeps every blank: there are none to clean up or to put in")
+            raise ValueError("byte-level BPE keeps every space: there are none to clean up or to add")
         ids = _as_list(token_ids)
         if ids and isinstance(ids[0], list):
             return self.batch_decode(ids, skip_special_tokens)
@@ -590,7 +590,7 @@ def _tensor(value: List[Any], kind: Optional[str]) -> Any:
     try:
         array = np.asarray(value, np.int32)
     except ValueError:
-        raise ValueError("texts of different lengths make no array: use padding=True, or truncation") from None
+        raise ValueError("texts of different lengths do not make an array: use padding=True, or truncation") from None
     if kind == "np":
         return array
     import mindspore
