@@ -26,7 +26,8 @@ TRANSLATIONS = Path(__file__).with_name("flags_zh.json")
 WORDS = {
     "en": {"title": "# Every flag", "other": "[中文](flags.md)",
            "begin": "Made by `python scripts/flags_page.py` from the commands' own parsers; `qwen15 VERB --help` says "
-                    "the same.",
+                    "the same.\n\n"
+                    "Tab completes them: `pip install shtab`, then `source <(qwen15 completion bash)`; zsh, tcsh too.",
            "flag": "flag", "value": "value", "what": "what it does",
            "shared": "## Flags of the configuration",
            "of": "Of {}. Each overrides the YAML; one that is not given leaves it alone.",
@@ -34,7 +35,8 @@ WORDS = {
            "positions": "Positions, not flags; 1, 2, 6 or 9 of them:"},
     "zh": {"title": "# 全部参数", "other": "[English](flags_en.md)",
            "begin": "本页由 `python scripts/flags_page.py` 从各命令的解析器生成；`qwen15 命令 --help` "
-                    "给出同样的内容（英文）。",
+                    "给出同样的内容（英文）。\n\n"
+                    "Tab 补全：`pip install shtab`，然后 `source <(qwen15 completion bash)`；zsh 和 tcsh 亦可。",
            "flag": "参数", "value": "取值", "what": "作用",
            "shared": "## 配置参数", "of": "用于 {}。每个参数覆盖 YAML 中的值；未给出的参数不改变 YAML。",
            "also": "另有[配置参数](#配置参数)。",
