@@ -2,6 +2,7 @@
 
 import doctest
 import os
+import re
 import select
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import qwen15
 from command_fixtures import MODULE, make_random
+from conftest import ROOT
 from qwen15 import UserError, api, generate, load, ops
 
 
@@ -28,6 +30,26 @@ def test_the_documented_example_runs(small_model, tmp_path):
     names = {"checkpoint": str(small_model), "target": str(tmp_path / "model.safetensors")}
     result = doctest.testmod(api, extraglobs=names)
     assert result.attempted >= 6 and result.failed == 0
+
+
+def python_blocks(page):
+    """The page's Python examples, in order, as one program."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text("utf-8"), re.M | re.S))
+
+
+def test_the_examples_of_the_page_run(small_model, tmp_path):
+    program = python_blocks("python_en.md").replace("models/SmolLM2-135M-Instruct", str(small_model))
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(MODULE)})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == " Paris.\n\n length 5 4".splitlines()[0] and "length 5 4" in done.stdout
+    assert "Rome" in done.stdout and "max_new_tokens" in done.stdout and (tmp_path / "converted").is_dir()
+
+
+def test_both_languages_show_the_same_examples():
+    english, chinese = (re.sub(r" *#.*", "", python_blocks(page)) for page in ("python_en.md", "python.md"))
+    assert english == chinese
 
 
 def test_the_name_stays_a_function_whatever_was_imported_before():
