@@ -32,13 +32,26 @@ def write_whole(path: str, content: bytes, replace: bool = True, private: bool =
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(beside, 0o666 & ~mask)  # mkstemp's files are for the owner alone
-        if not replace:
-            # The name is taken first, so that nothing of the same name can come in between.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        os.replace(beside, path)
+        if replace:
+            os.replace(beside, path)
+        else:
+            _put_where_nothing_is(beside, path)
     except BaseException:
         os.unlink(beside)
         raise
+
+
+def _put_where_nothing_is(beside: str, path: str) -> None:
+    """Rename, unless something is there; a process that is killed meanwhile leaves no empty file."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: the name is taken first
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(beside, path)
+    else:
+        os.unlink(beside)
 
 
 def _remove_leftovers(folder: str, name: str) -> None:

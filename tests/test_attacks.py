@@ -1,0 +1,321 @@
+"""Faults at random places: processes killed, disks full, bits flipped. Each ends in the right result or one clear line.
+
+Some cases of each run by default; the slow ones are as many as docs/reliability.md states.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_fixtures import dims, model_contents, write_model
+from command_fixtures import make_random
+from conftest import MODULE
+from qwen15 import naming
+
+SIZES = dims(hidden=128, intermediate=384, layers=3, heads=8, kv_heads=4, head_dim=16, vocab=4000)
+LIMIT_S = 60
+SEED = int(os.environ.get("QWEN15_ATTACK_SEED", "20"))
+
+
+def cases(some, all_of_them):
+    """So many by default, so many in the slow tests."""
+    return pytest.mark.parametrize("count", [some, pytest.param(all_of_them, marks=[
+        pytest.mark.slow, pytest.mark.timeout(3600)])])
+
+
+class Worker:
+    """attack_worker.py, started once."""
+
+    def __init__(self):
+        script = str(Path(__file__).with_name("attack_worker.py"))
+        self._process = subprocess.Popen([sys.executable, script, str(MODULE)], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, *argv, kill_after_s=None, hide_full_disk=False, limit_s=LIMIT_S):
+        case = {"argv": list(map(str, argv)), "kill_after_s": kill_after_s, "limit_s": limit_s,
+                "hide_full_disk": hide_full_disk}
+        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.flush()
+        done = json.loads(self._process.stdout.readline())
+        assert done["killed"] != "limit", f"still at work after {limit_s} s: {argv}"
+        return done
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def worker():
+    made = Worker()
+    yield made
+    made.close()
+
+
+def tree(path):
+    """Contents of a file or of all files of a folder, by name; None where nothing is."""
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def one_clear_line(done, codes):
+    """The message of a run that has failed as it should."""
+    lines = [line for line in done["err"].splitlines() if line.startswith("error: ")]
+    assert done["code"] in codes and len(lines) == 1, done
+    assert "Traceback" not in done["err"] and "unexpected" not in lines[0], done["err"]
+    assert len(lines[0]) <= 600 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lines[0]), lines[0]
+    return lines[0]
+
+
+# -- kill -9 ----------------------------------------------------------------------------------------------------------
+
+WORK = {
+    "convert to a file": ("convert_weight.py", "m.safetensors", ["--torch_ckpt_dir", "{hf}", "--mindspore_ckpt_path"]),
+    "convert to .ckpt": ("convert_weight.py", "m.ckpt", ["--torch_ckpt_dir", "{hf}", "--mindspore_ckpt_path"]),
+    "slice": ("convert_weight.py", "m", ["--torch_ckpt_dir", "{hf}", "--model_parallel", "2", "--mindspore_ckpt_path"]),
+    "quantise": ("convert_weight.py", "m", ["--torch_ckpt_dir", "{hf}", "--quantize", "int8", "--format", "folder",
+                                            "--max_shard_size", "1MB", "--mindspore_ckpt_path"]),
+    "reverse": ("convert_reversed.py", "m", ["--mindspore_ckpt_path", "{ms}", "--torch_ckpt_path"]),
+    "merge": ("transform_ckpt.py", "m.safetensors", ["--src_ckpt_dir", "{slices}", "--dst_ckpt_dir"]),
+}
+
+
+def usual_weights():
+    """Weights of a size that can be quantised, in bfloat16."""
+    rng = np.random.default_rng(0)
+    made = {}
+    for weight in naming.weights(SIZES):
+        values = rng.standard_normal(weight.shape).astype(np.float32) * 0.05 + ("norm" in weight.hf)
+        made[weight.hf] = ("BF16", weight.shape, (values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    return made
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, worker):
+    """A Hugging Face folder, converted and sliced."""
+    folder = tmp_path_factory.mktemp("attacks")
+    write_model(folder / "hf", SIZES, usual_weights())
+    for name, more in (("ms/model.safetensors", []), ("slices", ["--model_parallel", "2"])):
+        done = worker("convert_weight.py", "--torch_ckpt_dir", folder / "hf", "--mindspore_ckpt_path", folder / name,
+                      *more)
+        assert done["code"] == 0, done["err"]
+    return {name: folder / name for name in ("hf", "ms", "slices")}
+
+
+@pytest.fixture(scope="module")
+def known(models, worker, tmp_path_factory):
+    """Of each kind of work: its command for a target, its undisturbed result, and how long it takes."""
+    folder = tmp_path_factory.mktemp("known")
+
+    def one(kind):
+        script, name, flags = WORK[kind]
+        flags = [flag.format(**models) for flag in flags]
+        target = folder / kind.replace(" ", "_") / name
+        target.parent.mkdir()
+        done = worker(script, *flags, target)
+        assert done["code"] == 0, done["err"]
+        return (script, *flags), name, tree(target), done["seconds"]
+
+    return {kind: one(kind) for kind in WORK}
+
+
+@cases(1, 34)
+@pytest.mark.parametrize("kind", WORK)
+def test_a_killed_conversion_leaves_a_whole_result_or_none_and_the_same_command_finishes_it(kind, count, known, worker,
+                                                                                              models, tmp_path):
+    command, name, expected, seconds = known[kind]
+    rng = random.Random(f"{SEED} {kind}")
+    before = tree(models["hf"].parent)
+    for number in range(count):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+        done = worker(*command, folder / name, kill_after_s=rng.uniform(0, 1.1 * seconds))
+        assert done["killed"] or done["code"] == 0, done
+        assert tree(folder / name) in ((None, expected) if done["killed"] else (expected,)), done
+        if tree(folder / name) is None:
+            again = worker(*command, folder / name)
+            assert again["code"] == 0 and tree(folder / name) == expected, again["err"]
+        assert sorted(path.name for path in folder.iterdir() if "partial" in path.name) == []
+        assert (folder / "notes.txt").read_text() == "mine"
+        shutil.rmtree(folder)
+    assert tree(models["hf"].parent) == before
+
+
+@cases(4, 200)
+def test_a_killed_save_leaves_the_old_file_the_new_one_or_none(count, worker, tmp_path):
+    rng = random.Random(SEED)
+    size = 4_000_000
+    seconds = worker("save", tmp_path / "first.json", size)["seconds"]
+    for number in range(count):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = folder / "chat.json"
+        worker("save", path, size, kill_after_s=rng.uniform(0, 1.1 * seconds))
+        if path.exists():
+            assert json.loads(path.read_text())["messages"][0]["content"] in ("x" * size, "y" * size)
+            path.unlink()
+        assert worker("save", path, 5)["code"] == 0
+        assert [entry.name for entry in folder.iterdir()] == ["chat.json"]
+        shutil.rmtree(folder)
+
+
+# -- full disks -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def disk(tmp_path):
+    """`disk(KiB)`: a folder on a file system of that size, which grows when it is called again."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def sized(kib):
+        options = f"{'remount,' if mounted else ''}size={kib}k"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a small file system needs root")
+        mounted[:] = [folder]
+        return folder
+
+    yield sized
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@cases(1, 9)
+@pytest.mark.parametrize("kind", WORK)
+def test_a_full_disk_is_one_line_and_with_more_room_the_same_command_finishes(kind, count, known, worker, disk):
+    command, name, expected, _ = known[kind]
+    rng = random.Random(f"{SEED} {kind}")
+    whole = disk(2 ** 20)
+    assert worker(*command, whole / name)["code"] == 0
+    used = subprocess.run(["du", "-sk", str(whole)], capture_output=True, text=True, check=True)
+    most_kib = int(used.stdout.split()[0])
+    for number in range(count):
+        for path in whole.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        kib = rng.randrange(8, most_kib - 4)
+        folder = disk(kib)
+        done = worker(*command, folder / name, hide_full_disk=number % 2 == 0)
+        line = one_clear_line(done, (1, 2))
+        assert "space" in line or "room" in line or "free" in line, line
+        assert tree(folder / name) is None, f"{kib} KiB: a target that is not whole"
+        disk(2 ** 20)
+        assert worker(*command, folder / name)["code"] == 0 and tree(folder / name) == expected
+
+
+# -- flipped bits -----------------------------------------------------------------------------------------------------
+
+FLIPPED = dims(hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, head_dim=8, vocab=60)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, worker):
+    """The same float32 model in each format: (folder, weight file, script with flags)."""
+    folder = tmp_path_factory.mktemp("flipped")
+    write_model(folder / "safetensors", FLIPPED, model_contents(FLIPPED, "F32"), torch_dtype="float32")
+    there = ("convert_weight.py", "--mindspore_ckpt_path")
+    made = {"safetensors": (folder / "safetensors", "model.safetensors", there)}
+    (folder / "ckpt").mkdir()
+    worker(*there, folder / "ckpt" / "model.ckpt", "--torch_ckpt_dir", folder / "safetensors")
+    made["ckpt"] = (folder / "ckpt", "model.ckpt", ("convert_reversed.py", "--torch_ckpt_path"))
+    (folder / "bin").mkdir()
+    worker("convert_reversed.py", "--mindspore_ckpt_path", folder / "ckpt" / "model.ckpt", "--torch_ckpt_path",
+           folder / "bin" / "pytorch_model.bin")
+    made["bin"] = (folder / "bin", "pytorch_model.bin", there)
+    return made
+
+
+def read_by_others(kind, path):
+    """Arrays by name, as the format's own library reads them."""
+    if kind == "safetensors":
+        from safetensors.numpy import load_file
+
+        return load_file(path)
+    if kind == "ckpt":
+        mindspore = pytest.importorskip("mindspore")
+        return {name: value.asnumpy() for name, value in mindspore.load_checkpoint(str(path)).items()}
+    torch = pytest.importorskip("torch")
+    return {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
+
+
+def contents(arrays):
+    """The bytes of every array, whatever it is called."""
+    return sorted(array.tobytes() for array in arrays.values())
+
+
+@cases(15, 1000)
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "bin"])
+def test_a_flipped_bit_is_refused_in_one_line_or_arrives_as_it_is(kind, count, sources, worker, tmp_path):
+    folder, name, command = sources[kind]
+    if not (folder / name).exists():
+        pytest.skip("no torch: .bin files need it")
+    rng = random.Random(f"{SEED} {kind}")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    whole = (folder / name).read_bytes()
+    given = "--mindspore_ckpt_path" if kind == "ckpt" else "--torch_ckpt_dir"
+    undamaged = contents(read_by_others(kind, folder / name))
+    headers = [found.start() for found in re.finditer(rb"model\.|PK", whole)]
+    taken = 0
+    for number in range(count):
+        # Half of them about names and lengths, which is where a reader can be led astray.
+        near = min(len(whole) - 1, max(0, rng.choice(headers) + rng.randrange(-40, 60)))
+        place = near if number % 2 else rng.randrange(len(whole))
+        data = bytearray(whole)
+        data[place] ^= 1 << rng.randrange(8)
+        (damaged / name).write_bytes(data)
+        result = tmp_path / f"{number}.safetensors"
+        done = worker(*command, result, given, damaged / name if kind == "ckpt" else damaged, limit_s=20)
+        if done["code"]:
+            one_clear_line(done, (1, 2))
+            assert not result.exists()
+            continue
+        taken += 1
+        ours = contents(read_by_others("safetensors", result))
+        # A flip in what no reader needs is borne; one among the numbers arrives as it is, where nothing tells it.
+        assert ours == undamaged or ours == contents(read_by_others(kind, damaged / name)), f"byte {place}"
+        result.unlink()
+    assert taken < count
+
+
+# -- many prompts -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_prompts_killed_twice_are_answered_once_each(small_model, tmp_path):
+    pytest.importorskip("mindspore")
+    config = make_random(tmp_path, small_model)
+    prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    rng = np.random.default_rng(0)
+    words = "time water light stone river north bird song".split()
+    prompts.write_text("\n".join(f"{number} " + " ".join(rng.choice(words, rng.integers(1, 12)))
+                                 for number in range(10_000)) + "\n")
+    command = [sys.executable, "run_qwen1_5.py", "--device_target", "CPU", "--config", str(config), "--predict_file",
+               str(prompts), "--output_file", str(answers), "--max_new_tokens", "1", "--max_batch", "64"]
+    for lines in (100, 4000):
+        process = subprocess.Popen(command, cwd=MODULE, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not answers.exists() or answers.read_bytes().count(b"\n") < lines):
+            try:
+                process.wait(0.2)
+            except subprocess.TimeoutExpired:
+                pass
+        process.kill()
+        process.wait()
+    done = subprocess.run(command, cwd=MODULE, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert sorted(entry["index"] for entry in found) == list(range(10_000))
+    asked = prompts.read_text().splitlines()
+    assert all(entry["prompt"] == asked[entry["index"]] and len(entry["token_ids"]) == 1 for entry in found)
