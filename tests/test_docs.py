@@ -16,7 +16,7 @@ from conftest import MODULE, ROOT
 from quantized_fixtures import Form, write_quantised
 from qwen15 import naming
 
-PAGES = [ROOT / "README.md", MODULE / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(MODULE.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SIZES = dims(hidden=64, intermediate=96, layers=2, heads=8, kv_heads=8, head_dim=8, vocab=152064)
 
 NOT_RUN = (
@@ -24,6 +24,7 @@ NOT_RUN = (
     (r"scripts/(quickstart|test)\.sh|^source \.venv|^pip install", "installs"),
     (r"Ascend/|ascend-check|14b\.ckpt|/path/72b ", "needs a 910B card"),
     (r'run_qwen1_5\.py \.\.\."', "stands for a command that is given in full elsewhere on its page"),
+    (r"^docker ", "needs a container engine"),
     (r"qwen15 serve|^curl ", "the server's own tests do that"),
     (r"bench numerics|small-int8", "takes minutes with a real model"),
     (r"14b-int4", "takes a file of 8.5 GB and minutes"),
