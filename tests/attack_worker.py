@@ -1,7 +1,7 @@
 """Runs the converters and a save in forked children, to be killed, starved of disk or fed with damaged files.
 
 The parent imports them once, so that a case costs the work itself. A line of JSON on stdin is a case, a line on stdout
-its end: {"argv": [script or "save", ...], "kill_after_s": number or null, "limit_s": number, "hide_full_disk": boolean}.
+its end: {"argv": [script or "save", ...], "kill_after_s": number or null, "limit_s": number, "hide_full_disk": true}.
 """
 
 import contextlib
