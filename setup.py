@@ -78,7 +78,7 @@ setup(
     distclass=WithLibrary,
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels},
     install_requires=[
-        "mindspore>=2.7.2,<2.10",
+        "mindspore>=2.7.2,<2.11",
         "numpy>=1.26,<2",
         "pyyaml>=6",
         # 0.8.0 writes wrong bytes for arrays that are not contiguous, and MindSpore hands it such arrays.
@@ -91,7 +91,7 @@ setup(
     ],
     extras_require={
         # Cards, and `type: Qwen2Tokenizer` in MindFormers' own programs. It brings the transformers that it goes with,
-        # and ends at 3.11.
+        # and ends at 3.11. MindFormers 2.0, for MindSpore 2.10, wants a package that PyPI lacks: see docs/ascend.md.
         "ascend": [MINDFORMERS],
         "quickstart": ["gguf>=0.10"],
         "gguf": ["gguf>=0.10"],

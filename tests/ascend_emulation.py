@@ -117,16 +117,16 @@ def _weight_quant_matmul(primitive):
     def compute(x, weight, scale, offset=None, *others):
         if any(other is not None for other in others):
             raise ValueError("an input that this project does not use is given")
-        integers = weight.asnumpy()
+        integers, group = weight.asnumpy(), primitive.antiquant_group_size
         if weight.dtype == ms.qint4x2:
-            if primitive.transpose_weight or primitive.antiquant_group_size not in (64, 128):
-                raise ValueError(f"transpose_weight {primitive.transpose_weight}, group "
-                                 f"{primitive.antiquant_group_size}")
             integers = plain.unpack_int4(integers)
-            if scale.shape[0] * primitive.antiquant_group_size != integers.shape[0]:
-                raise ValueError(f"scales {scale.shape} for groups of {primitive.antiquant_group_size}")
-        elif not primitive.transpose_weight or primitive.antiquant_group_size:
-            raise ValueError("8 bits are rows with one scale each")
+        if group:
+            if primitive.transpose_weight or group not in (64, 128):
+                raise ValueError(f"transpose_weight {primitive.transpose_weight}, group {group}")
+            if scale.shape[0] * group != integers.shape[0]:
+                raise ValueError(f"scales {scale.shape} for groups of {group}")
+        elif not primitive.transpose_weight or weight.dtype == ms.qint4x2:
+            raise ValueError("without groups it is 8 bits, rows with one scale each")
         given = None if offset is None else values(offset)
         return rounded(plain.weight_quant_matmul(values(x), integers, values(scale), given,
                                                  primitive.transpose_weight), x)

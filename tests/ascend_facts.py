@@ -1,5 +1,5 @@
-"""Measure what docs/ascend_measured.md states, and write it there: `python tests/ascend_facts.py
-docs/ascend_measured.md`; --check compares."""
+"""Measure what docs/tables/ascend.md states, and write it there: `python tests/ascend_facts.py
+docs/tables/ascend.md`; --check compares."""
 
 import difflib
 import os
@@ -21,7 +21,7 @@ MUTATIONS = (("gate_up", "w1 / w3 swapped in one layer"), ("theta", "theta 1e4 f
 QUANTISED = (("A16W8", {"bits": 8, "group": 0, "zeros": False}),
              ("A16W4, 64", {"bits": 4, "group": 64, "zeros": False}),
              ("A16W4, 128, zero points", {"bits": 4, "group": 128, "zeros": True}))
-BEGIN, END = (f"<!-- {edge}: python tests/ascend_facts.py docs/ascend_measured.md -->" for edge in ("begin", "end"))
+BEGIN, END = (f"<!-- {edge}: python tests/ascend_facts.py docs/tables/ascend.md -->" for edge in ("begin", "end"))
 SHOWN = ("RmsNorm", "ApplyRotaryPosEmb", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention", "SiLU", "MatMul")
 
 

@@ -368,8 +368,8 @@ def _compare_contents(cell, checkpoint: str, ranks: int, rank: int, quantised: d
 
 def _meaning(held: dict, name: str) -> np.ndarray:
     """(W + offset) scale of a quantised weight's parameters, as (O, I): x W with x the unit matrix."""
-    integers, transposed = held[name].asnumpy(), held[name].dtype == ms.int8
-    if not transposed:
+    integers, transposed = held[name].asnumpy(), held[name + "_scale"].ndim == 1
+    if held[name].dtype != ms.int8:
         integers = operators.unpack_int4(integers)
     scale, offset = (ascend_emulation.values(held[name + part]) if name + part in held else None
                      for part in ("_scale", "_offset"))

@@ -21,7 +21,7 @@ _TIMEOUT_S = 900
 
 NUMBERS = "test_ascend_emulation.py -k float32_generates_the_tokens_of_hugging_face and grouped"
 HALF = "test_ascend_emulation.py -k half_precision_stays and bfloat16 and not quantised"
-QUANTISED = "test_ascend_emulation.py -k quantised_weights_generate and (int8_zero or 128_zero)"
+QUANTISED = "test_ascend_emulation.py -k quantised_weights_generate and (int8_zero or 128_zero or int8_groups)"
 SLICES = "test_ascend_graphs.py -k slices_are_those and 2-False"
 RANKS = "test_ascend_graphs.py -k every_rank_holds_its_slice and 2-4"
 GRAPHS = "test_ascend_graphs.py -k shipped_yaml_compiles and bfloat16 and 14b-"
@@ -46,8 +46,8 @@ MF, WQ, NAMING = "network/mindformers.py", "network/weight_quant.py", "naming.py
 MUTATIONS = {
     "w1_w3_swapped": Mutation(NAMING, '"model.layers.{}.feed_forward.w1.weight", ("F"',
                               '"model.layers.{}.feed_forward.w9.weight", ("F"', NUMBERS),
-    "theta": Mutation("commands/make_yaml.py", 'f"    theta: {recipe.theta}"', '"    theta: 10000.0"', NUMBERS),
-    "eps": Mutation("commands/make_yaml.py", "{_number(recipe.rms_norm_eps)}", "1.0e-5", NUMBERS),
+    "theta": Mutation("commands/make_yaml.py", 'f"    theta: {contents.theta}"', '"    theta: 10000.0"', NUMBERS),
+    "eps": Mutation("commands/make_yaml.py", "{_number(contents.rms_norm_eps)}", "1.0e-5", NUMBERS),
     "bias_dropped": Mutation(MF, "            put(name, array, held,",
                              "            array = array * ('wq.bias' not in name)\n            put(name, array, held,",
                              NUMBERS),
@@ -58,8 +58,8 @@ MUTATIONS = {
     "slots_off_by_one": Mutation(MF, '"slot_mapping": slot_mapping}', '"slot_mapping": slot_mapping + 1}', NUMBERS),
     "wo_axis": Mutation(NAMING, '"model.layers.{}.attention.wo.weight", ("E", "HD"), ROW',
                         '"model.layers.{}.attention.wo.weight", ("E", "HD"), COLUMN', SLICES),
-    "vocab_emb_dp_inverted": Mutation(MF, "config.parallel.vocab_emb_dp, whole=",
-                                      "not config.parallel.vocab_emb_dp, whole=", SLICES),
+    "vocab_emb_dp_inverted": Mutation(MF, "self.ranks, parallel.vocab_emb_dp,",
+                                      "self.ranks, not parallel.vocab_emb_dp,", SLICES),
     "no_dynamic_inputs": Mutation(MF, "            self.cell.set_dynamic_inputs()", "            pass", TWICE),
     "strategy_file_not_reset": Mutation(MF, 'set_auto_parallel_context(strategy_ckpt_save_file="")',
                                         "get_auto_parallel_context('device_num')", GRAPHS.replace("14b-", "72b-")),
@@ -82,10 +82,12 @@ MUTATIONS = {
                                        CONVERSATION),
     "missing_weight_passed_over": Mutation("checkpoint/account.py", "    if missing:\n", "    if missing and False:\n",
                                            REFUSED),
-    "offset_sign": Mutation(WQ, '(middle - pieces.zero.astype(np.float32), "F32")',
-                            '(pieces.zero.astype(np.float32) - middle, "F32")', QUANTISED),
+    "offset_sign": Mutation(WQ, '(middle - stored.zero.astype(np.float32), "F32")',
+                            '(stored.zero.astype(np.float32) - middle, "F32")', QUANTISED),
     "nibbles_swapped": Mutation(WQ, "nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)",
                                 "nibbles[:, 1::2] | (nibbles[:, 0::2] << 4)", QUANTISED),
+    "int8_groups_not_turned": Mutation(WQ, "np.ascontiguousarray(stored.weight.T)",
+                                       "np.ascontiguousarray(stored.weight.reshape(stored.weight.T.shape))", QUANTISED),
     "silu_of_quantised_w1_dropped": Mutation(WQ, "self.activation_flag = linear.activation_flag",
                                              "self.activation_flag = False", QUANTISED),
     "quantised_rank_0_everywhere": Mutation("network/weights.py", "self._rank * size, (self._rank + 1) * size)",

@@ -61,7 +61,19 @@ class Worker:
         self._errors.close()
 
 
+def _import_mindformers() -> None:
+    """As production does, which knows a way where MindFormers lacks a package; leaves no trace of ours behind."""
+    sys.path.insert(0, PACKAGES)
+    from qwen15.network.mindformers_import import import_mindformers
+
+    import_mindformers()
+    sys.path.remove(PACKAGES)
+    for name in [name for name in sys.modules if name.split(".")[0] == "qwen15"]:
+        del sys.modules[name]
+
+
 def _serve(descriptor: int) -> None:
+    _import_mindformers()
     with os.fdopen(descriptor, "w", encoding="utf-8") as answers:
         for line in sys.stdin:
             request = json.loads(line)

@@ -1,5 +1,6 @@
 """What many tests need: random models as transformers would save them, the small real model, the real vocabulary."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("alone")
     place = {stem: number for number, stem in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def require(*modules: str) -> None:
+    """Skip this test, or this file, where one of the modules is not installed. Imports none of them."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")

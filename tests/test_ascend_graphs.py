@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from ascend_worker import Worker, WorkerError
+from conftest import require
 from official_configs import OTHERS, QWEN1_5
 from qwen15 import naming
 from qwen15.ascend import model
@@ -16,7 +17,7 @@ from qwen15.config.hf_config import dims_from_hf_config
 from qwen15.config.load import load_config
 from qwen15.conversion import strategy
 
-pytest.importorskip("mindformers")
+require("mindformers")
 
 LAYERS = 2
 TWO_LAYERS = [f"model.model_config.num_layers={LAYERS}"]
@@ -95,7 +96,7 @@ def test_shipped_yaml_compiles(compiled, module_dir, name, dtype):
     check_graphs(*compiled(str(module_dir / f"predict_qwen1_5_{name}.yaml"), dtype))
 
 
-@pytest.mark.parametrize("quantised", ((8, 0), (4, 128)), ids=("A16W8", "A16W4"))
+@pytest.mark.parametrize("quantised", ((8, 0), (8, 128), (4, 128)), ids=("A16W8", "A16W8 groups", "A16W4"))
 @pytest.mark.parametrize("name", QWEN1_5)
 def test_shipped_yaml_compiles_for_quantised_weights(compiled, module_dir, name, quantised):
     path = str(module_dir / f"predict_qwen1_5_{name}.yaml")
@@ -103,7 +104,7 @@ def test_shipped_yaml_compiles_for_quantised_weights(compiled, module_dir, name,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantised", ((8, 0), (4, 64)), ids=("A16W8", "A16W4"))
+@pytest.mark.parametrize("quantised", ((8, 0), (8, 64), (4, 64)), ids=("A16W8", "A16W8 groups", "A16W4"))
 @pytest.mark.parametrize("ranks", (1, 2, 4, 8))
 @pytest.mark.parametrize("name", QWEN1_5)
 def test_every_yaml_compiles_for_quantised_weights_over_any_number_of_cards(compiled, module_dir, name, ranks,
@@ -114,7 +115,7 @@ def test_every_yaml_compiles_for_quantised_weights_over_any_number_of_cards(comp
     dims = load_config(path, options=["context.device_target=CPU"]).model.dims
     if naming.indivisible(dims, ranks):
         pytest.skip(naming.indivisible(dims, ranks))
-    if quantised[0] == 4 and (dims.intermediate_size // ranks % 64 or dims.hidden_size // ranks % 64):
+    if quantised[1] and (dims.intermediate_size // ranks % 64 or dims.hidden_size // ranks % 64):
         with pytest.raises(WorkerError, match="the operator on Ascend takes groups of 64 or 128"):
             compiled(path, "float16", *more, quantised=quantised)
         return
@@ -141,7 +142,7 @@ def test_float32_is_refused_by_the_operators_themselves(cards, module_dir):
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
-@pytest.mark.parametrize("head_dim, count", ((64, 14), (128, 10)))
+@pytest.mark.parametrize("head_dim, count", ((64, 15), (128, 10)))
 def test_operator_graphs_of_the_check_compile(cards, dtype, head_dim, count):
     found = cards(1).call("ascend_graphs.check_graphs", dtype=dtype, head_dim=head_dim)
     assert len(found) == count

@@ -2,6 +2,7 @@
 
 import pytest
 from ascend_mutations import MUTATIONS, PACKAGE, ROOT, noticed
+from conftest import require
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -15,6 +16,6 @@ def test_the_table_of_faults_is_up_to_date(name):
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_fault_is_noticed(name):
-    pytest.importorskip("mindformers")
+    require("mindformers")
     found, last = noticed(MUTATIONS[name])
     assert found, f"the tests pass, or could not run: {last}"

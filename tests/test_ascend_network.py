@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import require
 from qwen15 import device
 from qwen15.ascend import check
 from qwen15.config.load import load_config
@@ -50,7 +51,7 @@ def test_saving_the_strategy_is_refused(config):
 @pytest.mark.parametrize("option, key", (("parallel.parallel_mode=0", "parallel_mode"), ("context.mode=1", "mode 1")))
 def test_modes_that_cannot_cut_the_weights_are_refused(config, tmp_path, monkeypatch, option, key):
     monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
-    pytest.importorskip("mindformers")
+    require("mindformers")
     with pytest.raises(UserError, match=key):
         mindformers.mindformers_config(config("use_parallel=True", option))
 
@@ -95,15 +96,18 @@ def complaints(config, monkeypatch):
         lambda: mindformers.mindformers_config(config("use_parallel=True", "context.mode=1"))]
     told = [str(mindformers._explain(RuntimeError("memory isn't enough"))),
             str(non_finite_error("the prompt", 3, None))]
+    mindformers.import_mindformers()
     with monkeypatch.context() as patch:
         patch.setattr("mindformers.build_context", fails)
         attempts.append(lambda: mindformers.start(SimpleNamespace()))
         told += [_said(attempt) for attempt in attempts]
     with monkeypatch.context() as patch:
         patch.setattr(device, "require", lambda target: None)
-        patch.setattr(mindformers, "start", lambda settings: (0, 2))
-        told.append(_said(lambda: mindformers.MindFormersNetwork(
-            config("use_parallel=True", "parallel_config.model_parallel=4"), "nowhere", print)))
+        patch.setattr(mindformers.weights, "Loader", lambda *_, **__: SimpleNamespace(schemes={}))
+        for found in ((0, 2), (3, 4)):
+            patch.setattr(mindformers, "start", lambda settings, found=found: found)
+            told.append(_said(lambda: mindformers.MindFormersNetwork(
+                config("use_parallel=True", "parallel_config.model_parallel=4"), "nowhere", print)))
     return told
 
 
@@ -115,7 +119,7 @@ def _said(attempt) -> str:
 
 def test_the_docs_quote_what_is_said_and_leave_nothing_out(config, module_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
-    pytest.importorskip("mindformers")
+    require("mindformers")
     told = complaints(config, monkeypatch)
     for name, header in (("ascend.md", "信息"), ("ascend_en.md", "message")):
         page = (module_dir.parent.parent / "docs" / name).read_text(encoding="utf-8")
@@ -144,7 +148,7 @@ with open(f"{sys.argv[1]}/{rank}", "w") as file:
 
 def test_every_rank_learns_the_token_of_rank_0(module_dir, tmp_path):
     """In graph mode, as on Ascend, where the same call goes through HCCL."""
-    pytest.importorskip("mindspore")
+    require("mindspore")
     (tmp_path / "rank.py").write_text(RANK, encoding="utf-8")
     result = subprocess.run([sys.executable, "-m", "qwen15.launch",
                              f"{sys.executable} {tmp_path / 'rank.py'} {tmp_path}", "2"],

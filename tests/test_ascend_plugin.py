@@ -3,11 +3,12 @@
 import convert_weight
 import pytest
 from ascend_worker import PACKAGES, Worker
+from conftest import require
 from qwen1_5_tokenizer import Qwen2Tokenizer
 from qwen15.ascend import model
 from qwen15.naming import Dims
 
-pytest.importorskip("mindformers")
+require("mindformers")
 
 SIZES = Dims(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16,
              vocab_size=151936,

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from conftest import MODULE
 from hypothesis import given
 from hypothesis import strategies as st
 from launch_runs import LAUNCHER, WORKER, Launch, free_port, worker
+from qwen15 import cluster
 from qwen15.errors import UserError
 from qwen15.launch import plan as launch
 from qwen15.launch import ports, secret
@@ -190,6 +192,41 @@ def test_nothing_is_said_to_hccl_when_the_user_says_nothing():
     scheduler, ranks = launch.tasks(launch.parse([SCRIPT, "2"]), 9000, {"PATH": "/bin"})
     assert not any(name.startswith("HCCL") for task in (scheduler, *ranks) for name in task.environ)
     assert ranks[0].environ["MS_NODE_TIMEOUT"] == "300" and "MS_NODE_TIMEOUT" not in scheduler.environ
+
+
+def test_ranks_of_one_machine_get_memory_that_has_no_name_and_those_of_several_none(monkeypatch):
+    one = launch.parse([SCRIPT, "2"])
+    several = launch.parse([SCRIPT, "4", "2", "127.0.0.1", "9000", "0", "l", "True", "5"])
+    assert launch.make_memory(several) is None and launch.make_memory(launch.parse([SCRIPT, "1"])) is None
+    memory = launch.make_memory(one)
+    scheduler, ranks = launch.tasks(one, 9000, {cluster.MEMORY: "3:4:5"}, memory)
+    assert cluster.MEMORY not in scheduler.environ and scheduler.files == ()
+    assert all(rank.files == (memory,) for rank in ranks)
+    monkeypatch.setenv("QWEN15_RANK_SUM", "shared")
+    assert cluster.shared_memory(ranks[0].environ) == (memory, "")
+    assert cluster.describe_sum(ranks[0].environ) == "in shared memory"
+    os.close(memory)
+    assert cluster.shared_memory(ranks[0].environ) == (
+        None, "the memory that the launcher has made did not come down to this process")
+    assert launch.tasks(one, 9000, {cluster.MEMORY: "3:4:5"})[1][0].environ.get(cluster.MEMORY) is None
+
+
+@pytest.mark.parametrize("environ, words", [
+    ({"QWEN15_RANK_SUM": "fast"}, "QWEN15_RANK_SUM: wants shared or mindspore, not 'fast'"),
+    ({"QWEN15_RANK_SUM": "shared"}, "shared cannot be had: the launcher has handed down no memory"),
+    ({"QWEN15_RANK_SUM": "shared", cluster.MEMORY: "x"}, "did not come down to this process"),
+    ({"QWEN15_RANK_SUM": "shared", cluster.MEMORY: "99999999999999999999:1:2"}, "did not come down to this process"),
+])
+def test_a_sum_that_cannot_be_had_is_refused(environ, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        cluster.shared_memory(environ)
+
+
+def test_how_ranks_will_add_is_said_beforehand():
+    assert cluster.describe_sum({}).startswith("in shared memory where msrun_launcher.sh starts all on one machine")
+    assert cluster.describe_sum({"QWEN15_RANK_SUM": "mindspore"}) == (
+        "by MindSpore's collectives (QWEN15_RANK_SUM=mindspore)")
+    assert cluster.describe_sum({"RANK_ID": "0"}).startswith("by MindSpore's collectives (the launcher has handed")
 
 
 def test_the_scheduler_starts_on_machine_0_only():

@@ -49,7 +49,8 @@ def contracts(dtype: str, head_dim: int, prepare: Callable[[Any], Any] = lambda 
     """
     run = _Runner(dtype, head_dim, prepare)
     if head_dim == HEAD_DIMS[0]:  # these know no heads
-        yield from (run.rms_norm(), run.silu(), run.int8_matmul(), run.int4_matmul())
+        yield from (run.rms_norm(), run.silu(), run.int8_matmul(), run.int8_groups_matmul(),
+                    run.int4_matmul())
     yield from run.rotary_prefill()
     yield from run.rotary_decode()
     yield run.flash_attention()
@@ -150,6 +151,21 @@ class _Runner:
                         {"the offset is subtracted": plain.weight_quant_matmul(x, weight, scale, -offset, True),
                          "the offset is left out": plain.weight_quant_matmul(x, weight, scale, None, True),
                          "the offset is added after the scale": x @ (weight * scale[:, None] + offset[:, None]).T})
+
+    def int8_groups_matmul(self) -> Contract:
+        """A16W8 in groups: each group of inputs has a scale and an offset of its own."""
+        outputs, inputs = 96, 4 * _GROUP
+        weight = self._random.integers(-128, 128, (inputs, outputs)).astype(np.int8)
+        scale, offset = self._scales(4, outputs), self._random.integers(-20, 20, (4, outputs)).astype(np.float32)
+        x = self._normal(5, inputs)
+        ours = self._matmul(False, _GROUP, x, self._ms.Tensor(weight), scale, offset)
+        first = [np.repeat(array[:1], 4, axis=0) for array in (scale, offset)]
+        return Contract("WeightQuantBatchMatmul int8 in groups", ours,
+                        plain.weight_quant_matmul(x, weight, scale, offset, False),
+                        {"the first group's scale and offset count for all":
+                         plain.weight_quant_matmul(x, weight, *first, False),
+                         "the offset is subtracted": plain.weight_quant_matmul(x, weight, scale, -offset, False),
+                         "the offset is left out": plain.weight_quant_matmul(x, weight, scale, None, False)})
 
     def int4_matmul(self) -> Contract:
         """A16W4: groups of inputs with one scale each, two columns to a byte."""

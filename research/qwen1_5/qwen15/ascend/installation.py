@@ -15,7 +15,8 @@ from typing import Callable, Mapping, Optional, Sequence
 from .. import device
 from ..finding import FAIL, INFO, OK, WARN, Finding
 
-PAIRS = {"2.7.2": ("1.8.0", "8.5.0", "25.5.0"), "2.9.0": ("1.9.0", "9.0.0", "26.0.RC1")}
+PAIRS = {"2.10.0": ("2.0.0", "9.1.0", "26.1.0"), "2.9.0": ("1.9.0", "9.0.0", "26.0.RC1"),
+         "2.7.2": ("1.8.0", "8.5.0", "25.5.0")}
 """MindSpore -> the MindFormers, CANN and driver made for it, for a MindFormers that does not say so itself."""
 
 _VERSION_FILES = ("compiler/version.info", "opp/version.info", "share/info/*/version.info",

@@ -1,4 +1,4 @@
-"""Several workers of one machine: memory and load time of each, tokens per second, time spent in AllReduce."""
+"""Several workers of one machine: memory and load time of each, tokens per second, time spent in sums over them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ COLUMNS = (
     Column("PSS of a rank, GB", _giga("pss_bytes")), Column("PSS of all, GB", _giga("all_pss_bytes")),
     Column("first token, s", number("prefill_s", ".2f")), Column("tokens/s", number("decode_tokens_per_s")),
     Column("times the first row", number("times_first", ".2f")),
-    Column("AllReduce a token, ms", lambda row: f"{row['allreduce_decode_s'] * 1e3:.1f}" if "allreduce_decode_s" in row
+    Column("sums a token, ms", lambda row: f"{row['allreduce_decode_s'] * 1e3:.1f}" if "allreduce_decode_s" in row
            else "-"),
     Column("of the token", _percent("of_decode")), Column("of the prompt", _percent("of_prefill")),
 )

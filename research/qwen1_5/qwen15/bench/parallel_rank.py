@@ -81,7 +81,8 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
               **memory,
               "note": network.note, "threads": os.environ.get("QWEN15_THREADS")}
     if workers > 1:
-        result.update(_profile(job["folder"], rank, prefill, decode))
+        waited = _time_waits if network.note.endswith("in shared memory") else _profile
+        result.update(waited(job["folder"], rank, prefill, decode))
     return result
 
 
@@ -112,6 +113,26 @@ def _memory() -> Dict[str, int]:
     with open("/proc/self/status", encoding="ascii") as file:
         peak = next(line for line in file if line.startswith("VmHWM"))
     return {"peak_rss_bytes": int(peak.split()[1]) * 1024, **found}
+
+
+def _time_waits(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any]:
+    """`_profile` where the kernels add over the ranks: seconds that this rank has waited for the others."""
+    from ..kernels import library
+
+    kernels = library.load()
+    before = kernels.waited
+    prefill_s = prefill()
+    between = kernels.waited
+    decode_s, _ = decode(PROFILED_TOKENS)
+    after = kernels.waited
+    own_prefill_s = prefill()  # the decoding began with a prompt
+    last = kernels.waited
+    tokens = PROFILED_TOKENS - 1
+    waited_s = after[0] - between[0] - (last[0] - after[0])
+    return {"profiled_prefill_s": min(prefill_s, own_prefill_s), "allreduce_prefill_s": between[0] - before[0],
+            "allreduces_a_prefill": between[1] - before[1], "profiled_decode_s": decode_s / tokens,
+            "allreduce_decode_s": max(0.0, waited_s) / tokens,
+            "allreduces_a_token": (after[1] - between[1] - (last[1] - after[1])) / tokens}
 
 
 def _profile(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any]:

@@ -21,8 +21,9 @@ from ..generation import memory
 from ..launch.plan import DEFAULT_PORT
 
 _PYTHON = ((3, 9), (3, 12))
-_PAIRS = {"2.9": "1.9", "2.7": "1.8"}
-"""MindSpore's minor version -> the MindFormers made for it."""
+_PAIRS = {spark.rpartition(".")[0]: formers.rpartition(".")[0]
+          for spark, (formers, _, _) in installation.PAIRS.items()}
+"""MindSpore's minor version -> the MindFormers made for it: '2.9' -> '1.9'."""
 
 _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16",
               "asimd", "bf16", "sve")
@@ -94,11 +95,13 @@ def _judged(name: str, found: str, version: Callable[[str], Optional[str]]) -> F
         spark = version("mindspore") or ""
         wanted = _PAIRS.get(".".join(spark.split(".")[:2]))
         if spark and wanted is None:
+            pairs = ", ".join(f"mindspore {one} with mindformers {other}" for one, other in _PAIRS.items())
             return Finding(name, WARN, f"{found} with mindspore {spark}, which is not tested",
-                           "Tested pairs: mindspore 2.9 with mindformers 1.9, mindspore 2.7 with mindformers 1.8.")
-        if wanted and not found.startswith(wanted):
-            return Finding(name, WARN, f"{found}, but mindspore {spark} goes with mindformers {wanted}",
-                           f"pip install 'mindformers=={wanted}.*'")
+                           f"Tested pairs: {pairs}.")
+        if wanted and not found.startswith(f"{wanted}."):
+            later = "; 2.1 wants mindspore 2.11, which is not out yet" if found.startswith("2.1.") else ""
+            return Finding(name, WARN, f"{found}, but mindspore {spark} goes with mindformers {wanted}{later}",
+                           f"pip install {'--no-deps ' if wanted == '2.0' else ''}'mindformers=={wanted}.*'")
     return Finding(name, OK, found)
 
 

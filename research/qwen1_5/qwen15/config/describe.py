@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, List, Mapping, Tuple
 
-from .. import device
+from .. import cluster, device
 from .keys import DEVICE, INERT, find
 from .schema import Config
 
@@ -27,7 +27,10 @@ def describe(config: Config) -> str:
         rows.append(("seed = None", config.sources["seed"]))
     width = min(max(len(left) for left, _ in rows), _WIDEST)
     lines = [f"{left:<{width}}  # {right}" for left, right in rows]
-    return "\n".join([*lines, f"# device: {config.device_note}", *guesses(config)])
+    lines += [f"# device: {config.device_note}", *guesses(config)]
+    if config.parallel.use_parallel and config.device_target != device.ASCEND:
+        lines.append(f"# ranks add {cluster.describe_sum()}")
+    return "\n".join(lines)
 
 
 def guesses(config: Config) -> List[str]:

@@ -32,8 +32,8 @@ X86_SOURCES: Dict[str, Sequence[str]] = {
                             "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
 }
 """Sources of one instruction set each, with the flags no other source may be compiled with."""
-SOURCES: Sequence[str] = ("team.cpp", "dispatch.cpp", "layer.cpp", "operators.cpp", "select.cpp", "probe.cpp",
-                          "isa_portable.cpp")
+SOURCES: Sequence[str] = ("team.cpp", "dispatch.cpp", "layer.cpp", "operators.cpp", "ranks.cpp", "select.cpp",
+                          "probe.cpp", "isa_portable.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread", "-Wall",
          "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 SANITIZERS = ("address", "undefined", "thread")

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "dispatch.h"
@@ -317,14 +318,42 @@ struct Buffers {
   Operand normed, attended, gated, head_normed;
   Products products;
   float *x, *qkv, *rows;
+  float *partial, *part;  // with several ranks: (T, E) of a sum's, (B, own rows of the head) of the logits
   AttentionScratch scratch;
 };
+
+// Embedding rows of a vocabulary that is split: each rank gives its own, and zeros for the others'.
+void embed_split(Team& team, const Kernels& k, const Stack& stack, const int32_t* ids, int64_t tokens, Buffers& m) {
+  int64_t rows = stack.table.rows, cols = stack.table.cols, first = stack.ranks->rank() * rows, begin, end;
+  int32_t* own = reinterpret_cast<int32_t*>(m.qkv);  // which nobody needs yet
+  team.share(tokens, 1, &begin, &end);
+  for (int64_t t = begin; t < end; ++t) own[t] = ids[t] >= first && ids[t] < first + rows ? ids[t] - first : 0;
+  team.barrier();
+  k.embed(team, own, tokens, stack.table, m.partial);
+  team.barrier();
+  for (int64_t t = begin; t < end; ++t) {
+    memset(m.x + t * cols, 0, cols * sizeof(float));
+    if (ids[t] < first || ids[t] >= first + rows) memset(m.partial + t * cols, 0, cols * sizeof(float));
+  }
+  team.barrier();
+  stack.ranks->add(team, m.partial, tokens * cols, m.x);
+}
+
+// The sum of the ranks' x W^T added to m.x; W a slice of the columns. Without ranks that is one matmul. Begins behind a
+// barrier that comes after the activations are whole, ends with a barrier.
+void add_product(Team& team, const Kernels& k, const Stack& stack, const Job& job, const Operand& operand,
+                 int64_t tokens, Buffers& m) {
+  multiply(team, k, &job, 1, operand, tokens);
+  team.barrier();
+  if (stack.ranks != nullptr) stack.ranks->add(team, m.partial, tokens * job.w.rows, m.x);
+}
 
 // One piece of the batch through all layers; ends with a barrier and x holding the piece's last hidden states.
 void run_layers(Team& team, const Kernels& k, const Stack& stack, const int32_t* ids, const Batch& batch,
                 const int32_t* positions, const int32_t* slots, Buffers& m) {
   int64_t tokens = batch.tokens;
-  k.embed(team, ids, tokens, stack.table, m.x);
+  if (stack.split_vocab) embed_split(team, k, stack, ids, tokens, m);
+  else k.embed(team, ids, tokens, stack.table, m.x);
   team.barrier();
   for (int64_t l = 0; l < stack.layer_count; ++l) {
     const Layer& layer = stack.layers[l];
@@ -332,16 +361,16 @@ void run_layers(Team& team, const Kernels& k, const Stack& stack, const int32_t*
     int64_t width = layer.qkv.wq.rows + 2 * layer.qkv.wk.rows;
     qkv_step(team, k, layer.qkv, m.x, tokens, positions, slots, m.normed, m.qkv);
     k.attention(team, m.qkv, width, heads, layer.qkv.cache, batch, nullptr, m.attended.form(layer.wo), m.scratch);
-    Job out = adding(layer.wo, m.x, m.x), down = adding(layer.w2, m.x, m.x);
+    bool alone = stack.ranks == nullptr;
+    Job out = adding(layer.wo, alone ? m.x : nullptr, alone ? m.x : m.partial);
+    Job down = adding(layer.w2, alone ? m.x : nullptr, alone ? m.x : m.partial);
     k.ask(team, out, tokens);
     team.barrier();
-    multiply(team, k, &out, 1, m.attended, tokens);
-    team.barrier();
+    add_product(team, k, stack, out, m.attended, tokens, m);
     gate_up_step(team, k, layer.gate_up, m.x, tokens, m.normed, m.products, nullptr, m.gated.form(layer.w2));
     k.ask(team, down, tokens);
     team.barrier();
-    multiply(team, k, &down, 1, m.gated, tokens);
-    team.barrier();
+    add_product(team, k, stack, down, m.gated, tokens, m);
   }
 }
 
@@ -378,6 +407,29 @@ void cut(const Batch& whole, int64_t begin, int64_t end, Piece* piece) {
   piece->batch.block_tables = piece->tables.data();
 }
 
+// The head's rows from `begin` to `end`.
+Head rows_of(const Head& head, int64_t begin, int64_t end) {
+  Head part = head;
+  Matrix& w = part.w;
+  w.data = static_cast<const char*>(w.data) + begin * w.row_bytes();
+  w.rows = end - begin;
+  if (is_quantised(w.dtype)) {
+    w.scale.data = static_cast<const char*>(w.scale.data) + begin * w.groups * dtype_bytes(w.scale.dtype);
+    if (w.zero != nullptr) w.zero = static_cast<const char*>(w.zero) + begin * w.groups;
+  }
+  return part;
+}
+
+// Where each rank's columns of the logits begin, and V. Whole tables are cut in multiples of 64.
+std::vector<int64_t> logit_columns(const Stack& stack) {
+  int ranks = stack.ranks->ranks();
+  int64_t vocab = stack.vocab(), each = stack.split_vocab ? stack.head.w.rows : (vocab / ranks + 63) / 64 * 64;
+  std::vector<int64_t> begins;
+  for (int r = 0; r < ranks; ++r) begins.push_back(each * r < vocab ? each * r : vocab);
+  begins.push_back(vocab);
+  return begins;
+}
+
 }  // namespace
 
 void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const int32_t* positions,
@@ -393,7 +445,17 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
   std::lock_guard<std::mutex> lock(turn);
   Arena& memory = arena();
   Buffers m = {Operand(tokens, hidden), Operand(tokens, q_cols), Operand(tokens, inner), Operand(sequences, hidden),
-               {}, nullptr, nullptr, nullptr, {}};
+               {}, nullptr, nullptr, nullptr, nullptr, nullptr, {}};
+  Head own_head = stack.head;
+  std::vector<int64_t> columns;
+  int64_t partial_floats = 0, part_floats = 0;
+  if (stack.ranks != nullptr) {
+    columns = logit_columns(stack);
+    int rank = stack.ranks->rank();
+    if (!stack.split_vocab) own_head = rows_of(stack.head, columns[rank], columns[rank + 1]);
+    partial_floats = tokens * hidden;
+    part_floats = sequences * own_head.w.rows;
+  }
   for (int64_t l = 0; l < stack.layer_count; ++l) {
     const Layer& layer = stack.layers[l];
     for (const Matrix* w : {&layer.qkv.wq, &layer.qkv.wk, &layer.qkv.wv, &layer.gate_up.w1, &layer.gate_up.w3})
@@ -406,13 +468,15 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
   memory.reserve(m.normed.bytes() + m.attended.bytes() + m.gated.bytes() + m.head_normed.bytes() +
                  m.products.bytes(tokens, inner) + Arena::rounded(tokens * hidden * 4) +
                  Arena::rounded(tokens * width * 4) + Arena::rounded(sequences * hidden * 4) +
-                 Arena::rounded(partials * 4));
+                 Arena::rounded(partials * 4) + Arena::rounded(partial_floats * 4) + Arena::rounded(part_floats * 4));
   for (Operand* operand : {&m.normed, &m.attended, &m.gated, &m.head_normed}) operand->place(memory);
   m.products.place(memory, tokens, inner);
   m.x = memory.take<float>(tokens * hidden);
   m.qkv = memory.take<float>(tokens * width);
   m.rows = memory.take<float>(sequences * hidden);
   m.scratch.partials = memory.take<float>(partials);
+  m.partial = memory.take<float>(partial_floats);
+  m.part = memory.take<float>(part_floats);
   Piece piece;
   run_team(size, [&](Team& team) {
     const Kernels& k = kernels();
@@ -430,8 +494,13 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
       }
       team.barrier();
     }
-    head_step(team, k, stack.head, m.rows, sequences, m.head_normed, logits);
+    if (stack.ranks == nullptr) return head_step(team, k, stack.head, m.rows, sequences, m.head_normed, logits);
+    if (own_head.w.rows > 0) head_step(team, k, own_head, m.rows, sequences, m.head_normed, m.part);
+    team.barrier();
+    stack.ranks->join_columns(team, m.part, sequences, columns.data(), columns.back(), logits);
   });
+  if (stack.ranks != nullptr && !stack.ranks->complaint().empty())
+    throw std::runtime_error(stack.ranks->complaint());
 }
 
 }  // namespace qwen15

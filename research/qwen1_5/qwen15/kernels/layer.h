@@ -1,5 +1,6 @@
 // The network's steps, composed of kernels: each as one operator of its own, or all of them as one whole stack.
 #pragma once
+#include "ranks.h"
 #include "types.h"
 
 namespace qwen15 {
@@ -37,6 +38,12 @@ struct Stack {
   const Layer* layers = nullptr;
   int64_t layer_count = 0;
   Head head;
+  // Over several ranks: `layers` are slices of theirs. The head's rows are cut among them too, and where the vocabulary
+  // is split, table and head hold this rank's rows only.
+  Ranks* ranks = nullptr;
+  bool split_vocab = false;
+
+  int64_t vocab() const { return split_vocab ? head.w.rows * ranks->ranks() : head.w.rows; }
 };
 
 // Whether a few activations that meet quantised weights keep 31 bits, as float32 computing wants it (the default), or 16,

@@ -13,13 +13,15 @@ from .. import machine
 from ..errors import UserError
 from .build import LIBRARY_NAME, OUTPUT_DIR
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """What `qwen15_abi_version()` must return: the arguments of the functions below and the operators' inputs."""
 
 KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
 """Instruction sets, best first."""
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+_MOST_AGREED, _AGREE_STEP_S = 1 << 18, 0.2
 
 _F32 = ctypes.POINTER(ctypes.c_float)
 _I32 = ctypes.POINTER(ctypes.c_int32)
@@ -64,9 +66,15 @@ class Library:
                 ("set_threads", None, (ctypes.c_int,)),
                 ("exact_activations", ctypes.c_int, ()),
                 ("set_exact_activations", None, (ctypes.c_int,)),
-                ("open_binding", ctypes.c_int64, ()),
+                ("open_binding", ctypes.c_int64, (ctypes.c_int,)),
                 ("close_binding", None, (ctypes.c_int64,)),
                 ("bound_addresses", ctypes.c_int64, (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)),
+                ("join_ranks", ctypes.c_int, (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_double)),
+                ("agree", ctypes.c_int, (_I32, ctypes.c_int64, ctypes.c_double)),
+                ("ranks_complaint", ctypes.c_char_p, ()),
+                ("ranks_waited_seconds", ctypes.c_double, ()),
+                ("ranks_waits", ctypes.c_int64, ()),
+                ("add_over_ranks", ctypes.c_int, (_F32, ctypes.c_int64, _F32)),
                 ("argmax", None, (_F32, ctypes.c_int64, ctypes.c_int64, _I32)),
                 ("top_candidates", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_int64, _F32, _I32)),
                 ("nucleus", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, _F32, _I32,
@@ -115,9 +123,14 @@ class Library:
     def exact_activations(self, exact: bool) -> None:
         self._handle.qwen15_set_exact_activations(int(exact))
 
-    def open_binding(self) -> int:
-        """A number under which the operator `decoder` keeps where weights and caches are, for the operator `decode`."""
-        return self._handle.qwen15_open_binding()
+    def open_binding(self, sliced: bool = False, split_vocab: bool = False) -> int:
+        """A number under which the operator `decoder` keeps where weights and caches are, for the operator `decode`.
+
+        Args:
+            sliced: the layers are a slice of the ranks that were joined.
+            split_vocab: table and head are one, too.
+        """
+        return self._handle.qwen15_open_binding(2 if split_vocab else int(sliced))
 
     def close_binding(self, number: int) -> None:
         """Forget what is kept under a number, before that memory is given back; `decode` refuses it from then on."""
@@ -129,6 +142,57 @@ class Library:
         addresses = (ctypes.c_int64 * count)()
         self._handle.qwen15_bound_addresses(number, addresses, count)
         return list(addresses)
+
+    def join_ranks(self, file: int, rank: int, ranks: int, limit_s: float) -> None:
+        """Join the other ranks of this machine through memory that all of them share.
+
+        Args:
+            file: descriptor of a file in memory, the same for all, empty when the first comes.
+            rank, ranks: this process, and how many.
+            limit_s: that one may keep the others waiting.
+
+        Raises:
+            RuntimeError: the memory cannot be had, or it is another program's.
+        """
+        if self._handle.qwen15_join_ranks(file, rank, ranks, limit_s):
+            raise RuntimeError(self.last_error)
+
+    @property
+    def waited(self) -> Tuple[float, int]:
+        """(seconds spent waiting for the other ranks in sums so far, how often)."""
+        return self._handle.qwen15_ranks_waited_seconds(), self._handle.qwen15_ranks_waits()
+
+    @property
+    def ranks_complaint(self) -> str:
+        """Which rank has kept the others waiting for too long; "" when none has."""
+        return self._handle.qwen15_ranks_complaint().decode()
+
+    def agree(self, ids: np.ndarray) -> np.ndarray:
+        """Rank 0's `ids` (N,) int32 on every rank; the others pass an array of the same size.
+
+        Raises:
+            RuntimeError: another rank has kept this one waiting for too long.
+        """
+        agreed = np.array(ids, np.int32)
+        for start in range(0, agreed.size, _MOST_AGREED):
+            part = agreed[start:start + _MOST_AGREED]
+            done = 0
+            while not done:  # in steps, so that a signal is answered meanwhile
+                done = self._handle.qwen15_agree(_i32(part), part.size, _AGREE_STEP_S)
+                if done < 0:
+                    raise RuntimeError(self.last_error)
+        return agreed
+
+    def add_over_ranks(self, partial: np.ndarray, x: np.ndarray) -> None:
+        """x += the ranks' `partial`, both float32 of the same size on every rank.
+
+        Raises:
+            RuntimeError: another rank has kept this one waiting for too long.
+        """
+        if partial.dtype != np.float32 or x.dtype != np.float32 or partial.size != x.size:
+            raise ValueError("partial and x have to be float32 of one size")
+        if self._handle.qwen15_add_over_ranks(_f32(np.ascontiguousarray(partial)), partial.size, _f32(x)):
+            raise RuntimeError(self.last_error)
 
     def argmax(self, logits: np.ndarray) -> np.ndarray:
         """First id of the largest logit of each row: (B, V) float32 -> (B,) int32. Raises ValueError on NaN."""

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "layer.h"
+#include "team.h"
 
 class AotExtra;  // MindSpore's; only its address passes through here
 
@@ -293,9 +294,13 @@ struct Bound {
   std::vector<const void*> addresses;  // of these inputs, in decoder's order: cos to the last value_cache
 };
 
+// How a network is cut, as `qwen15_open_binding` was told.
+enum Cut : int { kWhole = 0, kSlices = 1, kSlicesAndVocabulary = 2 };
+
 std::mutex bindings_mutex;
 int64_t last_binding = 0;
 std::map<int64_t, std::shared_ptr<const Bound>> bindings;  // of those that are open; null until the first whole call
+std::map<int64_t, int> cuts;
 
 void check_open(int64_t number) {
   if (bindings.find(number) == bindings.end()) fail("binding %lld is not open", static_cast<long long>(number));
@@ -314,15 +319,35 @@ std::shared_ptr<const Bound> find_bound(int64_t number) {
   return bindings[number];
 }
 
+// Whether the network under this number is a rank's slice, and of what.
+void read_cut(int64_t number, Stack* stack) {
+  std::lock_guard<std::mutex> lock(bindings_mutex);
+  check_open(number);
+  int cut = cuts[number];
+  if (cut == kWhole) return;
+  stack->ranks = joined_ranks();
+  if (stack->ranks == nullptr) fail("binding %lld is of a slice, and no ranks have been joined",
+                                    static_cast<long long>(number));
+  stack->split_vocab = cut == kSlicesAndVocabulary;
+}
+
+// Into how many parts the vocabulary is cut that the table and the head of this call hold one of: its binding is
+// repeated so often, for InferShape, which sees no values.
+void check_parts(int64_t parts, const Stack& stack) {
+  if (parts != (stack.split_vocab ? stack.ranks->ranks() : 1))
+    fail("binding is there %lld times", static_cast<long long>(parts));
+}
+
 }  // namespace
 }  // namespace qwen15
 
 using namespace qwen15;
 
-// A new number for `decoder` to keep a network's weights and caches under, above 0; nothing is kept yet.
-QWEN15_API int64_t qwen15_open_binding() {
+// A new number for `decoder` to keep a network's weights and caches under, above 0; nothing is kept yet. cut: see Cut.
+QWEN15_API int64_t qwen15_open_binding(int cut) {
   std::lock_guard<std::mutex> lock(bindings_mutex);
   bindings[++last_binding] = nullptr;
+  cuts[last_binding] = cut;
   return last_binding;
 }
 
@@ -330,6 +355,7 @@ QWEN15_API int64_t qwen15_open_binding() {
 QWEN15_API void qwen15_close_binding(int64_t number) {
   std::lock_guard<std::mutex> lock(bindings_mutex);
   bindings.erase(number);
+  cuts.erase(number);
 }
 
 // Where the inputs kept under this number are in memory, see Bound; at most `room` of them. Returns how many there are,
@@ -343,6 +369,42 @@ QWEN15_API int64_t qwen15_bound_addresses(int64_t number, int64_t* addresses, in
   for (int64_t i = 0; i < count && i < room; ++i)
     addresses[i] = static_cast<int64_t>(reinterpret_cast<intptr_t>(kept[i]));
   return count;
+}
+
+// Join the other ranks through the memory of this file, see Ranks; 0, or 1 with the reason in qwen15_last_error().
+QWEN15_API int qwen15_join_ranks(int file, int rank, int ranks, double limit_s) {
+  return guarded("ranks", [&] { join_ranks(file, rank, ranks, limit_s); });
+}
+
+// Rank 0's ids (count,) in everyone's. 1 done, 0 not yet (call again), -1 failed.
+QWEN15_API int qwen15_agree(int32_t* ids, int64_t count, double wait_s) {
+  bool done = false;
+  int failed = guarded("ranks", [&] {
+    if (joined_ranks() == nullptr) fail("no ranks have been joined");
+    done = joined_ranks()->agree(ids, count, wait_s);
+  });
+  return failed ? -1 : done;
+}
+
+// Seconds spent waiting for the other ranks, and how often; 0 without any.
+QWEN15_API double qwen15_ranks_waited_seconds() { return joined_ranks() ? joined_ranks()->waited_seconds() : 0; }
+QWEN15_API int64_t qwen15_ranks_waits() { return joined_ranks() ? joined_ranks()->waits() : 0; }
+
+// What has gone wrong between the ranks, "" when nothing has.
+QWEN15_API const char* qwen15_ranks_complaint() {
+  static thread_local std::string copy;
+  copy = joined_ranks() == nullptr ? "" : joined_ranks()->complaint();
+  return copy.c_str();
+}
+
+// x (count,) += the ranks' partial (count,); 0, or 1 with the reason in qwen15_last_error().
+QWEN15_API int qwen15_add_over_ranks(const float* partial, int64_t count, float* x) {
+  return guarded("ranks", [&] {
+    Ranks* ranks = joined_ranks();
+    if (ranks == nullptr) fail("no ranks have been joined");
+    run_team([&](Team& team) { ranks->add(team, partial, count, x); });
+    if (!ranks->complaint().empty()) fail("%s", ranks->complaint().c_str());
+  });
 }
 
 QWEN15_API const char* qwen15_last_error() {
@@ -480,9 +542,10 @@ QWEN15_API std::vector<int64_t> qwen15_headInferShape(int*, int64_t** shapes, Ao
 }
 
 // ids (T,), positions (T,), slots (T,), query_lens (B,), context_lens (B,), block_tables (B, M), eps (1,),
-// binding (1,), cos (P, D), sin (P, D), table (V, E), norm (E,), head (V, E), then for each layer: norm, wq, bq, wk, bk,
+// binding (P,), cos (P, D), sin (P, D), table (V, E), norm (E,), head (V, E), then for each layer: norm, wq, bq, wk, bk,
 // wv, bv, wo, norm2, w1, w3, w2, key_cache, value_cache -> logits (B, V)
-// binding: 0, or the number under which everything after it is kept for `decode`.
+// binding: 0, or the number under which everything after it is kept for `decode`; repeated P times where table and head
+// hold one of P parts of the vocabulary.
 QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   return guarded("decoder", [&] {
     constexpr int kBound = 8;
@@ -505,7 +568,9 @@ QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes
     bound->positions = call.dim(8, 0);
     call.rank(0, "ids", 1);
     int64_t tokens = call.dim(0, 0);
-    const int32_t* ids = call.bounded(0, "ids", tokens, 0, stack.table.rows);
+    if (int32_t number = call.ints(7, "binding", 1)[0]) read_cut(number, &stack);
+    check_parts(call.dim(7, 0), stack);
+    const int32_t* ids = call.bounded(0, "ids", tokens, 0, stack.vocab());
     const int32_t* positions = call.bounded(1, "positions", tokens, 0, bound->positions);
     const int32_t* slots = call.bounded(2, "slots", tokens, -1, cache.num_blocks * cache.block_size);
     Batch batch = call.batch(3, tokens, cache.num_blocks, cache.block_size);
@@ -521,10 +586,10 @@ QWEN15_API int qwen15_decoder(int n, void** params, int* ndims, int64_t** shapes
 QWEN15_API std::vector<int64_t> qwen15_decoderInferShape(int* ndims, int64_t** shapes, AotExtra*) {
   int norm = 10;
   while (ndims[norm] != 1) ++norm;  // what comes before it belongs to the table
-  return {shapes[3][0], shapes[norm + 1][0]};
+  return {shapes[3][0], shapes[7][0] * shapes[norm + 1][0]};
 }
 
-// binding (1,), rows (B, 3 + M), head (V, E) -> logits (B, V): `decoder` with one new token for each sequence, on the
+// binding (P,), rows (B, 3 + M), head (V, E) -> logits (B, V): `decoder` with one new token for each sequence, on the
 // weights and caches it has kept. A row is id, context_len, slot, then the sequence's block table. The head is passed
 // for its shape; that it is the one that is kept is checked.
 QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
@@ -533,6 +598,7 @@ QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes,
     Call call(n, params, ndims, shapes, dtypes);
     std::shared_ptr<const Bound> bound = find_bound(call.ints(0, "binding", 1)[0]);
     const Stack& stack = bound->stack;
+    check_parts(call.dim(0, 0), stack);
     const int32_t* rows = call.ints(1, "rows", 2);
     int64_t sequences = call.dim(1, 0), stride = call.dim(1, 1);
     if (stride <= kTable) fail("rows have %lld columns and no block table", static_cast<long long>(stride));
@@ -550,7 +616,7 @@ QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes,
       lens[b] = row[1];
       positions[b] = row[1] - 1;
       slots[b] = row[2];
-      check_between("ids", b, ids[b], 0, stack.table.rows);
+      check_between("ids", b, ids[b], 0, stack.vocab());
       check_between("positions", b, positions[b], 0, bound->positions);
       check_between("slots", b, slots[b], -1, cache.num_blocks * cache.block_size);
     }
@@ -569,5 +635,5 @@ QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes,
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_decodeInferShape(int*, int64_t** shapes, AotExtra*) {
-  return {shapes[1][0], shapes[2][0]};
+  return {shapes[1][0], shapes[0][0] * shapes[2][0]};
 }

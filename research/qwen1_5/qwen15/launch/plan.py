@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
-from .. import device
+from .. import cluster, device
 from ..errors import EXIT_OK, UserError
 from ..terminal import shown
 from . import machines, ports, secret, supervise
@@ -38,6 +38,7 @@ With one or two arguments it runs in the foreground, the answer of rank 0 on std
 
 environment: QWEN15_HANG_TIMEOUT_S  seconds a worker may keep the others waiting (default 300)
              QWEN15_AFFINITY        off: do not give each worker cores of its own on a CPU machine
+             QWEN15_RANK_SUM        mindspore: workers on CPUs add by MindSpore's collectives, not in shared memory
              QWEN15_LAUNCH_SECRET_FILE, or QWEN15_LAUNCH_SECRET
                                     a secret (a file with it, or itself) that the launchers of several machines share
 
@@ -283,15 +284,30 @@ def physical_cores() -> List[Tuple[int, ...]]:
     return [tuple(cores[key]) for key in sorted(cores)]
 
 
-def tasks(plan: LaunchPlan, port: int, environ: Mapping[str, str]) -> Tuple[Optional[Task], Tuple[Task, ...]]:
-    """The scheduler (None unless this is machine 0) and the ranks of this machine.
+def make_memory(plan: LaunchPlan) -> Optional[int]:
+    """A file in memory for the ranks to add in, which has no name: it goes with the last of them, however that ends.
+
+    Returns:
+        its descriptor; None where ranks are on several machines, there is one alone, or the system makes no such file.
+    """
+    if not plan.one_machine or plan.worker_num == 1 or not hasattr(os, "memfd_create"):
+        return None
+    try:
+        return os.memfd_create("qwen15-ranks")
+    except OSError:
+        return None
+
+
+def tasks(plan: LaunchPlan, port: int, environ: Mapping[str, str], memory: Optional[int] = None
+          ) -> Tuple[Optional[Task], Tuple[Task, ...]]:
+    """The scheduler (None unless this is machine 0) and the ranks of this machine; `memory` is handed down to these.
 
     They get MindSpore's documented variables for a dynamic cluster. Variables that the user has set and that are not
     about who is who (HCCL_*, GLOG_*, OMP_NUM_THREADS, MS_NODE_TIMEOUT, ...) stay as they are.
     """
     paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep)
              if path and os.path.abspath(path) != MODULE_DIR]
-    common = {name: value for name, value in environ.items() if name not in (secret.TEXT, secret.FILE)}
+    common = {name: value for name, value in environ.items() if name not in (secret.TEXT, secret.FILE, cluster.MEMORY)}
     common.update(MS_WORKER_NUM=str(plan.worker_num), RANK_SIZE=str(plan.worker_num), MS_SCHED_HOST=plan.master_addr,
                   MS_SCHED_PORT=str(port), MS_TOPO_TIMEOUT=str(plan.timeout_s), PYTHONUNBUFFERED="1",
                   PYTHONPATH=os.pathsep.join([MODULE_DIR] + paths))
@@ -307,10 +323,13 @@ def tasks(plan: LaunchPlan, port: int, environ: Mapping[str, str]) -> Tuple[Opti
         # For the ranks this is how long a collective waits for the others: MindSpore's 30 s are less than two ranks may
         # differ in reading a large checkpoint. The scheduler keeps the 30 s, after which a silent rank counts as lost.
         own.setdefault("MS_NODE_TIMEOUT", str(hang_timeout_s(environ)))
+        if memory is not None:
+            identity = os.fstat(memory)
+            own[cluster.MEMORY] = f"{memory}:{identity.st_dev}:{identity.st_ino}"
         if cpus is not None:
             own.setdefault("OMP_NUM_THREADS", str(max(1, len(cpus[local]))))
             own.setdefault("QWEN15_THREADS", str(max(1, len(cpus[local]))))
-        ranks.append(Task(rank, plan.command, own, cpus[local] if cpus else ()))
+        ranks.append(Task(rank, plan.command, own, cpus[local] if cpus else (), () if memory is None else (memory,)))
     scheduler_command = (sys.executable, "-m", "qwen15.cluster")
     return Task(None, scheduler_command, scheduler) if plan.node_rank == 0 else None, tuple(ranks)
 
@@ -388,11 +407,14 @@ def _start(plan: LaunchPlan, log_dir: str, shared: Optional[bytes]) -> int:
         port = reservation.port
         if port != plan.master_port:
             supervise.say(f"port {plan.master_port} is in use, {port} is used instead")
+    memory = make_memory(plan)
     try:
-        scheduler, ranks = tasks(plan, port, os.environ)
+        scheduler, ranks = tasks(plan, port, os.environ, memory)
         job = supervise.Job(scheduler, ranks, plan.worker_num, plan.master_addr, port, log_dir, plan.timeout_s,
                             hang_timeout_s(os.environ), open_link(plan, port, shared))
         return supervise.run(job) if plan.join else supervise.run_detached(job)
     finally:
+        if memory is not None:
+            os.close(memory)
         if reservation is not None:
             reservation.close()

@@ -32,12 +32,14 @@ class Task:
         command: argument vector.
         environ: its whole environment.
         cpus: logical CPUs it is bound to; empty for no binding.
+        files: descriptors that are handed down to it.
     """
 
     rank: Optional[int]
     command: Tuple[str, ...]
     environ: Mapping[str, str]
     cpus: Tuple[int, ...] = ()
+    files: Tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -78,6 +80,7 @@ class RankProcess:
             self._popen = subprocess.Popen(
                 task.command, env=environ, stdin=self._stdin(relayed, terminal),
                 stdout=subprocess.PIPE if relayed else log, stderr=subprocess.PIPE if relayed else subprocess.STDOUT,
+                pass_fds=task.files,
                 start_new_session=terminal is None, preexec_fn=_Prepare(task.cpus, terminal is not None), bufsize=0)
 
     @staticmethod

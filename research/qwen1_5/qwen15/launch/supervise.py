@@ -32,7 +32,8 @@ _COMPLETE = b"Cluster is successfully initialized"
 _PORT_LOST = re.compile(rb"Failed to call socket listen, url")
 _LOST = re.compile(rb"The node: (\d+) is timed out")
 _LOST_FIRST = re.compile(rb"worker (\d+) is the first one timed out")
-_WAITED_IN_VAIN = re.compile(rb"wait receiving \[\d+,\s*\d+\]\s*failed|Launch kernel failed: \S*(All|Broadcast)")
+_WAITED_IN_VAIN = re.compile(rb"wait receiving \[\d+,\s*\d+\]\s*failed|Launch kernel failed: \S*(All|Broadcast)"
+                             rb"|rank \d+ has kept rank \d+ waiting|another rank has given up waiting")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional
 
 import numpy as np
 
@@ -22,13 +23,16 @@ class CpuNetwork(Network):
         from .model import Args, LlamaForCausalLM
 
         self._ms = ms
+        self._lost_rank: Callable[[], Optional[Exception]] = lambda: None
         ms.set_device("CPU")
         ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": "O0"})
         operators, note = ops.select()
         model = config.model
         self.ranks = config.parallel.model_parallel  # 1 unless use_parallel
+        apart = ""
         if self.ranks > 1:
             self.rank, _ = cluster.join()
+            apart = operators.together(self.rank, self.ranks)
         self.vocab_size = model.dims.vocab_size
         split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
         operators.compute_in(model.compute_dtype)
@@ -36,7 +40,7 @@ class CpuNetwork(Network):
                                        config.auto_trans_ckpt or self.ranks == 1, operators.weight_dtype)
         cos, sin = rope_tables(model.seq_length, model.dims.head_dim, model.theta)
         args = Args(self._weights, operators, model.dims, model.rms_norm_eps, model.num_blocks, model.block_size,
-                    model.compute_dtype, self.ranks, self.rank, split_vocab)
+                    model.compute_dtype, self.ranks, self.rank, split_vocab, self.ranks > 1 and not apart)
         self._cell = LlamaForCausalLM(args, (ms.Tensor(cos), ms.Tensor(sin)))
         tell(self._weights.account())
         dynamic = {1: ms.Tensor(shape=[None], dtype=ms.int32), 2: ms.Tensor(shape=[None, None], dtype=ms.int32)}
@@ -55,7 +59,11 @@ class CpuNetwork(Network):
             vocabulary, layers = self._weights.nbytes()
             self.quantised_bytes = layers + (vocabulary if model.dims.tie_word_embeddings else vocabulary // 2)
         if self.ranks > 1:
-            self._broadcast = ms.ops.Broadcast(0)
+            self._agree = self._broadcast if apart else operators.agree
+            self._lost_rank = self._lost_rank if apart else operators.lost_rank
+            how = f"by MindSpore's collectives ({apart})" if apart else "in shared memory"
+            self.note += f", ranks add {how}"
+            self._rank_0 = ms.ops.Broadcast(0)
 
     def prefill(self, input_ids, query_lens, context_lens, block_tables, slot_mapping):
         starts = np.repeat(context_lens - np.cumsum(query_lens, dtype=np.int32), query_lens)
@@ -64,13 +72,15 @@ class CpuNetwork(Network):
 
     def decode(self, input_ids, context_lens, block_tables, slot_mapping):
         if self.short is not None and self.short.ready:
-            return self.short.run(input_ids, context_lens, block_tables, slot_mapping)
+            with self._explained():
+                return self.short.run(input_ids, context_lens, block_tables, slot_mapping)
         ones = np.ones_like(context_lens)
         return self._run(input_ids, context_lens - 1, slot_mapping, ones, context_lens, block_tables)
 
     def _run(self, *arrays: np.ndarray) -> np.ndarray:
         tensors = [self._ms.Tensor.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for array in arrays]
-        logits = self._cell(*tensors).asnumpy()
+        with self._explained():
+            logits = self._cell(*tensors).asnumpy()
         if self.short is not None:
             self.short.note_whole_call()
         return logits
@@ -78,7 +88,22 @@ class CpuNetwork(Network):
     def agree(self, ids):
         if self.ranks == 1:
             return ids
-        return self._broadcast((self._ms.Tensor(ids),))[0].asnumpy()
+        with self._explained():
+            return self._agree(ids)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A rank that has not come is named, instead of the operator in which the others waited."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self._lost_rank()
+            if lost is None:
+                raise
+            raise lost from error
+
+    def _broadcast(self, ids: np.ndarray) -> np.ndarray:
+        return self._rank_0((self._ms.Tensor(ids),))[0].asnumpy()
 
     def likeness(self):
         return self._weights.likeness()

@@ -17,6 +17,7 @@ from ..errors import EXIT_FAILED, UserError
 from ..reporting import stdout_to_stderr
 from . import weight_quant, weights
 from .base import Network
+from .mindformers_import import import_mindformers
 
 SEMI_AUTO_PARALLEL = (1, "SEMI_AUTO_PARALLEL")
 """MindFormers' two spellings of the parallel mode in which MindSpore cuts the weights by the network's strategies."""
@@ -54,16 +55,16 @@ class MindFormersNetwork(Network):
         device.require(config.device_target)
         check(config.model, config.device_target)
         self.vocab_size = config.model.dims.vocab_size
+        parallel = config.parallel
+        self.rank, self.ranks = (device.env_rank(), parallel.model_parallel) if parallel.use_parallel else (0, 1)
+        self._source = weights.Loader(checkpoint, config.model, self.rank, self.ranks, parallel.vocab_emb_dp,
+                                      whole=config.auto_trans_ckpt or self.ranks == 1)
+        table = {weight.ms: weight for weight in naming.weights(config.model.dims)}
+        # A checkpoint that the operators cannot take is refused here, before there is a device.
+        quantised = weight_quant.forms(self._source.schemes, table, self.ranks, checkpoint)
         with stdout_to_stderr():
             settings = mindformers_config(config)
-            self.rank, self.ranks = start(settings)
-            if config.parallel.use_parallel and self.ranks != config.parallel.model_parallel:
-                raise UserError(f"{self.ranks} workers are running, model_parallel is {config.parallel.model_parallel}",
-                                fix=f"Start {config.parallel.model_parallel} workers.")
-            self._source = weights.Loader(checkpoint, config.model, self.rank, self.ranks,
-                                          config.parallel.vocab_emb_dp, whole=config.auto_trans_ckpt or self.ranks == 1)
-            table = {weight.ms: weight for weight in naming.weights(config.model.dims)}
-            quantised = weight_quant.forms(self._source.schemes, table, self.ranks, checkpoint)
+            _match_ranks(start(settings), (self.rank, self.ranks), parallel.use_parallel)
             self.cell = build(settings, quantised, self.ranks)
             if self.ranks > 1:
                 cut(self.cell, config.model)
@@ -123,6 +124,16 @@ class MindFormersNetwork(Network):
         return self._source.find_non_finite()
 
 
+def _match_ranks(found: Tuple[int, int], wanted: Tuple[int, int], use_parallel: bool) -> None:
+    """Refuse a cluster of another size, or one that takes this process for another rank: (rank, ranks) of both."""
+    if use_parallel and found[1] != wanted[1]:
+        raise UserError(f"{found[1]} workers are running, model_parallel is {wanted[1]}",
+                        fix=f"Start {wanted[1]} workers.")
+    if found != wanted:
+        raise UserError(f"MindSpore takes this process for rank {found[0]}, RANK_ID says {wanted[0]}",
+                        fix="Start the workers by scripts/msrun_launcher.sh, and unset RANK_TABLE_FILE.")
+
+
 def check(model: ModelConfig, device_target: str) -> None:
     """Refuse what MindFormers' network or the Ascend operators cannot do, before anything is imported.
 
@@ -162,7 +173,7 @@ def mindformers_config(config: Config) -> Any:
         raise UserError("a prediction run saves no strategy", "only_save_strategy",
                         "Remove it: convert_weight.py --model_parallel N writes strategy files beside the slices, "
                         "without a card.")
-    MindFormerConfig = _import_mindformers().MindFormerConfig
+    MindFormerConfig = import_mindformers().MindFormerConfig
 
     settings = MindFormerConfig(**config.effective)
     settings.use_legacy = True
@@ -336,15 +347,6 @@ def broadcast(ids: np.ndarray) -> np.ndarray:
 
     tensor = ms.Tensor.from_numpy(np.ascontiguousarray(ids, np.int32))
     return comm_func.broadcast(tensor, src=0, group=GlobalComm.WORLD_COMM_GROUP).asnumpy()
-
-
-def _import_mindformers():
-    try:
-        import mindformers
-    except ImportError as error:
-        raise UserError(f"MindFormers cannot be imported: {_first_line(error)}", fix="pip install mindformers==1.9.0",
-                        exit_code=EXIT_FAILED) from error
-    return mindformers
 
 
 def _first_line(error: BaseException) -> str:

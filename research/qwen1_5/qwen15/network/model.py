@@ -44,6 +44,7 @@ class Args:
         compute_dtype: dtype of the KV cache's values.
         ranks, rank: tensor parallelism; every rank holds 1/ranks of the heads, KV heads and MLP columns.
         split_vocab: embedding and head are split along the vocabulary (`vocab_emb_dp: False`).
+        together: the operator set adds over the ranks itself (see `ops`); otherwise MindSpore's collectives do.
     """
 
     values: Values
@@ -56,6 +57,7 @@ class Args:
     ranks: int = 1
     rank: int = 0
     split_vocab: bool = False
+    together: bool = False
 
 
 class Weight(nn.Cell):
@@ -169,10 +171,10 @@ class LlamaForCausalLM(nn.Cell):
         self.split_vocab, self.ranks, self.vocab_size = args.split_vocab, args.ranks, args.dims.vocab_size
         if args.split_vocab:
             self.gather_ranks = ops.AllGather()
-        # One operator for the whole stack where the set has one and no rank has to be heard in between.
-        self.fused = args.ranks == 1 and hasattr(args.operators, "Decoder")
+        # One operator for the whole stack where the set has one, and hears the other ranks where there are any.
+        self.fused = (args.ranks == 1 or args.together) and hasattr(args.operators, "Decoder")
         if self.fused:
-            self.binding = args.operators.Binding()
+            self.binding = args.operators.Binding(args.ranks, args.split_vocab)
             self.decoder = args.operators.Decoder(args.eps, self.binding)
             self.held = ParameterTuple(
                 [self.cos, self.sin, *self.table.parts, *self.norm_out.parts, *self.lm_head.parts,

@@ -1,11 +1,14 @@
 """Quantised matrices on Ascend: cells around the operator WeightQuantBatchMatmul in place of MindFormers' Linears.
 
-The operator computes y = x ((W + offset) scale) with x, scale and offset in float16 or bfloat16 and W in one of two
+The operator computes y = x ((W + offset) scale) with x, scale and offset in float16 or bfloat16 and W in one of three
 forms:
 
-    A16W8  W int8 [O, I], transpose_weight True; scale and offset [O]
+    A16W8  W int8 [O, I], transpose_weight True; scale and offset [O]; where rows have one scale each
+    A16W8  W int8 [I, O], transpose_weight False; scale and offset [I / group, O], group 64 or 128
     A16W4  W qint4x2 [I, O/2], byte c holding column 2 c in its low nibble and 2 c + 1 in the high one, numbers -8..7,
            transpose_weight False; scale and offset [I / group, O], group 64 or 128
+
+(aclnnWeightQuantBatchMatmulV2, its documentation for Atlas A2: `pergroup` takes INT8 and INT4, W not transposed.)
 
 The offset is the negated zero point. Nobody checks how nibbles are packed, so `pack_int4` has its opposite in
 ascend/operators.py, and the test that they are opposites.
@@ -25,7 +28,7 @@ from ..errors import UserError
 from ..naming import Weight
 
 GROUPS = (128, 64)
-"""Inputs that share a scale in 4 bits; the operator takes these."""
+"""Inputs that share a scale; the operator takes these."""
 _STRIP_ROWS = 4096
 """Rows that are dequantised at once."""
 
@@ -37,7 +40,7 @@ class Form:
     Attributes:
         outputs, inputs: O and I of the whole matrix.
         bits: 4 or 8.
-        group: inputs that share a scale; 0 in 8 bits, where rows have one each.
+        group: inputs that share a scale; 0 where rows have one each, in 8 bits only.
         has_offset: there are zero points other than the middle.
         cut: naming.COLUMN or naming.ROW, what is cut over several cards.
     """
@@ -49,12 +52,17 @@ class Form:
     has_offset: bool
     cut: str
 
+    @property
+    def transposed(self) -> bool:
+        """W lies as [O, I]."""
+        return self.group == 0
+
     def strategies(self, parts: int) -> tuple[tuple[int, ...], ...]:
         """In how many parts each axis of x, W, scale and offset is cut, as MindSpore's `shard` takes it."""
         outputs, inputs = (parts, 1) if self.cut == naming.COLUMN else (1, parts)
         weight: tuple[int, ...]
         scale: tuple[int, ...]
-        if self.bits == 8:
+        if self.transposed:
             weight, scale = (outputs, inputs), (outputs,)
         else:
             weight, scale = (inputs, outputs), (inputs, outputs)
@@ -64,10 +72,11 @@ class Form:
         """'weight', 'weight_scale' and, where there is one, 'weight_offset' -> shape on each of `parts` cards."""
         weight: tuple[int, ...]
         scale: tuple[int, ...]
-        if self.bits == 8:
+        if self.transposed:
             weight, scale = (self.outputs, self.inputs), (self.outputs,)
         else:
-            weight, scale = (self.inputs, self.outputs // 2), (self.inputs // self.group, self.outputs)
+            columns = self.outputs * self.bits // 8
+            weight, scale = (self.inputs, columns), (self.inputs // self.group, self.outputs)
         named = {"weight": weight, "weight_scale": scale, "weight_offset": scale}
         return {name: tuple(size // count for size, count in zip(shape, strategy))
                 for (name, shape), strategy in zip(named.items(), self.strategies(parts)[1:])}
@@ -96,11 +105,7 @@ def _form(scheme: Scheme, weight: Weight, parts: int, where: str) -> Form:
         raise UserError(f"{weight.ms} is quantised with its columns in another order (desc_act), which the operator on "
                         "Ascend does not know", where, "Quantise it with desc_act off, or run it "
                         "with --device_target CPU.")
-    if scheme.bits == 8:
-        if scheme.groups != 1:
-            raise UserError(f"{weight.ms} is {scheme}; in 8 bits the operator on Ascend takes whole rows only", where,
-                            "Quantise the original model to int8 by whole rows or to int4 in groups of 128, or run it "
-                            "with --device_target CPU.")
+    if scheme.bits == 8 and scheme.groups == 1:
         return Form(outputs, inputs, 8, 0, scheme.has_zero, weight.cut)
     group = next((size for size in GROUPS if scheme.group_size % size == 0 and own % size == 0), None)
     if group is None:
@@ -108,10 +113,10 @@ def _form(scheme: Scheme, weight: Weight, parts: int, where: str) -> Form:
         raise UserError(f"{weight.ms} is {scheme}{cards}; the operator on Ascend takes groups of 64 or 128", where,
                         "Use fewer cards." if own % GROUPS[-1] else
                         "Quantise it in groups of 64 or 128, or run it with --device_target CPU.")
-    if outputs // (parts if weight.cut == naming.COLUMN else 1) % 2:
+    if scheme.bits == 4 and outputs // (parts if weight.cut == naming.COLUMN else 1) % 2:
         raise UserError(f"{weight.ms} has an odd number of outputs on each of {parts} cards; two make a byte", where,
                         "Use fewer cards.")
-    return Form(outputs, inputs, 4, group, scheme.has_zero, weight.cut)
+    return Form(outputs, inputs, scheme.bits, group, scheme.has_zero, weight.cut)
 
 
 def place(cell: Any, wanted: Mapping[str, Form], parts: int) -> None:
@@ -157,7 +162,7 @@ def _linear_class() -> Any:
             if form.has_offset:
                 self.weight_offset = Parameter(initializer("zeros", shapes["weight_offset"], linear.dtype),
                                                requires_grad=False)
-            self.matmul = WeightQuantBatchMatmul(False, form.bits == 8, form.group)
+            self.matmul = WeightQuantBatchMatmul(False, form.transposed, form.group)
             if parts > 1:
                 self.matmul.shard(form.strategies(parts))
             self.has_bias = linear.has_bias
@@ -228,12 +233,16 @@ def operator_arrays(stored: QuantisedMatrix, form: Form) -> dict[str, tuple[np.n
     floats = {"weight_scale": (stored.scale, stored.scale_dtype)}
     if stored.zero is not None:
         floats["weight_offset"] = (middle - stored.zero.astype(np.float32), "F32")
-    if stored.bits == 8:
+    if form.transposed:
         return {"weight": (stored.weight, "I8"),
                 **{part: (array[:, 0], dtype) for part, (array, dtype) in floats.items()}}
-    values = unpack(stored.weight).astype(np.int8) - np.int8(middle)
     repeat = stored.inputs // stored.scale.shape[1] // form.group
-    return {"weight": (pack_int4(np.ascontiguousarray(values.T)), "I8"),
+    if stored.bits == 8:
+        weight = np.ascontiguousarray(stored.weight.T)
+    else:
+        values = unpack(stored.weight).astype(np.int8) - np.int8(middle)
+        weight = pack_int4(np.ascontiguousarray(values.T))
+    return {"weight": (weight, "I8"),
             **{part: (np.repeat(array, repeat, axis=1).T, dtype) for part, (array, dtype) in floats.items()}}
 
 

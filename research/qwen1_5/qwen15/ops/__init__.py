@@ -21,8 +21,9 @@ context_lens (B,), block_tables (B, M) | (T, H*D) |
 | `GateUp(eps)` | x (T, E), norm (E,), w1 (F, E), w3 (F, E) | (T, F) |
 | `Head(eps)` | x (T, E), query_lens (B,), norm (E,), w (V, E) | logits (B, V) of each sequence's last token |
 
-and three functions: `weight_dtype(param_init_type)` and `cache_dtype(compute_dtype)` give the dtype in which this set
-keeps weights and the KV cache, and `compute_in(compute_dtype)` is told what accuracy is wanted. A set may also offer
+and four functions: `weight_dtype(param_init_type)` and `cache_dtype(compute_dtype)` give the dtype in which this set
+keeps weights and the KV cache, `compute_in(compute_dtype)` is told what accuracy is wanted, and `together(rank, ranks)`
+lets `Decoder` add over the ranks of this machine, or says why it cannot. A set may also offer
 `Decoder`, the whole stack as one operator, its plain twin being the composition in model.py; with it come `Decode`, the
 same for one new token of each sequence without passing the parameters again, and the `Binding` between the two.
 

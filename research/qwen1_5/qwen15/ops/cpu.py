@@ -6,11 +6,14 @@ which.
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, Optional
 
 import mindspore as ms
+import numpy as np
 from mindspore import nn, ops
 
+from .. import cluster
+from ..errors import EXIT_FAILED, UserError
 from ..kernels import library
 from ..ops import kernels_available as available  # noqa: F401  (whether this set can run here)
 
@@ -28,6 +31,39 @@ def cache_dtype(compute_dtype: str) -> str:
 def compute_in(compute_dtype: str) -> None:
     """Few activations that meet quantised weights keep 31 bits in float32; in shorter dtypes 16, which is faster."""
     library.load().exact_activations = compute_dtype == "float32"
+
+
+def together(rank: int, ranks: int) -> str:
+    """Join the ranks of this machine, so that `Decoder` and `agree` work over them; "" when they are joined, otherwise
+    why they are not, and MindSpore's collectives are to be used.
+
+    Raises:
+        UserError: the memory that the launcher made cannot be used.
+    """
+    file, why_not = cluster.shared_memory()
+    if file is None:
+        return why_not
+    try:
+        library.load().join_ranks(file, rank, ranks, cluster.wait_limit_s())
+    except RuntimeError as error:
+        raise UserError(str(error), "the ranks of this machine", f"Set {cluster.SUM}=mindspore.",
+                        exit_code=EXIT_FAILED) from error
+    return ""
+
+
+def agree(ids: np.ndarray) -> np.ndarray:
+    """Rank 0's `ids` (N,) int32 on every rank that is `together`.
+
+    Raises:
+        RuntimeError: see `lost_rank`.
+    """
+    return library.load().agree(ids)
+
+
+def lost_rank() -> Optional[UserError]:
+    """Why nothing works any more after a RuntimeError: a rank has not come; None when it was something else."""
+    complaint = library.load().ranks_complaint
+    return UserError(complaint, exit_code=EXIT_FAILED) if complaint else None
 
 
 def _operator(name: str) -> ops.Custom:
@@ -174,15 +210,20 @@ class Binding:
     """A number under which the kernels keep where one network's parameters and caches are in memory.
 
     They keep addresses and own nothing: `close` it before the parameters go.
+
+    Args:
+        ranks: more than one: the layers are a slice, and what `together` has joined is added up inside the operators.
+        split_vocab: table and head are slices too.
     """
 
-    def __init__(self):
+    def __init__(self, ranks: int = 1, split_vocab: bool = False):
         self._library = library.load()
-        self._number = self._library.open_binding()
+        self._number = self._library.open_binding(ranks > 1, split_vocab)
+        self._parts = ranks if split_vocab else 1
 
     def tensor(self) -> ms.Tensor:
-        """The number as an operator's input."""
-        return ms.Tensor([self._number], ms.int32)
+        """The number as an operator's input, as often as the logits have more columns than the head has rows."""
+        return ms.Tensor([self._number] * self._parts, ms.int32)
 
     def addresses(self) -> List[int]:
         """Where the last Decoder call found all of its `held`; empty before the first."""
