@@ -55,6 +55,10 @@ def commands():
     return [(page, command) for command, page in seen.items()]
 
 
+SLOW = r"msrun_launcher\.sh .*smollm2"
+"""Commands that run with the slow tests: several ranks of the real small model. tests/test_launch_chat.py has the same
+with a smaller one."""
+
 COMMANDS = commands()
 
 
@@ -139,7 +143,9 @@ def run(folder, command):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page, command", COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
+@pytest.mark.parametrize("page, command", [
+    pytest.param(page, command, id=f"{page}: {command}", marks=[pytest.mark.slow] if re.search(SLOW, command) else [])
+    for page, command in COMMANDS])
 def test_the_command_works(page, command, world):
     for pattern, why in NOT_RUN:
         if re.search(pattern, command):
