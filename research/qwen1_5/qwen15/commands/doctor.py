@@ -10,7 +10,7 @@ import socket
 import sys
 from dataclasses import asdict
 from importlib import metadata
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from .. import device, machine
 from ..ascend import installation
@@ -25,8 +25,8 @@ _PAIRS = {spark.rpartition(".")[0]: formers.rpartition(".")[0]
           for spark, (formers, _, _) in installation.PAIRS.items()}
 """MindSpore's minor version -> the MindFormers made for it: '2.9' -> '1.9'."""
 
-_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16",
-              "asimd", "bf16", "sve")
+_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16",
+              "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "asimddp", "bf16", "sve")
 
 
 def check_python() -> Finding:
@@ -114,8 +114,8 @@ def _numbers(version: str) -> Tuple[int, ...]:
     return tuple(numbers)
 
 
-def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Finding:
-    """The processor: its name, how much of it this process may use, and the instruction sets that matter here."""
+def _processor(cpuinfo: str) -> Tuple[str, Set[str]]:
+    """The processor's name and the flags of its first core."""
     name, flags = platform.processor() or platform.machine(), set()
     try:
         with open(cpuinfo, encoding="utf-8", errors="replace") as file:
@@ -128,12 +128,18 @@ def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Finding:
                     break
     except OSError:
         pass  # not Linux: the name from `platform` has to do
+    return name, flags
+
+
+def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Finding:
+    """The processor: its name, how much of it this process may use, and the instruction sets that matter here."""
+    name, flags = _processor(cpuinfo)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     known = " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no known vector extensions"
     return Finding("cpu", OK, f"{platform.machine()}, {name}, {usable} logical cores usable; {known}")
 
 
-def check_kernels() -> Finding:
+def check_kernels(cpuinfo: str = "/proc/cpuinfo") -> Finding:
     """The kernel library and which of its paths will run."""
     from ..kernels import library
     from ..kernels.build import find_compiler
@@ -153,7 +159,12 @@ def check_kernels() -> Finding:
     if forced and not kernels.can_run(forced):
         able = ", ".join(name for name in library.KERNELS if kernels.can_run(name))
         return Finding("kernels", FAIL, f"QWEN15_KERNELS={forced}, which this CPU cannot run", f"It runs {able}.")
-    return Finding("kernels", OK, f"{forced or kernels.kernels}, {kernels.threads} threads, {kernels.path}")
+    detail = f"{forced or kernels.kernels}, {kernels.threads} threads, {kernels.path}"
+    if not forced and {"amx_tile", "amx_bf16"} <= _processor(cpuinfo)[1] and not kernels.can_run("amx"):
+        return Finding("kernels", WARN, f"{detail}; this CPU has AMX, which is not used",
+                     "AMX wants Linux 5.16 or later, a container that may call arch_prctl, and a library built with "
+                     "g++ 11 or later (`python -m qwen15.kernels.build`).")
+    return Finding("kernels", OK, detail)
 
 
 def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/",

@@ -10,6 +10,7 @@
 // Prefill: an item is one key/value head and a block of query tokens; keys stream by in blocks of 128 with a running
 // maximum and sum (Milakov and Gimelshein, 2018, arXiv:1805.02867), so no T x T matrix ever exists.
 #pragma once
+#include "amx.h"
 #include "elementwise.h"
 #include "matmul_dot.h"
 #include "matmul_pack.h"
@@ -300,6 +301,17 @@ void merge(Team& team, const Partial& layout, float* partials, int64_t count, in
 
 // ---------------------------------------------------------------- prefill
 
+template <class R>
+struct Prefill {  // the tile that keys and values are packed for
+  typedef typename Packer<R>::Tile Tile;
+};
+#ifdef QWEN15_AMX
+template <>
+struct Prefill<PairRow> {
+  typedef AmxPairs Tile;
+};
+#endif
+
 // Values of `count` keys -> panel (count, vecs vectors) for the tile; dims [d, d + vecs W), zeros beyond `dim`.
 template <class R>
 void pack_values(const typename R::E* const* rows, int count, int64_t dim, int64_t d, int vecs, float* panel) {
@@ -316,11 +328,9 @@ void pack_values(const uint16_t* const* rows, int count, int64_t dim, int64_t d,
   for (int j = 0; j < count; j += 2)
     for (int v = 0; v < vecs; ++v) {
       int64_t at = d + v * W, left = dim - at;
-      __mmask16 part = left >= W ? 0xffff : (__mmask16)((1u << left) - 1);
-      __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, rows[j] + at));
-      __m512i odd = j + 1 < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, rows[j + 1] + at))
-                                  : _mm512_setzero_si512();
-      _mm512_storeu_si512(panel + (j / 2 * vecs + v) * 2 * W, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      int part = left >= W ? W : (int)left;
+      V even = R::floats_part(rows[j] + at, part), odd = j + 1 < count ? R::floats_part(rows[j + 1] + at, part) : v_zero();
+      PairTile::store(panel + (j / 2 * vecs + v) * 2 * W, b_floats(b_join(even, odd)));
     }
 }
 #endif
@@ -355,7 +365,7 @@ inline float weigh(const float* s, uint16_t* p, V scale, float top) {
 template <class R>
 void prefill_block(Team& team, const float* q, int64_t q_stride, int64_t heads, Paged paged, int64_t token,
                    int64_t tokens, int64_t position, int64_t g, float* out, Activations act) {
-  typedef typename Packer<R>::Tile T;
+  typedef typename Prefill<R>::Tile T;
   typedef typename T::A A;
   typedef typename T::P P;
   typedef typename R::E E;
@@ -508,7 +518,7 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
   }
 }
 
-void attention(Team& team, const float* q, int64_t q_stride, int64_t heads, const Cache& cache, const Batch& batch,
+[[maybe_unused]] void attention(Team& team, const float* q, int64_t q_stride, int64_t heads, const Cache& cache, const Batch& batch,
                float* out, Activations act, AttentionScratch& scratch) {
   if (cache.dtype == DType::f32)
     attention_of<F32Row>(team, q, q_stride, heads, cache, batch, out, act, scratch);

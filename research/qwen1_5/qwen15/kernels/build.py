@@ -24,12 +24,19 @@ HERE = Path(__file__).resolve().parent
 OUTPUT_DIR = HERE / "_lib"
 LIBRARY_NAME = "libqwen15_kernels.so"
 
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2, "-mprefer-vector-width=512")
+AVX512_BF16 = (*AVX512, "-mavx512bf16", "-mavx512vnni")
 X86_SOURCES: Dict[str, Sequence[str]] = {
-    "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
-    "isa_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c",
-                       "-mprefer-vector-width=512"),
-    "isa_avx512_bf16.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni",
-                            "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    "isa_avx2.cpp": AVX2,
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512_bf16.cpp": AVX512_BF16,
+    "isa_amx.cpp": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+}
+ARM_SOURCES: Dict[str, Sequence[str]] = {
+    "isa_neon.cpp": (),
+    "isa_neon_dot.cpp": ("-march=armv8.2-a+dotprod",),
+    "isa_neon_bf16.cpp": ("-march=armv8.2-a+fp16+dotprod+bf16",),
 }
 """Sources of one instruction set each, with the flags no other source may be compiled with."""
 SOURCES: Sequence[str] = ("team.cpp", "dispatch.cpp", "layer.cpp", "operators.cpp", "ranks.cpp", "select.cpp",
@@ -43,6 +50,12 @@ def is_x86(target: Optional[str] = None) -> bool:
     """Whether `target`, a machine triple or None for this machine, is an x86 of 64 bits."""
     machine = target.split("-")[0] if target else platform.machine()
     return machine in ("x86_64", "amd64", "AMD64")
+
+
+def is_arm(target: Optional[str] = None) -> bool:
+    """Whether `target`, a machine triple or None for this machine, is an ARM of 64 bits."""
+    machine = target.split("-")[0] if target else platform.machine()
+    return machine in ("aarch64", "arm64")
 
 
 def find_compiler(target: Optional[str] = None) -> str:
@@ -64,8 +77,25 @@ def find_compiler(target: Optional[str] = None) -> str:
                     exit_code=EXIT_FAILED)
 
 
+def instruction_sets(compiler: Sequence[str], target: Optional[str] = None,
+                     emulation: Optional[os.PathLike] = None) -> Dict[str, Sequence[str]]:
+    """Sources of instruction sets and their flags: those that this compiler knows; the others are named on stderr."""
+    wanted = X86_SOURCES if is_x86(target) else ARM_SOURCES if is_arm(target) else {}
+    if emulation is not None:
+        return {name: (*AVX2, "-I", str(emulation)) for name in wanted if name != "isa_avx2.cpp"}
+    known: Dict[str, Sequence[str]] = {}
+    for name, flags in wanted.items():
+        probe = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+        if not flags or subprocess.run(probe, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+            known[name] = flags
+        else:
+            print(f"note: {compiler[0]} is too old for the {Path(name).stem[4:]} kernels; they are left out",
+                  file=sys.stderr)
+    return known
+
+
 def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = None, target: Optional[str] = None,
-          verbose: bool = False) -> Path:
+          verbose: bool = False, emulation: Optional[os.PathLike] = None) -> Path:
     """Compile the library and return its path.
 
     The library appears under its name only when it is complete; an older one is replaced.
@@ -75,6 +105,8 @@ def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = N
         sanitizer: None, or one or more of `SANITIZERS` with commas between (then -O1 with debug information).
         target: machine triple to cross-compile for, None for this machine.
         verbose: print the compiler's commands on stderr.
+        emulation: for tests, a folder of headers that stand for the intrinsics beyond AVX2: every x86 instruction set
+            then runs on a CPU with AVX2, and slowly.
 
     Raises:
         UserError: no compiler, or it failed (its message is in the error).
@@ -84,9 +116,13 @@ def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = N
             raise UserError(f"unknown sanitizer {name!r}", where="kernels", fix=f"Choose from {', '.join(SANITIZERS)}.")
     compiler = shlex.split(find_compiler(target))
     sources: Dict[str, Sequence[str]] = {name: () for name in SOURCES}
-    if is_x86(target):
-        sources.update(X86_SOURCES)
     flags: List[str] = list(FLAGS)
+    sets = instruction_sets(compiler, target, emulation)
+    sources.update(sets)
+    present = [f"-DQWEN15_HAS_{Path(name).stem[4:].upper()}" for name in sets]
+    sources["dispatch.cpp"] = (*present, "-DQWEN15_EMULATED") if emulation is not None else present
+    if emulation is not None:
+        flags.append("-O0")  # what is emulated is large: optimising it takes longer than the tests then save
     link: List[str] = ["-shared", "-pthread"]
     if sanitizer:
         flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
@@ -129,10 +165,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--sanitizer", metavar="NAME[,NAME]",
                         help=f"compile with these, for tests: {', '.join(SANITIZERS)}")
     parser.add_argument("--target", metavar="TRIPLE", help="cross-compile, for example aarch64-linux-gnu")
+    parser.add_argument("--emulation", metavar="FOLDER",
+                        help="for tests: headers in place of the intrinsics beyond AVX2, so that all kernels run here")
     parser.add_argument("--verbose", action="store_true", help="show the compiler's commands and warnings")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
-    print(build(arguments.output_dir, arguments.sanitizer, arguments.target, arguments.verbose))
+    print(build(arguments.output_dir, arguments.sanitizer, arguments.target, arguments.verbose,
+                arguments.emulation))
     return 0
 
 

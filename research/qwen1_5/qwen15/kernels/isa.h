@@ -18,8 +18,9 @@ constexpr Kernels kernels_named(const char* name) {
 #else
   constexpr bool bf16_pairs = false;
 #endif
-  return {name,      bf16_pairs, rmsnorm, prepare,      matmul,  ask,        rope_and_cache,
-          attention, gather,     combine, embed,        chunk_maxima, sum_exp, read_bytes, peak_flops};
+  constexpr int64_t never = INT64_MAX;
+  return {name,      bf16_pairs, never,   rmsnorm, prepare,      matmul,  ask,        rope_and_cache,
+          attention, gather,     combine, embed,   chunk_maxima, sum_exp, read_bytes, peak_flops};
 }
 
 }  // namespace

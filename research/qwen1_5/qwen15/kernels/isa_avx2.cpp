@@ -1,4 +1,5 @@
 // The kernels for AVX2 with FMA and F16C.
+#define QWEN15_AVX2 1
 #include "isa.h"
 
 namespace qwen15 {

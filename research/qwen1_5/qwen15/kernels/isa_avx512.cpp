@@ -1,4 +1,5 @@
 // The kernels for AVX-512.
+#define QWEN15_AVX512 1
 #include "isa.h"
 
 namespace qwen15 {

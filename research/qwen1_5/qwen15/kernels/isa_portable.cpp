@@ -1,5 +1,4 @@
 // The kernels for any CPU.
-#define QWEN15_PORTABLE 1
 #include "isa.h"
 
 namespace qwen15 {

@@ -83,13 +83,14 @@ class Operand {
   void meets(const Matrix& w) {
     (rounds(w) ? rounded_ : exact_).asked = true;
     if (w.order != nullptr) ordered_.asked = true;
+    if (is_quantised(w.dtype) && tokens_ >= kernels().spare_from) spare_.asked = true;
   }
   int64_t bytes() const {
     int64_t each = Arena::rounded(tokens_ * padded(cols_) * static_cast<int64_t>(sizeof(float)));
-    return each * (rounded_.asked + exact_.asked + ordered_.asked);
+    return each * (rounded_.asked + exact_.asked + ordered_.asked + spare_.asked);
   }
   void place(Arena& memory) {
-    for (Form* form : {&rounded_, &exact_, &ordered_})
+    for (Form* form : {&rounded_, &exact_, &ordered_, &spare_})
       if (form->asked) form->data = memory.take<float>(tokens_ * padded(cols_));
   }
 
@@ -101,6 +102,7 @@ class Operand {
     x.pairs = x.rounded && kernels().bf16_pairs;
     x.exact = exact_activations();
     x.data = x.rounded ? rounded_.data : exact_.data;
+    if (is_quantised(w.dtype)) x.spare = spare_.data;
     return x;
   }
   // The form for this matrix, in the order of its columns. Waits for the team where that is another one.
@@ -132,7 +134,7 @@ class Operand {
   }
 
   int64_t tokens_, cols_;
-  Form rounded_, exact_, ordered_;
+  Form rounded_, exact_, ordered_, spare_;
 };
 
 // Room for the two products of a gated matmul whose matrices do not meet the same activations.

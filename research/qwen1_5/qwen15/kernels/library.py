@@ -16,7 +16,7 @@ from .build import LIBRARY_NAME, OUTPUT_DIR
 ABI_VERSION = 5
 """What `qwen15_abi_version()` must return: the arguments of the functions below and the operators' inputs."""
 
-KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
+KERNELS = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon_dot", "neon", "portable")
 """Instruction sets, best first."""
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}

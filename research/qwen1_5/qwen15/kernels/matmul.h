@@ -34,18 +34,6 @@ void ask(Team& team, const Job& job, int64_t tokens) {
   }
 }
 
-// The jobs' panels, for whichever thread is free.
-template <class R>
-void many_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
-  Items items(jobs, job_count, tokens, team.size());
-  for (int64_t i = team.take(); i < items.count;) {
-    int64_t after = team.take();
-    Item next = items[after < items.count ? after : 0];
-    one_panel<R>(team, items[i], after < items.count ? &next : nullptr, x);
-    i = after;
-  }
-}
-
 void matmul(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
   DType dtype = jobs[0].w.dtype;
   if (is_quantised(dtype)) {

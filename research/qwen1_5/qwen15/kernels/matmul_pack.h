@@ -27,10 +27,10 @@ void pack_floats(const typename R::E* const* rows, int count, int64_t k, int vec
 inline void pack_pairs_block(const uint16_t* const* rows, int64_t i, uint16_t* panel, int64_t stride) {
   V block[W];
 #pragma GCC unroll 16
-  for (int r = 0; r < W; ++r) block[r] = _mm512_loadu_ps(rows[r] + i);
+  for (int r = 0; r < W; ++r) block[r] = PairTile::load(rows[r] + i);
   v_transpose(block);
 #pragma GCC unroll 16
-  for (int j = 0; j < W; ++j) _mm512_storeu_ps(panel + j * stride, block[j]);
+  for (int j = 0; j < W; ++j) PairTile::store(panel + j * stride, block[j]);
 }
 
 void pack_pairs(const uint16_t* const* rows, int count, int64_t k, int vecs, uint16_t* panel) {
@@ -46,9 +46,9 @@ void pack_pairs(const uint16_t* const* rows, int count, int64_t k, int vecs, uin
       }
       V block[W];
       for (int r = 0; r < W; ++r)
-        block[r] = r < valid ? _mm512_castsi512_ps(PairRow::load_part(rows[v * W + r] + i, part)) : v_zero();
+        block[r] = r < valid ? b_floats(PairRow::load_part(rows[v * W + r] + i, part)) : v_zero();
       v_transpose(block);
-      for (int j = 0; j < (part + 1) / 2; ++j) _mm512_storeu_ps(to + j * stride, block[j]);
+      for (int j = 0; j < (part + 1) / 2; ++j) PairTile::store(to + j * stride, block[j]);
     }
   }
 }

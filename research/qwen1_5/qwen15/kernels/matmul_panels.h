@@ -1,5 +1,6 @@
 // Matmuls over many tokens: threads take panels of rows, pack one in their L2, and run register tiles over it.
 #pragma once
+#include "amx.h"
 #include "matmul_finish.h"
 #include "matmul_pack.h"
 #include "team.h"
@@ -8,6 +9,7 @@ namespace qwen15 {
 namespace {
 
 constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
+constexpr int64_t kQuantPackFrom = 32; // tokens from which packing pays for quantised weights
 constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
 
 // One item of a matmul over many tokens: a panel of a job's rows against a block of tokens. `next` is the item after
@@ -23,9 +25,30 @@ inline Ahead rows_ahead(const Matrix& w, int64_t row, int64_t k0) {
   return Ahead((const char*)w.data + row * bytes + bytes * k0 / w.cols, count, bytes, bytes * k / w.cols);
 }
 
+// How the rows of a panel are packed, and the tile they are packed for.
+template <class R>
+struct Panels {
+  typedef typename Packer<R>::Tile Tile;
+  static void pack(const Matrix& m, int64_t row, int count, int64_t k0, int64_t k, int vecs, typename Tile::P* panel) {
+    pack_rows<R>(m, row, count, k0, k, vecs, panel);
+  }
+};
+#ifdef QWEN15_AMX
+template <>
+struct Panels<PairRow> {
+  typedef AmxTile Tile;
+  static void pack(const Matrix& m, int64_t row, int count, int64_t k0, int64_t k, int vecs, uint16_t* panel) {
+    for (int v = 0; v < vecs; ++v) {
+      int n = count - v * W < W ? count - v * W : W;
+      pack_rows<PairRow>(m, row + v * W, n, k0, k, 1, panel + v * AmxTile::vector(k));
+    }
+  }
+};
+#endif
+
 template <class R>
 void one_panel(Team& team, const Item& item, const Item* next, Activations x) {
-  typedef typename Packer<R>::Tile T;
+  typedef typename Panels<R>::Tile T;
   static_assert(kPanelRows <= kRowBlock, "finish() holds the bias of one panel");
   const Job& job = *item.job;
   int64_t row = item.row, cols = job.w.cols;
@@ -42,7 +65,7 @@ void one_panel(Team& team, const Item& item, const Item* next, Activations x) {
     const Matrix& w = part == 0 ? job.w : job.up;
     for (int64_t k0 = 0; k0 < cols; k0 += kPanelDepth) {
       int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth;
-      pack_rows<R>(w, row, n, k0, k, vecs, panel);
+      Panels<R>::pack(w, row, n, k0, k, vecs, panel);
       Ahead ahead;
       if (k0 + kPanelDepth < cols) ahead = rows_ahead(w, row, k0 + kPanelDepth);
       else if (part == 0 && gated) ahead = rows_ahead(job.up, row, 0);
@@ -72,6 +95,18 @@ struct Items {
     return {job, panel * kPanelRows, token, tokens - token < block ? tokens - token : block};
   }
 };
+
+// The jobs' panels, for whichever thread is free.
+template <class R>
+void many_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
+  Items items(jobs, job_count, tokens, team.size());
+  for (int64_t i = team.take(); i < items.count;) {
+    int64_t after = team.take();
+    Item next = items[after < items.count ? after : 0];
+    one_panel<R>(team, items[i], after < items.count ? &next : nullptr, x);
+    i = after;
+  }
+}
 
 }  // namespace
 }  // namespace qwen15

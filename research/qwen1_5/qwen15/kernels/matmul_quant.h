@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t kSegment = 128;
 constexpr int kQuantRows = 8;           // rows of int16 that weights meet at once
 constexpr int64_t kScaleRows = 8;       // rows of weights whose scales are at hand
-constexpr int64_t kQuantPackFrom = 32;  // tokens from which packing pays
 constexpr int64_t kStep = 8 * W;        // columns of 4 bits in a vector
 
 // How the columns of a quantised matrix are cut.
@@ -58,6 +57,24 @@ struct Words {
   }
 };
 
+#ifdef QWEN15_DOT_BYTES
+constexpr float kMostWord = 127 * 256 + 127;  // two signed bytes hold it
+
+// Words of a block of columns -> their upper bytes, then their lower ones (256 upper + lower, both signed), each in the
+// order in which the weights come out of 16 bytes: 4-bit ones as low halves, then as high ones.
+inline void part_words(int16_t* q, bool nibbles) {
+  int8_t bytes[2 * kQuantBlock];
+  for (int i = 0; i < kQuantBlock; ++i) {
+    int word = q[nibbles ? i / 16 * 8 + i % 16 / 2 + i % 2 * 16 : i], upper = (word + 128) >> 8;
+    bytes[i] = (int8_t)upper;
+    bytes[kQuantBlock + i] = (int8_t)(word - 256 * upper);
+  }
+  memcpy(q, bytes, sizeof bytes);
+}
+#else
+constexpr float kMostWord = 32767;
+#endif
+
 // One row of x (cols,) -> int16; `rest` (cols,), where it is given, becomes what they leave over. `middle` is the zero
 // point where the weights have none of their own, 1 where they have.
 inline void make_words(const float* x, const Cut& cut, float middle, int16_t* q, float* scale, float* sums, float* rest,
@@ -70,7 +87,7 @@ inline void make_words(const float* x, const Cut& cut, float middle, int16_t* q,
       high = v_max(high, v_max(v, v_sub(v_zero(), v)));
       nan = v_add(nan, v_sub(v, v));  // not a number where v is not finite
     }
-    float top = v_highest(high), bad = v_sum(nan), step = top / 32767.0f + bad;
+    float top = v_highest(high), bad = v_sum(nan), step = top / kMostWord + bad;
     float inverse = step > 1e-36f ? 1.0f / step : 0.0f;
     scale[j] = step > 1e-36f || step != step ? step : 0.0f;
     int16_t* to = q + j * cut.segment;
@@ -94,6 +111,9 @@ inline void make_words(const float* x, const Cut& cut, float middle, int16_t* q,
   for (int64_t j = cut.segments(); j < Words::scales(cut.cols); ++j) scale[j] = 0.0f;
   for (int64_t g = cut.groups(); g < Words::scales(cut.cols); ++g) sums[g] = 0.0f;
   memset(q + cut.cols, 0, (padded_cols - cut.cols) * sizeof(int16_t));
+#ifdef QWEN15_DOT_BYTES
+  for (int64_t i = 0; i < padded_cols; i += kQuantBlock) part_words(q + i, cut.nibbles);
+#else
   if (!cut.nibbles) return;
   constexpr int kBlocks = W / 4;  // of 32 columns in a vector
   for (int64_t i = 0; i < padded_cols; i += kStep) {
@@ -102,6 +122,7 @@ inline void make_words(const float* x, const Cut& cut, float middle, int16_t* q,
     for (int b = 0; b < kBlocks; ++b)
       for (int k = 0; k < 4; ++k) memcpy(q + i + (k * kBlocks + b) * 8, step + b * kQuantBlock + k * 8, 16);
   }
+#endif
 }
 
 // Where a row of a quantised matrix is.
@@ -142,6 +163,44 @@ struct Scales {
   }
 };
 
+#ifdef QWEN15_DOT_BYTES
+// acc[t][p] += 16 columns w of each place; x has their upper bytes and kQuantBlock bytes further on the lower ones.
+template <int N, int P>
+inline void mac_parts(I* acc, const int8x16_t* w, const char* x, int64_t x_bytes) {
+#pragma GCC unroll 8
+  for (int t = 0; t < N; ++t) {
+    int8x16_t upper = v_any<int8x16_t>(x + t * x_bytes), lower = v_any<int8x16_t>(x + t * x_bytes + kQuantBlock);
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) acc[t * P + p] = i_dot(acc[t * P + p], w[p], upper, lower);
+  }
+}
+
+// acc[t][p] += 32 columns of 8 bits
+template <int N, int P>
+inline void mac_bytes(I* acc, const uint8_t* const* w, int64_t at, const int16_t* x, int64_t x_stride) {
+#pragma GCC unroll 2
+  for (int i = 0; i < kQuantBlock; i += 16) {
+    int8x16_t l[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) l[p] = v_any<int8x16_t>(w[p] + at + i);
+    mac_parts<N, P>(acc, l, (const char*)(x + at) + i, 2 * x_stride);
+  }
+}
+
+// acc[t][p] += a vector of 4-bit columns
+template <int N, int P>
+inline void mac_nibbles(I* acc, const S* raw, const int16_t* x, int64_t x_stride) {
+  int8x16_t low[P], high[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    uint8x16_t bytes = vreinterpretq_u8_s16(raw[p]);
+    low[p] = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
+    high[p] = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
+  }
+  mac_parts<N, P>(acc, low, (const char*)x, 2 * x_stride);
+  mac_parts<N, P>(acc, high, (const char*)x + 16, 2 * x_stride);
+}
+#else
 // acc[t][p] += 32 columns of 8 bits
 template <int N, int P>
 inline void mac_bytes(I* acc, const uint8_t* const* w, int64_t at, const int16_t* x, int64_t x_stride) {
@@ -185,6 +244,8 @@ inline void mac_nibbles(I* acc, const S* raw, const int16_t* x, int64_t x_stride
         acc[t * P + p] = i_madd(acc[t * P + p], n[k], s_load(x + t * x_stride + k * 2 * W));
   }
 }
+
+#endif
 
 // At most kScaleRows rows at P places against N rows of x from `first` on: out[(p * x.rows + first + t) * kRowBlock +
 // r].

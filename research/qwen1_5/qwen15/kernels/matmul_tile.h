@@ -22,14 +22,10 @@ struct PairTile {
   typedef uint16_t A;
   typedef uint16_t P;
   static constexpr int depth = 2;
-  static inline V load(const P* p) { return _mm512_loadu_ps(p); }
-  static inline void store(P* p, V v) { _mm512_storeu_ps(p, v); }
-  static inline V broadcast(const A* a) {
-    int32_t pair;
-    memcpy(&pair, a, sizeof pair);
-    return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
-  }
-  static inline V mac(V acc, V w, V a) { return v_dot_pairs(acc, _mm512_castps_si512(w), _mm512_castps_si512(a)); }
+  static inline V load(const P* p) { return b_floats(b_load(p)); }
+  static inline void store(P* p, V v) { memcpy(p, &v, sizeof v); }
+  static inline V broadcast(const A* a) { return b_floats(b_repeat(a)); }
+  static inline V mac(V acc, V w, V a) { return v_dot_pairs(acc, b_bits(w), b_bits(a)); }
 };
 #endif
 

@@ -37,7 +37,7 @@ uint64_t read_bytes(const void* data, int64_t bytes, bool split) {
 
 inline V multiply_add(V acc, V a, V b) { return v_fma(a, b, acc); }
 #ifdef QWEN15_BF16_PAIRS
-inline V multiply_add(V acc, __m512i a, __m512i b) { return v_dot_pairs(acc, a, b); }
+inline V multiply_add(V acc, B a, B b) { return v_dot_pairs(acc, a, b); }
 #endif
 
 // As many independent chains as prefill's register tile has, on operands that never leave their registers.
@@ -62,7 +62,8 @@ double peak_flops(int64_t repeats, DType dtype) {
   volatile float sink;
 #ifdef QWEN15_BF16_PAIRS
   if (dtype == DType::bf16) {
-    __m512i ones = _mm512_set1_epi16(0x3f80);
+    const uint16_t pair[2] = {0x3f80, 0x3f80};
+    B ones = b_repeat(pair);
     sink = run_chains(repeats, ones, ones);
     (void)sink;
     return 2.0 * repeats * per_round;

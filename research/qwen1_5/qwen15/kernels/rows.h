@@ -82,16 +82,16 @@ struct BF16Row {
 struct PairRow {
   typedef uint16_t E;
   typedef uint16_t X;
-  typedef __m512i L;
+  typedef B L;
   static constexpr int step = 2 * W;
-  static inline L load(const E* p) { return _mm512_loadu_si512(p); }
-  static inline L load_part(const E* p, int n) {
-    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);  // n in [0, 32]
-  }
-  static inline L load_rest(const E* p, int n) { return _mm512_maskz_loadu_epi16(~0u << n, p); }  // n in [0, 32)
+  static inline L load(const E* p) { return b_load(p); }
+  static inline L load_part(const E* p, int n) { return b_load_part(p, n); }
+#ifdef QWEN15_LOAD_REST
+  static inline L load_rest(const E* p, int n) { return b_load_rest(p, n); }
+#endif
   static inline V floats(const E* p) { return v_load_bf16(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
-  static inline V mac(V acc, L w, const X* x) { return v_dot_pairs(acc, w, _mm512_loadu_si512(x)); }
+  static inline V mac(V acc, L w, const X* x) { return v_dot_pairs(acc, w, b_load(x)); }
   static inline void store(E* p, V v) { v_store_bf16(p, v); }
   static inline void pair(const E* p, V* v) { v_load_bf16_pair(p, v); }
   static inline void pair_part(const E* p, int n, V* v) { v_load_part_bf16_pair(p, n, v); }

@@ -52,6 +52,7 @@ struct Activations {
   bool rounded = false;  // to bf16
   bool pairs = false;    // true: uint16 bf16; false: float
   bool exact = false;    // when few meet quantised weights they keep 31 bits, not 16
+  void* spare = nullptr; // room for (T, stride) floats where many meet quantised weights and the kernels ask for it
 };
 
 // Elements per row that keep every vector load inside the row, whatever the instruction set. One cache line more, so
@@ -109,13 +110,14 @@ class Team;
 struct Kernels {
   const char* name;
   bool bf16_pairs;  // has a bf16 dot product, so activations for bf16 weights are stored as bf16
+  int64_t spare_from;  // tokens from which `Activations::spare` is wanted
 
   // out[t, :] = x[t, :] * rsqrt(mean(x[t]^2) + eps) * w, for t in [0, T); x (T, x_stride) float32
   void (*rmsnorm)(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Vector w, float eps,
                   Activations out);
   // out = x as activations
   void (*prepare)(Team& team, const float* x, int64_t x_stride, int64_t tokens, int64_t cols, Activations out);
-  // The matrices of all jobs are alike, and in stored order.
+  // The matrices of all jobs are alike, and in stored order. Waits for the team where activations have a `spare`.
   void (*matmul)(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens);
   // Prefetches the first weights that this thread reads in a matmul which begins with `job`.
   void (*ask)(Team& team, const Job& job, int64_t tokens);
@@ -147,5 +149,9 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx;  // its null functions are kernels_avx512_bf16's
+extern const Kernels kernels_neon;
+extern const Kernels kernels_neon_dot;  // its null functions are kernels_neon's
+extern const Kernels kernels_neon_bf16;
 
 }  // namespace qwen15

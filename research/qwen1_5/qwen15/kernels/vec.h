@@ -1,10 +1,12 @@
-// The vectors of the instruction set that this file is compiled for; QWEN15_PORTABLE asks for the plain ones.
+// The vectors of the instruction set that the file which includes this is for (see isa_*.cpp); any CPU's where it names
+// none.
 #pragma once
 
-#if !defined(QWEN15_PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
-    defined(__AVX512DQ__)
+#if defined(QWEN15_AVX512)
 #include "vec_avx512.h"
-#elif !defined(QWEN15_PORTABLE) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(QWEN15_NEON)
+#include "vec_neon.h"
+#elif defined(QWEN15_AVX2)
 #include "vec_avx2.h"
 #else
 #include "vec_portable.h"

@@ -1,7 +1,8 @@
-// Vectors of AVX-512: 16 floats; bf16 dot products where the file is compiled with -mavx512bf16.
+// Vectors of AVX-512: 16 floats; with QWEN15_BF16_PAIRS bf16 dot products, with QWEN15_VNNI those of 16-bit integers.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 namespace {
 
@@ -49,7 +50,7 @@ inline void v_store_f16(uint16_t* p, V v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline void v_store_bf16(uint16_t* p, V v) {
-#ifdef __AVX512BF16__
+#ifdef QWEN15_BF16_PAIRS
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
 #else
   __m512i bits = _mm512_castps_si512(v);
@@ -123,7 +124,7 @@ inline S s_nibble(S v, int k) {  // bits 4k to 4k + 3 of each
 }
 // acc + products of a and b, those of neighbours in one lane
 inline I i_madd(I acc, S a, S b) {
-#ifdef __AVX512VNNI__
+#ifdef QWEN15_VNNI
   return _mm512_dpwssd_epi32(acc, a, b);
 #else
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
@@ -215,10 +216,26 @@ inline void v_transpose_units(V* r) {
   }
 }
 
-#ifdef __AVX512BF16__
-#define QWEN15_BF16_PAIRS 1
+#ifdef QWEN15_BF16_PAIRS
+typedef __m512i B;  // 2 W bf16
+inline B b_load(const void* p) { return _mm512_loadu_si512(p); }
+inline B b_load_part(const uint16_t* p, int n) {  // n in [0, 32]
+  return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+}
+inline B b_load_rest(const uint16_t* p, int n) { return _mm512_maskz_loadu_epi16(~0u << n, p); }  // n in [0, 32)
+inline B b_repeat(const uint16_t* p) {  // the pair at p, in every lane
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+inline V b_floats(B x) { return _mm512_castsi512_ps(x); }  // the same bits
+inline B b_bits(V x) { return _mm512_castps_si512(x); }
+// bf16 stored as the upper halves of floats -> pairs of an even and an odd one
+inline B b_join(V even, V odd) {
+  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+}
 // Two bf16 per dword: acc[i] += a[2i] b[2i] + a[2i + 1] b[2i + 1]
-inline V v_dot_pairs(V acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+inline V v_dot_pairs(V acc, B a, B b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 #endif
 
 }  // namespace

@@ -40,8 +40,9 @@ from typing import Tuple
 
 from ..device import MOST_THREADS
 from ..errors import UserError
+from ..kernels.library import KERNELS
 
-CHOICES = ("avx512_bf16", "avx512", "avx2", "portable", "reference")
+CHOICES = (*KERNELS, "reference")
 """Values of the environment variable QWEN15_KERNELS; unset chooses the best this machine runs."""
 
 
