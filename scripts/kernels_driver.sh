@@ -1,4 +1,4 @@
-# What test_sanitizers.sh and test_aarch64.sh share: the tools they need, a Python for the kernel tests, and a driver; sourced, not run.
+# What test_sanitizers.sh, test_emulated.sh and test_aarch64.sh share: the tools they need, a Python for the kernel tests, and a driver; sourced, not run.
 #
 #   QWEN15_PYTHON   the interpreter to use (3.9 to 3.12; default: the first that python3, python3.12, ... offers)
 #   QWEN15_VENV     virtual environment with numpy and pytest (default: .venv in the checkout when test.sh has made it,
@@ -26,6 +26,12 @@ need() {
     say "installing ${packages[*]}"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null
+}
+
+# need_header HEADER PACKAGE: the same for a header of the compiler's.
+need_header() {
+    echo "#include <$1>" | g++ -fsyntax-only -x c++ - 2> /dev/null && return
+    need "$1" "$2"
 }
 
 # A Python with numpy and pytest goes first on PATH; MindSpore is not needed.

@@ -93,6 +93,18 @@ def test_kernels_that_are_not_built_are_pointed_out(tmp_path, monkeypatch):
     assert "QWEN15_KERNELS=reference" in doctor.check_kernels().detail
 
 
+def test_amx_that_the_system_withholds_is_pointed_out(tmp_path, monkeypatch):
+    loaded = pytest.importorskip("qwen15.kernels.library").load()
+    monkeypatch.delenv("QWEN15_KERNELS", raising=False)
+    info = tmp_path / "cpuinfo"
+    info.write_text("flags : avx2 fma f16c avx512f amx_bf16 amx_tile\n")
+    monkeypatch.setattr(loaded, "can_run", lambda name: name != "amx")
+    check = doctor.check_kernels(str(info))
+    assert check.status == "warn" and "AMX, which is not used" in check.detail and "arch_prctl" in check.fix
+    monkeypatch.setattr(loaded, "can_run", lambda name: True)
+    assert doctor.check_kernels(str(info)).status == "ok"
+
+
 # --- Ascend
 
 @pytest.fixture

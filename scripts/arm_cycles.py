@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""A table of how many cycles ARM cores need for 64 bytes of weights at few tokens, computed from the compiled kernels.
+
+    python scripts/arm_cycles.py [--llvm_mca llvm-mca-19] [--table docs/tables/arm.md]
+
+The kernels are cross-compiled (aarch64-linux-gnu-g++) as the library's build does it, the inner loop of each is cut out
+of the assembly, and llvm-mca (16 or later, which knows these cores) says how many cycles one turn of it takes when its
+data are in the first cache level. Nothing is measured: memory is compared by arithmetic, with a core's share of the
+socket's bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Sequence
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "research" / "qwen1_5"))
+
+from qwen15.kernels.build import ARM_SOURCES, FLAGS, HERE, find_compiler  # noqa: E402
+
+TARGET = "aarch64-linux-gnu"
+TOKENS = (1, 2, 4, 8)
+
+
+class Core(NamedTuple):
+    """A core as llvm-mca calls it, and what a socket of them shares."""
+
+    name: str
+    title: str
+    sets: Sequence[str]
+    ghz: float
+    cores: int
+    gigabytes: float  # a second, of the socket's memory channels at their peak
+    memory: str
+
+    @property
+    def share(self) -> float:
+        """Cycles in which a core's share of the bandwidth brings 64 bytes."""
+        return 64 * self.ghz * self.cores / self.gigabytes
+
+
+CORES = (
+    Core("tsv110", "Kunpeng 920 (TSV110)", ("neon", "neon_dot"), 2.6, 64, 187.7, "8 x DDR4-2933"),
+    Core("neoverse-n1", "Neoverse N1 (Graviton2)", ("neon", "neon_dot"), 2.5, 64, 204.8, "8 x DDR4-3200"),
+    Core("neoverse-v1", "Neoverse V1 (Graviton3)", ("neon_bf16",), 2.6, 64, 307.2, "8 x DDR5-4800"),
+)
+
+
+class Kernel(NamedTuple):
+    """A loop over weights: the function that holds it, by part of its demangled name, and the bytes of one turn."""
+
+    title: str
+    function: str  # with {n} for the rows of activations and {p} for the places of weights
+    source: Dict[str, str]  # instruction set -> the source that has the function
+    place_bytes: int  # of weights, of each place in a turn
+    rows: int  # of activations for a token
+
+
+def dot_places(row: str) -> str:
+    return f"dot_places<qwen15::(anonymous namespace)::{row}, {{n}}, {{p}}>"
+
+
+WHOLE = {"neon": "isa_neon.cpp", "neon_bf16": "isa_neon_bf16.cpp"}
+QUANT = {**WHOLE, "neon_dot": "isa_neon_dot.cpp"}
+KERNELS = (
+    Kernel("bf16", dot_places("(PairRow|BF16Row)"), WHOLE, 64, 1),
+    Kernel("fp16", dot_places("F16Row"), WHOLE, 64, 1),
+    Kernel("int8", "quant_rows<false, 128, {n}, {p}>", QUANT, 128, 1),
+    Kernel("int4", "quant_rows<true, 128, {n}, {p}>", QUANT, 64, 1),
+)
+
+
+def assembly(source: str, scratch: Path) -> str:
+    """A source's assembly, names demangled."""
+    out = scratch / f"{source}.s"
+    if not out.exists():
+        compiler = find_compiler(TARGET)
+        subprocess.run([compiler, *FLAGS, *ARM_SOURCES[source], "-S", str(HERE / source), "-o", str(out)], check=True)
+    return out.read_text()
+
+
+def body(text: str, function: str) -> List[str]:
+    """Lines of the function whose demangled name matches."""
+    names = re.findall(r"^(_Z[\w.]+):$", text, re.MULTILINE)
+    plain = subprocess.run(["c++filt"], input="\n".join(names), stdout=subprocess.PIPE, universal_newlines=True,
+                           check=True).stdout.splitlines()
+    pattern = re.compile(re.escape(function).replace(r"\(PairRow\|BF16Row\)", "(?:PairRow|BF16Row)"))
+    found = [name for name, demangled in zip(names, plain) if pattern.search(demangled)]
+    if not found:
+        raise SystemExit(f"no function is called {function}")
+    lines = text.split(f"\n{found[0]}:\n", 1)[1].splitlines()
+    end = next(i for i, line in enumerate(lines) if line.strip().startswith(".size"))
+    return lines[:end]
+
+
+def inner_loop(lines: Sequence[str]) -> List[str]:
+    """Instructions of the longest loop without a loop in it that asks for memory ahead."""
+    labels, loops = {}, []
+    for i, line in enumerate(lines):
+        label = re.match(r"^(\.L\d+):", line)
+        if label:
+            labels[label.group(1)] = i
+        jump = re.match(r"^\s+(?:b\.\w+|b|cbn?z\s+\w+,|tbn?z\s+\w+,\s*#?\w+,)\s*(\.L\d+)$", line)
+        if jump and jump.group(1) in labels:
+            loops.append((labels[jump.group(1)], i))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d < b and (c, d) != (a, b) for c, d in loops)]
+    code = [[line for line in lines[a:b + 1] if re.match(r"^\s+[a-z]", line)] for a, b in inner]
+    asking = [block for block in code if any("prfm" in line for line in block)]
+    if not asking:
+        raise SystemExit("no loop asks for memory ahead")
+    return max(asking, key=len)
+
+
+def cycles(block: Sequence[str], core: str, mca: str) -> float:
+    """Cycles of one turn of a loop, as llvm-mca expects them from 200 turns."""
+    done = subprocess.run([mca, "-mtriple", TARGET, f"-mcpu={core}", "-iterations=200"], input="\n".join(block) + "\n",
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{mca} failed: {done.stderr.splitlines()[0]}")
+    return int(re.search(r"Total Cycles:\s+(\d+)", done.stdout).group(1)) / 200
+
+
+def places(kernel: Kernel, tokens: int) -> int:
+    """Places of weights at once: 2, but 1 where integers meet more than four rows of activations."""
+    return 1 if kernel.title.startswith("int") and tokens * kernel.rows > 4 else 2
+
+
+def rows_of(core: Core, mca: str, scratch: Path) -> List[str]:
+    out = []
+    for name in core.sets:
+        for kernel in KERNELS:
+            if name not in kernel.source:
+                continue
+            text, figures = assembly(kernel.source[name], scratch), []
+            for tokens in TOKENS:
+                p = places(kernel, tokens)
+                block = inner_loop(body(text, kernel.function.format(n=tokens, p=p)))
+                chains = 2 if kernel.function.startswith("dot_places") and tokens == 1 else 1
+                turn = cycles(block, core.name, mca) * 64 / (kernel.place_bytes * p * chains)
+                figures.append(f"{turn:.1f}" if turn < core.share else f"**{turn:.1f}**")
+            out.append(f"| {core.title} | {name} | {kernel.title} | {' | '.join(figures)} | {core.share:.0f} |")
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llvm_mca", default=next(filter(shutil.which, ("llvm-mca-19", "llvm-mca-18", "llvm-mca-16")),
+                                                   "llvm-mca"), help="llvm-mca of LLVM 16 or later")
+    parser.add_argument("--assembly", type=Path, help="a folder to keep the assembly in, and to take it from")
+    parser.add_argument("--table", type=Path, help="write the table into this file, below the line that begins it")
+    arguments = parser.parse_args()
+    table = ["| core | kernels | weights | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in TOKENS) + " | memory |",
+             "| --- | --- | --- |" + " --- |" * (len(TOKENS) + 1)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.assembly or Path(scratch)
+        for core in CORES:
+            table += rows_of(core, arguments.llvm_mca, folder)
+    text = "\n".join(table) + "\n"
+    if arguments.table:
+        head = arguments.table.read_text().split("| core |")[0]
+        arguments.table.write_text(head + text)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
