@@ -134,6 +134,23 @@ def test_overhead_of_every_way_to_choose_a_token(tiny, tmp_path):
         assert row["own_ms"] == pytest.approx(statistics.median(row["samples"]["own_seconds"]) * 1e3, rel=1e-4)
 
 
+def test_guesses_against_plain_decoding(small_model, tmp_path):
+    made = measured("speculate", "--checkpoint", small_model, "--dtype", "float32", "--task", "rewriting",
+                    "--new_tokens", 12, "--rounds", 1, "--no_plot", cwd=tmp_path)
+    row, = made["rows"]
+    assert row["same"] == "same" and row["accepted"] <= row["guessed"] and row["tokens"] == 12
+    assert row["ratio"] > 0 and row["tokens_per_step"] >= 1
+
+
+@pytest.mark.slow
+def test_a_draft_is_measured_at_a_given_acceptance(tmp_path):
+    made = measured("speculate", "--size", "0.5b", "--layers", 6, "--draft_size", "0.5b", "--draft_layers", 1,
+                    "--acceptance", "1,0", "--new_tokens", 24, "--rounds", 1, "--no_plot", cwd=tmp_path)
+    sure, never = made["rows"]
+    assert sure["accepted"] == sure["guessed"] > 0 and never["accepted"] == 0
+    assert sure["tokens_per_step"] > never["tokens_per_step"] == 1
+
+
 def test_loading_in_processes_of_its_own(tiny, tmp_path):
     made = measured("load", "--checkpoint", tiny, "--prompt", 4, "--new_tokens", 2, "--rounds", 1, "--no_plot",
                     cwd=tmp_path)

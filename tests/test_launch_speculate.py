@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from command_fixtures import make_random
 from conftest import MODULE
 from launch_runs import Launch
+from speculate_fixtures import make_twins
 
 pytest.importorskip("mindspore")
 pytest.importorskip("torch")
@@ -16,7 +16,7 @@ PROMPT = "a b c a b c a b"
 
 @pytest.fixture(scope="module")
 def yaml(tmp_path_factory, small_model):
-    path = make_random(tmp_path_factory.mktemp("speculate"), small_model)
+    path, _ = make_twins(tmp_path_factory.mktemp("speculate"), small_model)
     path.write_text(path.read_text() + "parallel_config:\n  model_parallel: 2\ncontext:\n  device_target: CPU\n")
     return path
 
@@ -30,8 +30,8 @@ def words(yaml, parallel, *more):
 def test_two_workers_give_the_answer_of_one_process(way, yaml, tmp_path):
     plain = subprocess.run([sys.executable, *words(yaml, False)], cwd=MODULE, capture_output=True, timeout=300)
     assert plain.returncode == 0, plain.stderr.decode()
-    # the draft is the model itself, whole on rank 0: it is always right
-    with_guesses = ("--speculate", "ngram" if way == "ngram" else str(yaml.parent / "random"))
+    # the draft runs whole on rank 0
+    with_guesses = ("--speculate", "ngram" if way == "ngram" else str(yaml.parent / "draft"))
     with Launch("python " + shlex.join(words(yaml, True, *with_guesses)), 2, folder=tmp_path) as launched:
         assert launched.wait(300) == 0, launched.err
         assert launched.out == plain.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -65,8 +66,14 @@ class Drawn(Recalling):
     """Every token has some probability, and which one depends on the last two alone."""
 
     def logits(self, sequence):
-        key = int(sequence[-1]) % 5 * 5 + (int(sequence[-2]) % 5 if len(sequence) > 1 else 0)
-        return np.random.default_rng(key).normal(size=VOCABULARY).astype(np.float32) * 3
+        return drawn_row(int(sequence[-1]) % 5 * 5 + (int(sequence[-2]) % 5 if len(sequence) > 1 else 0))
+
+
+@lru_cache(maxsize=None)
+def drawn_row(key):
+    row = np.random.default_rng(key).normal(size=VOCABULARY).astype(np.float32) * 3
+    row.setflags(write=False)
+    return row
 
 
 def test_right_guesses_are_tokens_of_the_same_step():
@@ -656,3 +663,26 @@ def test_requests_join_and_leave_between_steps_of_guesses():
 
 def test_next_token_is_a_function_of_everything():  # what makes the fake network worth comparing with
     assert next_token([1, 2, 3]) != next_token([1, 3, 2])
+
+
+def test_the_models_own_random_numbers_accept_nearly_what_rejection_sampling_would():
+    """Two distributions like those of a model and its draft: the chance that one number draws the same token of both,
+    beside that of rejection sampling (the sum of the smaller probabilities) and that of a draft's likeliest token."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(200):
+        logits = -rng.uniform(1, 6) * np.log(rng.permutation(2000) + 1) + rng.normal(size=2000) * 0.5
+        pair = []
+        for noise in (0.0, 1.0):
+            candidates = Sampler(SamplingParams(do_sample=True, top_k=20, top_p=0.8), ()).candidates(
+                (logits + rng.normal(size=2000) * noise).astype(np.float32))
+            chances = np.zeros(2000)
+            weights = np.exp(candidates.values.astype(np.float64) - candidates.values.max())
+            chances[candidates.ids] = weights / weights.sum()
+            pair.append(chances)
+        ours, theirs = pair
+        ends = [np.cumsum(chances) for chances in pair]
+        both = np.minimum(*ends) - np.maximum(*(np.concatenate([[0], end[:-1]]) for end in ends))
+        found.append((np.minimum(ours, theirs).sum(), np.clip(both, 0, None).sum(), ours[theirs.argmax()]))
+    rejection, same, greedy = np.mean(found, axis=0)
+    assert 0.75 < rejection < 0.95 and greedy < same < rejection and rejection - same < 0.05

@@ -7,11 +7,12 @@ import shutil
 import threading
 
 import pytest
-from command_fixtures import Terminal, command, error_line, make_random, run
+from command_fixtures import Terminal, command, error_line, run
 from conftest import random_model
 from qwen15 import generate, load
 from qwen15.errors import UserError
 from serve_fixtures import serving
+from speculate_fixtures import make_twins
 
 pytest.importorskip("torch")
 
@@ -21,14 +22,25 @@ TEXTS = ["one", "two three two three two", "a b c a b c a b", "上海的旅游�
 
 
 @pytest.fixture(scope="module")
-def yaml(tmp_path_factory, small_model):
-    return make_random(tmp_path_factory.mktemp("speculate"), small_model)
+def twins(tmp_path_factory, small_model):
+    return make_twins(tmp_path_factory.mktemp("speculate"), small_model)
+
+
+@pytest.fixture(scope="module")
+def yaml(twins):
+    return twins[0]
+
+
+@pytest.fixture(scope="module")
+def twin(twins):
+    """A draft that says what the model says."""
+    return twins[1]
 
 
 @pytest.fixture(scope="module")
 def draft(yaml, small_model):
     """A narrower model with the same tokenizer and a longer vocabulary: another one's guesses, mostly wrong."""
-    folder = yaml.parent / "draft"
+    folder = yaml.parent / "other"
     random_model(folder, seed=5, vocab_size=49200, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                  num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=2, bos_token_id=1)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
@@ -37,17 +49,17 @@ def draft(yaml, small_model):
 
 
 @pytest.fixture(scope="module")
-def loaded(yaml, draft):
-    """The same model without guesses, with lookup, with a draft that is another model, and with itself as its draft."""
+def loaded(yaml, draft, twin):
+    """The same model without guesses, with lookup, with another model as its draft, and with its twin."""
     ways = {"plain": {}, "ngram": {"speculate": "ngram"}, "draft": {"speculate": str(draft), "speculate_tokens": 3},
-            "itself": {"speculate": str(yaml.parent / "random")}}
+            "twin": {"speculate": str(twin)}}
     models = {name: load(yaml.parent / "random", yaml, device_target="CPU", **more) for name, more in ways.items()}
     yield models
     for model in models.values():
         model.close()
 
 
-WAYS = ["ngram", "draft", "itself"]
+WAYS = ["ngram", "draft", "twin"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -59,7 +71,7 @@ def test_greedy_texts_are_those_without_guesses(loaded, way):
         assert made.guessed_tokens >= made.accepted_tokens and one.guessed_tokens is None
         assert one.decode_steps == len(one.token_ids) - 1
         assert made.decode_steps + made.accepted_tokens >= len(one.token_ids) - 1
-        if way == "itself":
+        if way == "twin":
             assert made.accepted_tokens == made.guessed_tokens > 10 and made.decode_steps < one.decode_steps / 2
     together = generate(loaded[way], TEXTS[:3], max_new_tokens=40)
     assert [made.token_ids for made in together] == [one.token_ids for one in plain[:3]]
@@ -82,7 +94,7 @@ def test_a_stop_string_within_accepted_guesses_ends_the_answer_there(loaded):
     plain = generate(loaded["plain"], TEXTS[0], max_new_tokens=40)
     for place in range(3, 30, 4):
         stop = plain.text[place:place + 2]
-        one, made = (generate(loaded[name], TEXTS[0], max_new_tokens=40, stop=stop) for name in ("plain", "itself"))
+        one, made = (generate(loaded[name], TEXTS[0], max_new_tokens=40, stop=stop) for name in ("plain", "twin"))
         assert made.text == one.text and stop not in made.text
         assert made.token_ids == one.token_ids and made.finish_reason == one.finish_reason == "stop"
 
@@ -105,7 +117,7 @@ def test_answers_of_a_conversation_are_the_same_turn_by_turn(loaded):
     assert all(messages == histories["plain"] for messages in histories.values())
 
 
-def test_the_command_line_reports_tokens_a_step(yaml, tmp_path):
+def test_the_command_line_reports_tokens_a_step(yaml, twin, tmp_path):
     done = run("--config", yaml, "--predict_data", TEXTS[2], "--max_new_tokens", "40", "--speculate", "ngram",
                "--output_format", "jsonl")
     made = json.loads(done.stdout)
@@ -116,7 +128,7 @@ def test_the_command_line_reports_tokens_a_step(yaml, tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": text, "speculate": i != 1}) + "\n"
                                for i, text in enumerate(TEXTS[:3])))
     done = run("--config", yaml, "--predict_file", prompts, "--output_file", out, "--max_new_tokens", "30",
-               "--speculate", yaml.parent / "random", "--speculate_tokens", "4")
+               "--speculate", twin, "--speculate_tokens", "4")
     records = {r["index"]: r for r in map(json.loads, out.read_text().splitlines())}
     assert "guessed_tokens" not in records[1] and records[0]["accepted_tokens"] == records[0]["guessed_tokens"] > 10
     assert "tokens a step" in done.stderr and "draft model: weights" in done.stderr
@@ -170,8 +182,8 @@ def test_a_chat_at_the_terminal_guesses_too(yaml):
     assert screen.end() == 0
 
 
-def test_the_server_guesses_and_counts(yaml):
-    with serving(yaml, "--speculate", str(yaml.parent / "random"), "--max_batch", "4") as server:
+def test_the_server_guesses_and_counts(yaml, twin):
+    with serving(yaml, "--speculate", str(twin), "--max_batch", "4") as server:
         body = {"model": "random", "prompt": TEXTS[0], "max_tokens": 40, "temperature": 0}
         status, whole, _ = server.send("/v1/completions", body)
         assert status == 200

@@ -98,6 +98,8 @@ def parser() -> Parser:
     made.add_argument("--draft_size", metavar="SIZE",
                       help="measure a draft model of this size in place of prompt lookup; its guesses are those of the "
                            "target itself, or another token, so that --acceptance of them are right")
+    made.add_argument("--draft_layers", type=options.positive, metavar="N",
+                      help="of the draft (default: the published number)")
     made.add_argument("--acceptance", type=_chances, default=(0.7,), metavar="P[,P...]",
                       help="with --draft_size: chances that a guess is right (default 0.7)")
     made.add_argument("--tokens", type=options.positive, metavar="N",
@@ -133,7 +135,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     facts: Dict[str, Any] = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads,
                              "rounds": args.rounds, "kernels": machine.kernels}
     if args.draft_size is not None:
-        facts["draft"] = f"{args.draft_size} with simulated acceptance"
+        layers = f", {args.draft_layers} layers" if args.draft_layers else ""
+        facts["draft"] = f"Qwen1.5-{args.draft_size.upper()}{layers}, random weights, simulated acceptance"
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
     return 0
 
@@ -180,8 +183,8 @@ class Simulated(DraftModel):
 
 
 def _draft(args: argparse.Namespace, checkpoint: options.BenchCheckpoint, machine: Probes) -> List[Dict[str, Any]]:
-    small = options.find_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": None, "layers": None,
-                                                          "size": args.draft_size}))
+    small = options.find_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": None, "size": args.draft_size,
+                                                          "layers": args.draft_layers}))
     prompt = random_prompts(1, 32, 1000)[0]
     longest = len(prompt) + args.new_tokens
     draft = Ours(small, machine.threads, longest, 1)

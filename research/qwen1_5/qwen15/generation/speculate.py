@@ -16,10 +16,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 from ..config.speculation import NGRAM_TOKENS
 from .scheduler import Continuation
 
-_COST = ((1, 1.0), (3, 1.10), (5, 1.25), (8, 1.65), (16, 2.9), (32, 5.5))
+_COST = ((1, 1.0), (2, 1.04), (3, 1.10), (5, 1.27), (6, 1.40), (8, 1.75), (16, 3.0), (32, 5.5))
 """(rows of a decode call, its time over that of one row) with float weights, measured on AVX2."""
-_COST_QUANTISED = ((1, 1.0), (3, 1.25), (5, 1.5), (8, 2.1), (16, 3.9), (32, 7.5))
-"""The same with quantised weights, which take less time to read and as much to compute with."""
+_COST_QUANTISED = ((1, 1.0), (2, 1.28), (3, 1.77), (4, 2.4), (8, 4.9), (16, 9.0), (32, 18.0))
+"""The same with quantised weights, which take less time to read and more to compute with (int4, AVX2)."""
 
 
 class Speculation:
@@ -75,7 +75,8 @@ def step_cost(rows: int, quantised: bool = False) -> float:
 
 def most_streams(quantised: bool) -> int:
     """The most streams that a sure guess still makes faster."""
-    return max(n for n in range(1, 33) if (n + 1) / step_cost(n + 1, quantised) > n / step_cost(n, quantised) * 1.02)
+    return next(n for n in range(1, 33)
+                if (n + 2) / step_cost(n + 2, quantised) <= (n + 1) / step_cost(n + 1, quantised) * 1.02)
 
 
 def worth(chances: Sequence[float], rooms: Sequence[int], quantised: bool = False, draft_cost: float = 0.0
