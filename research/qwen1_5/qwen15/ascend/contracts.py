@@ -159,11 +159,11 @@ class _Runner:
         scale, offset = self._scales(4, outputs), self._random.integers(-20, 20, (4, outputs)).astype(np.float32)
         x = self._normal(5, inputs)
         ours = self._matmul(False, _GROUP, x, self._ms.Tensor(weight), scale, offset)
-        first = [np.repeat(array[:1], 4, axis=0) for array in (scale, offset)]
+        first_scale, first_offset = (np.repeat(array[:1], 4, axis=0) for array in (scale, offset))
         return Contract("WeightQuantBatchMatmul int8 in groups", ours,
                         plain.weight_quant_matmul(x, weight, scale, offset, False),
                         {"the first group's scale and offset count for all":
-                         plain.weight_quant_matmul(x, weight, *first, False),
+                         plain.weight_quant_matmul(x, weight, first_scale, first_offset, False),
                          "the offset is subtracted": plain.weight_quant_matmul(x, weight, scale, -offset, False),
                          "the offset is left out": plain.weight_quant_matmul(x, weight, scale, None, False)})
 
