@@ -44,7 +44,7 @@ def test_the_examples_of_the_page_run(small_model, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == " Paris.\n\n length 5 4".splitlines()[0] and "length 5 4" in done.stdout
-    assert "Rome" in done.stdout and "max_new_tokens" in done.stdout and (tmp_path / "converted").is_dir()
+    assert "Rome" in done.stdout and "top_p" in done.stdout and (tmp_path / "converted").is_dir()
 
 
 def test_both_languages_show_the_same_examples():
