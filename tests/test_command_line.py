@@ -17,6 +17,7 @@ import flags_page  # noqa: E402
 
 MISTAKES = [
     ("predict --temprature 0.7", "qwen15 predict: --temprature is not one of its flags. Did you mean --temperature?"),
+    ("make-yaml --chekpoint x", "qwen15 make-yaml: --chekpoint is not one of its flags. Did you mean --checkpoint?"),
     ("predict --temperature 0,7", "--temperature: wants a number, not '0,7'. Did you mean 0.7?"),
     ("predict --do_sample perhaps", "--do_sample: wants True or False, not 'perhaps'"),
     ("predict --do_sample yes", "--do_sample: wants True or False, not 'yes'. Did you mean True?"),

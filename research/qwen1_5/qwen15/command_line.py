@@ -51,6 +51,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None,  # type: ignore[override]
                          namespace: Any = None) -> Tuple[argparse.Namespace, List[str]]:
         """As argparse's, with a `UserError` for a wrong value."""
+        self._words = [str(word) for word in (sys.argv[1:] if args is None else args)]
         try:
             return super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
@@ -68,6 +69,10 @@ class Parser(argparse.ArgumentParser):
         """
         missing = re.fullmatch(r"the following arguments are required: (.*)", message)
         if missing:
+            flags = {flag for action in self._actions for flag in action.option_strings}
+            for word in self._words:  # a flag that is misspelt is missing, and is better named as it was written
+                if word.startswith("--") and word != "--" and word.split("=", 1)[0] not in flags:
+                    raise self._unknown(word)
             names = missing[1].split(", ")
             raise UserError(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing", self.prog,
                             f"{self.prog} --help shows what they are." if len(names) > 1 else
