@@ -20,6 +20,10 @@ for sanitizers in address,undefined thread; do
     mkdir "$folder/$sanitizers"
     build_driver "$folder/$sanitizers" g++ --sanitizer "$sanitizers" -- \
         -fno-omit-frame-pointer "-fsanitize=$sanitizers" -fno-sanitize-recover=all
+    say "ranks in shared memory under -fsanitize=$sanitizers"
+    g++ -std=c++17 -O1 -g -Wall -Wextra -pthread "-fsanitize=$sanitizers" -fno-sanitize-recover=all \
+        -I research/qwen1_5/qwen15/kernels tests/ranks_driver.cpp -o "$folder/$sanitizers/ranks"
+    "$folder/$sanitizers/ranks"
     say "kernel tests under -fsanitize=$sanitizers"
     QWEN15_KERNELS_DRIVER=$folder/$sanitizers/driver python -m pytest tests/test_kernels.py tests/test_kernels_quantised.py "$@"
 done

@@ -28,8 +28,9 @@ def test_one_and_two_workers(small_model, tmp_path):
     assert [row.split("|")[1].strip() for row in table if row.startswith("|")] == ["workers", "---", "1", "2"]
     one, two = json.loads(line)["rows"]
     assert "allreduce_decode_s" not in one and one["join_s"] == 0 < two["join_s"]
-    assert two["allreduces_a_token"] == two["allreduces_a_prefill"] == 4  # attention and MLP of each layer
+    assert two["allreduces_a_token"] == two["allreduces_a_prefill"] == 5  # attention and MLP of each layer; logits
     assert 0 < two["of_decode"] < 1 and 0 < two["of_prefill"] < 1
+    assert all(rank["note"].endswith("ranks add in shared memory") for rank in two["ranks"])
     assert [rank["rank"] for rank in two["ranks"]] == [0, 1]
     for rank in (*one["ranks"], *two["ranks"]):
         assert 0 < rank["pss_bytes"] < rank["rss_bytes"] <= rank["peak_rss_bytes"] and len(rank["decode_s"]) == 2

@@ -127,12 +127,12 @@ def _time_waits(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, 
     after = kernels.waited
     own_prefill_s = prefill()  # the decoding began with a prompt
     last = kernels.waited
-    tokens = PROFILED_TOKENS - 1
+    steps = PROFILED_TOKENS  # of one token each, behind the prompt
     waited_s = after[0] - between[0] - (last[0] - after[0])
     return {"profiled_prefill_s": min(prefill_s, own_prefill_s), "allreduce_prefill_s": between[0] - before[0],
-            "allreduces_a_prefill": between[1] - before[1], "profiled_decode_s": decode_s / tokens,
-            "allreduce_decode_s": max(0.0, waited_s) / tokens,
-            "allreduces_a_token": (after[1] - between[1] - (last[1] - after[1])) / tokens}
+            "allreduces_a_prefill": between[1] - before[1], "profiled_decode_s": decode_s / (steps - 1),
+            "allreduce_decode_s": max(0.0, waited_s) / steps,
+            "allreduces_a_token": (after[1] - between[1] - (last[1] - after[1])) / steps}
 
 
 def _profile(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any]:

@@ -5,8 +5,8 @@
 // places in turn: a rank that writes into one again has seen that all have said more since, which they do only when
 // they have read it. Everyone adds in the order of the ranks, so all have the same bits, in every run.
 //
-// Nobody waits for ever: after a limit a rank gives up, which the others see; from then on nothing waits, the numbers
-// mean nothing, and `complaint` says what happened.
+// Nobody waits for ever: after a limit a rank gives up, which the others see; from then on nothing is written, read or
+// waited for, the numbers mean nothing, and `complaint` says what happened.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -60,6 +60,8 @@ class Ranks {
   void step();
   bool wait_for_all(uint32_t wanted, double limit_s, int* missing);
   void give_up(int missing);
+  // Changes inside `meet` only, so that all threads of a team see the same.
+  bool lost() const { return missing_.load(std::memory_order_relaxed) >= 0; }
 
   template <class T>
   void meet(T& team, bool begins) {
@@ -89,11 +91,12 @@ constexpr int64_t kAddedByAll = 1 << 14;
 
 template <class T>
 void Ranks::add(T& team, const float* partial, int64_t count, float* x) {
-  for (int64_t at = 0; at < count; at += kChunk) {
+  for (int64_t at = 0; at < count && !lost(); at += kChunk) {
     int64_t n = count - at < kChunk ? count - at : kChunk, turn = turn_, begin, end;
     team.share(n, 16, &begin, &end);
     memcpy(place(rank_, turn) + begin, partial + at + begin, (end - begin) * sizeof(float));
     meet(team, true);
+    if (lost()) break;
     if (ranks_ == 2 || n <= kAddedByAll) {
       for (int64_t i = begin; i < end; ++i) {
         float sum = place(0, turn)[i];
@@ -112,6 +115,7 @@ void Ranks::add(T& team, const float* partial, int64_t count, float* x) {
       result[i] = sum;
     }
     meet(team, false);
+    if (lost()) break;
     for (int64_t i = begin; i < end; ++i) x[at + i] += result[i];
   }
   team.barrier();
@@ -122,7 +126,7 @@ void Ranks::join_columns(T& team, const float* part, int64_t rows, const int64_t
   int64_t most = 0;
   for (int r = 0; r < ranks_; ++r)
     if (begins[r + 1] - begins[r] > most) most = begins[r + 1] - begins[r];
-  for (int64_t at = 0; at < rows * most; at += kChunk) {
+  for (int64_t at = 0; at < rows * most && !lost(); at += kChunk) {
     int64_t turn = turn_, begin, end;
     auto size = [&](int r) {
       int64_t left = rows * (begins[r + 1] - begins[r]) - at;
@@ -131,6 +135,7 @@ void Ranks::join_columns(T& team, const float* part, int64_t rows, const int64_t
     team.share(size(rank_), 16, &begin, &end);
     memcpy(place(rank_, turn) + begin, part + at + begin, (end - begin) * sizeof(float));
     meet(team, true);
+    if (lost()) break;
     for (int r = 0; r < ranks_; ++r) {
       int64_t wide = begins[r + 1] - begins[r];
       team.share(size(r), 16, &begin, &end);
