@@ -54,3 +54,45 @@ def test_no_block_ever_belongs_to_two_sequences(actions):
         used = [block for t in held for block in t.blocks]
         assert len(used) == len(set(used)) and set(used) <= set(range(16))
         assert len(used) + pool.free_blocks == 16
+
+
+ACTIONS = st.lists(st.tuples(st.sampled_from(["take", "publish", "find", "let go", "forget"]), st.integers(0, 7)),
+                   max_size=60)
+
+
+@given(ACTIONS)
+def test_whatever_is_found_by_its_content_has_it_still_and_no_block_is_lost(actions):
+    """What each block holds is written down beside the pool: a block that is taken is written anew."""
+    pool, held, content = BlockPool(6, 2), [], {}
+    for action, number in actions:
+        block = held[number % len(held)] if held else None
+        name = bytes([number % 3])
+        if action == "take":
+            try:
+                taken = pool.take(1 + number % 3)
+            except OutOfBlocks:
+                assert 1 + number % 3 > 6 - len(set(held))
+                continue
+            assert not set(taken) & set(held) and len(set(taken)) == 1 + number % 3
+            held += taken
+            content.update(dict.fromkeys(taken))
+        elif action == "find":
+            found = pool.find(name)
+            if found is not None:
+                assert content[found] == name
+                pool.hold(found)
+                held.append(found)
+        elif block is None:
+            continue
+        elif action == "publish" and content[block] is None:
+            content[block] = name
+            pool.publish(block, name)
+            assert content[pool.find(name)] == name
+        elif action == "let go":
+            held.remove(block)
+            pool.give_back([block])
+            assert pool.is_idle(block) == (block not in held and pool.find(content[block] or b"-") == block)
+        elif action == "forget":
+            pool.forget([block])
+            assert pool.find(content[block] or b"-") != block
+        assert pool.free_blocks == 6 - len(set(held)) and not any(map(pool.is_idle, held))
