@@ -19,4 +19,4 @@ build_driver "$folder" g++ --emulation "$root/tests/emulation" --
 say "kernel tests on emulated instructions"
 export QWEN15_KERNELS_DRIVER=$folder/driver QWEN15_EXPECTED_KERNELS="amx avx512_bf16 avx512 portable"
 python -m pytest tests/test_kernels.py tests/test_kernels_quantised.py tests/test_kernels_sets.py \
-    -k 'avx512 or amx or every_set' "$@"
+    -k '(avx512 or amx or every_set) and not lens3' "$@"  # lens3 has 1100 tokens: emulated that takes minutes
