@@ -68,7 +68,7 @@ def dot_places(row: str) -> str:
 
 
 WHOLE = {"neon": "isa_neon.cpp", "neon_bf16": "isa_neon_bf16.cpp"}
-QUANT = {**WHOLE, "neon_dot": "isa_neon_dot.cpp"}
+QUANT = {"neon_dot": "isa_neon_dot.cpp", "neon_bf16": "isa_neon_bf16.cpp"}
 KERNELS = (
     Kernel("bf16", dot_places("(PairRow|BF16Row)"), WHOLE, 64, 1),
     Kernel("fp16", dot_places("F16Row"), WHOLE, 64, 1),
