@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from qwen15.generation.blocks import BlockPool, BlockTable, OutOfBlocks, table_array
+from qwen15.generation.blocks import BlockPool, BlockTable, OutOfBlocks, block_digest, table_array
 
 
 def test_slots_follow_the_table_across_blocks():
@@ -56,11 +56,22 @@ def test_no_block_ever_belongs_to_two_sequences(actions):
         assert len(used) + pool.free_blocks == 16
 
 
+def test_the_same_tokens_after_others_are_another_content():
+    """What a block of the cache holds depends on everything in front of it."""
+    first, second = [1, 2, 3], [4, 5, 6]
+    after = block_digest(block_digest(b"", first), second)
+    assert after != block_digest(b"", second) and after != block_digest(block_digest(b"", second), second)
+    assert after == block_digest(block_digest(b"", np.asarray(first, np.int32)), second)
+
+
 ACTIONS = st.lists(st.tuples(st.sampled_from(["take", "publish", "find", "let go", "forget"]), st.integers(0, 7)),
                    max_size=60)
 
 
+@settings(max_examples=300)
 @given(ACTIONS)
+@example([("take", 0), ("publish", 0), ("let go", 0), ("find", 0), ("take", 2), ("take", 2)])  # kept, found, held
+@example([("take", 2), ("publish", 0), ("let go", 0), ("take", 2), ("take", 0), ("find", 0)])  # kept, then given up
 def test_whatever_is_found_by_its_content_has_it_still_and_no_block_is_lost(actions):
     """What each block holds is written down beside the pool: a block that is taken is written anew."""
     pool, held, content = BlockPool(6, 2), [], {}
