@@ -454,6 +454,20 @@ def test_results_are_equal_with_and_without_the_prefix_cache():
     assert ends[0].usage.cached_tokens == 0
 
 
+def test_a_prompt_of_whole_blocks_that_is_cached_computes_its_last_one_for_the_logits():
+    engine, prompt = Engine(Recalling(12), limits(12)), SYSTEM[:8]  # two blocks
+    for cached in (0, 4):
+        tokens, ends = collect(engine, [Request(prompt, 14)])
+        assert tokens[0] == expected(prompt, 6) and ends[0].usage.cached_tokens == cached
+
+
+def test_a_block_is_no_use_behind_other_tokens_than_it_was_computed_behind():
+    engine = Engine(Recalling(12), limits(12))
+    collect(engine, [Request((*SYSTEM[:8], 1), 14)])
+    tokens, ends = collect(engine, [Request((*SYSTEM[4:8], 1), 14)])
+    assert tokens[0] == expected((*SYSTEM[4:8], 1), 9) and ends[0].usage.cached_tokens == 0
+
+
 def test_the_least_recently_used_blocks_are_given_up_first():
     engine = Engine(Recalling(8), limits(8))
     old, new = (*range(8), 99), (*range(20, 28), 99)
