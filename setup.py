@@ -97,6 +97,8 @@ setup(
         "gguf": ["gguf>=0.10"],
         "serve": SERVE,
         "completion": ["shtab>=1.7"],
+        # 2.52 and later have no build for Python 3.9.
+        "ray": [*SERVE, "ray[serve]>=2.51"],
         "modelscope": ["modelscope>=1.20"],
         "bench": ["matplotlib>=3.7", TRANSFORMERS],
         # .bin files only. Take a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu

@@ -24,7 +24,8 @@ DATA = Path(os.environ.get("QWEN15_TEST_DATA", ROOT / "models"))
 sys.path.insert(0, str(MODULE))
 
 
-ALONE = ("test_bench", "test_doctor", "test_kernels_selection", "test_launch", "test_startup", "test_tokenizer_speed")
+ALONE = ("test_bench", "test_doctor", "test_kernels_selection", "test_launch", "test_ray", "test_startup",
+         "test_tokenizer_speed")
 """Beginnings of the files whose tests measure time, count threads or start several ranks."""
 
 LONGEST = ("test_ascend_emulation", "test_docs", "test_serve", "test_network", "test_quantised_network", "test_kernels",

@@ -73,7 +73,7 @@ def world(tmp_path_factory, qwen_vocabulary):
     (repo / "scripts").symlink_to(ROOT / "scripts")
     shutil.copytree(ROOT / "docs" / "tables", repo / "docs" / "tables")
     for source in MODULE.iterdir():
-        if source.suffix == ".yaml" and "smollm2" not in source.name:
+        if source.name.startswith("predict_") and "smollm2" not in source.name:
             (module / source.name).write_text(shrunk(source), "utf-8")
         elif source.suffix in (".py", ".yaml") or source.name == "qwen15":
             (module / source.name).symlink_to(source)

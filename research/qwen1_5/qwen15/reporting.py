@@ -90,14 +90,17 @@ def set_encoding(json: bool) -> None:
 
 
 @contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """While libraries are imported, build and compile, what they print goes to stderr: stdout is the answer's alone."""
+def stdout_to_stderr() -> Iterator[TextIO]:
+    """While libraries are imported, build and compile, what they print goes to stderr: stdout is the answer's alone.
+
+    Gives the real stdout.
+    """
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        with redirect_stdout(sys.stderr), open(kept, "w", encoding=sys.stdout.encoding, closefd=False) as stdout:
+            yield stdout
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

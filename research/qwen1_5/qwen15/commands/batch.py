@@ -7,7 +7,7 @@ import time
 from typing import List, Optional, Sequence, Tuple, Union
 
 from ..config.schema import Config
-from ..errors import EXIT_INTERRUPTED, EXIT_OK
+from ..errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ..generation import memory_check
 from ..generation.ranks import Shared
 from ..generation.request import Usage
@@ -31,6 +31,9 @@ def run(config: Config, settings: Settings, options: Options, report: Reporter) 
     Raises:
         UserError: a prompt that cannot be used, an output file that holds something else, or the work failed.
     """
+    if options.ray is not None and config.parallel.use_parallel and config.parallel.model_parallel > 1:
+        raise UserError("a worker of a Ray cluster is one process and has the whole model", where="--ray",
+                        fix="Pass --use_parallel False.")
     session = Session.prepare(config, launched=not options.dry_run)
     todo: Todo = []
     out: Optional[ResultFile] = None
@@ -53,6 +56,10 @@ def run(config: Config, settings: Settings, options: Options, report: Reporter) 
             report.info("nothing is left to do")
             if config.parallel.model_parallel == 1:
                 return EXIT_OK
+        if options.ray is not None:
+            from . import ray_batch
+
+            return ray_batch.run(config, todo, out, options, options.max_batch or DEFAULT_MAX_BATCH, report)
         session.open(report.info, options.max_batch or (DEFAULT_MAX_BATCH if options.many else None))
         return _work(session, todo, out, options, report)
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, List, TextIO, Tuple
+from typing import Any, Dict, List, Mapping, TextIO, Tuple
 
 from ..generation.request import Usage
 from ..generation.session import Piece
@@ -42,10 +42,14 @@ class BatchProgress:
         self._running[piece.index, piece.choice] = piece.answer
         if piece.usage is not None:
             self._count(piece, piece.usage)
-        now_s = self._clock()
-        if self._shown and now_s >= self._next_s:
-            self._next_s = now_s + (0.2 if self._tty else _LINE_EVERY_S)
-            self._show(self.line(now_s - self._begin_s))
+        self._show_now_and_then()
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """A prompt is finished elsewhere; `result` is what JSON has of it."""
+        self._finished += 1
+        self._prompt_tokens += result["prompt_tokens"]
+        self._new_tokens += sum(answer["generated_tokens"] for answer in result.get("answers", (result,)))
+        self._show_now_and_then()
 
     def line(self, elapsed_s: float) -> str:
         """The line for a time since the start."""
@@ -76,6 +80,12 @@ class BatchProgress:
             self._prompt_tokens += usage.prompt_tokens
         self._new_tokens += usage.generated_tokens
         self._usages.append(usage)
+
+    def _show_now_and_then(self) -> None:
+        now_s = self._clock()
+        if self._shown and now_s >= self._next_s:
+            self._next_s = now_s + (0.2 if self._tty else _LINE_EVERY_S)
+            self._show(self.line(now_s - self._begin_s))
 
     def _show(self, text: str) -> None:
         if self._tty:

@@ -21,6 +21,8 @@ class Options:
         output_format, output_file: `text` or `jsonl`; a file that grows line by line, None for stdout.
         echo: whether the prompt is printed before its continuation; None for the default.
         dry_run: check and stop.
+        ray, ray_workers, ray_cpus: the address of a Ray cluster that does the work, None for this process; how many
+            workers there, None for as many as fit; CPUs of each.
     """
 
     texts: Tuple[str, ...]
@@ -33,6 +35,9 @@ class Options:
     output_file: Optional[str]
     echo: Optional[bool]
     dry_run: bool
+    ray: Optional[str] = None
+    ray_workers: Optional[int] = None
+    ray_cpus: int = 2
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Options":
@@ -44,8 +49,9 @@ class Options:
         many = bool(args.predict_file or args.output_file)
         made = cls(tuple(args.predict_data), args.predict_file, args.chat, args.system, args.control_tokens,
                    args.max_batch,
-                   args.output_format or ("jsonl" if many else "text"), args.output_file, args.echo, args.dry_run)
-        made._check(args.output_format, args.logprobs)
+                   args.output_format or ("jsonl" if many else "text"), args.output_file, args.echo, args.dry_run,
+                   args.ray, args.ray_workers, args.ray_cpus or cls.ray_cpus)
+        made._check(args.output_format, args.logprobs, args.ray_cpus)
         if args.prompt_logprobs is not None and made.output_format == "text":
             raise UserError("log probabilities need JSON", where="--prompt_logprobs", fix="Add --output_format jsonl.")
         if args.n != 1 and made.interactive:
@@ -68,7 +74,7 @@ class Options:
         """Whether prompts are printed."""
         return not self.chat if self.echo is None else self.echo
 
-    def _check(self, output_format: Optional[str], logprobs: int) -> None:
+    def _check(self, output_format: Optional[str], logprobs: int, ray_cpus: Optional[int]) -> None:
         if self.texts and self.file:
             raise UserError("both --predict_data and --predict_file are given", where="command line",
                             fix="Keep one of them.")
@@ -77,6 +83,7 @@ class Options:
                             fix='Pass --predict_data "your text", --predict_file FILE, or --chat.')
         if self.system is not None and not self.chat:
             raise UserError("a system message needs a conversation", where="--system", fix="Add --chat.")
+        self._check_ray(ray_cpus)
         if self.max_batch is not None and self.max_batch < 1:
             raise UserError(f"must be at least 1, not {self.max_batch}", where="--max_batch")
         if self.interactive:
@@ -90,6 +97,18 @@ class Options:
         elif self.echo is not None:
             raise UserError("has no effect on JSON: the prompt is a field of its own", where="--echo",
                             fix="Leave it away.")
+
+    def _check_ray(self, cpus: Optional[int]) -> None:
+        for flag, given in (("--ray_workers", self.ray_workers), ("--ray_cpus", cpus)):
+            if given is not None and self.ray is None:
+                raise UserError("has no effect without --ray", where=flag, fix="Add --ray, or leave it away.")
+            if given is not None and given < 1:
+                raise UserError(f"must be at least 1, not {given}", where=flag)
+        if self.ray is not None and not self.many:
+            raise UserError("is for files of prompts", where="--ray", fix="Pass --predict_file.")
+        if self.ray is not None and self.output_format == "text":
+            raise UserError("the workers of a cluster give JSON lines", where="--output_format",
+                            fix="Leave --output_format text away.")
 
     def _check_interactive(self, output_format: Optional[str], logprobs: int) -> None:
         for flag, given in (("--output_format", output_format == "jsonl"), ("--output_file", self.output_file),

@@ -46,6 +46,11 @@ def parser() -> Parser:
                             "holds)")
     group.add_argument("--task", default="text_generation", choices=("text_generation",),
                        help="accepted as in the original, without effect")
+    group.add_argument("--ray", nargs="?", const="auto", metavar="ADDRESS",
+                       help="with --predict_file: let the workers of a Ray cluster do the work (default address: the "
+                            "cluster of this machine)")
+    group.add_argument("--ray_workers", type=whole, metavar="N", help="models on the cluster (default: as many as fit)")
+    group.add_argument("--ray_cpus", type=whole, metavar="N", help="CPUs, and threads, of each (default 2)")
     group = made.add_argument_group("output")
     group.add_argument("--output_format", choices=("text", "jsonl"),
                        help="text streams to stdout (default); jsonl prints one object per prompt (default with "

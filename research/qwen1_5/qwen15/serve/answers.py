@@ -66,13 +66,12 @@ class Answers:
         return []
 
     def take(self, index: int, text: str, entries: Sequence[Entry], finish_reason: Optional[str],
-             usage: Optional[Usage],
-             prompt_entries: Sequence[Optional[Entry]] = ()) -> List[Dict[str, Any]]:
+             usage: Optional[Usage], prompt_entries: Sequence[Optional[Entry]] = ()) -> List[Dict[str, Any]]:
         """More of choice `index`; returns the chunks of a stream that say so."""
         choice, calls = self.choices[index], self._calls[index]
         if self._call.echo and not choice.text and not choice.entries:
-            text, entries = self._prompt_text(self.prompt_of(index)) + \
-                                              text, [*prompt_entries, *entries]  # type: ignore[list-item]
+            text = self._prompt_text(self.prompt_of(index)) + text
+            entries = [*prompt_entries, *entries]  # type: ignore[list-item]
         choice.entries += entries
         found: List[ToolCall] = []
         if calls is not None:
@@ -140,7 +139,7 @@ class Answers:
         message: Dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.tool_calls:
             message.update(content=choice.text.strip() or None,
-     tool_calls=[call.openai() for call in choice.tool_calls])
+                           tool_calls=[call.openai() for call in choice.tool_calls])
         return {"index": choice.index, "message": message, "logprobs": self._logprobs(choice.entries, 0),
                 "finish_reason": choice.finish_reason}
 
@@ -153,8 +152,8 @@ class Answers:
         if wanted is None:
             return None
         if self._call.chat:
-            return {"content": [self._chat_entry(entry, wanted)
-                                                 for entry in entries if entry is not None], "refusal": None}
+            return {"content": [self._chat_entry(entry, wanted) for entry in entries if entry is not None],
+                    "refusal": None}
         tokens, offsets = [], []
         for entry in entries:
             tokens.append("" if entry is None else entry["token"])
@@ -177,7 +176,7 @@ class Answers:
 
     def _with_bytes(self, entry: Entry) -> Dict[str, Any]:
         return {"token": entry["token"], "logprob": entry["logprob"],
-            "bytes": list(self._token_bytes(entry["token_id"]))}
+                "bytes": list(self._token_bytes(entry["token_id"]))}
 
 
 def pairs(call: Call) -> List[Tuple[int, int]]:

@@ -261,30 +261,23 @@ class Web:
     # --- requests
 
     async def _body(self, request: Request) -> Dict[str, Any]:
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refusal(415, "Send the body as JSON, with the header Content-Type: application/json.")
-        most = self._options.body_bytes
-        try:
-            body = await asyncio.wait_for(_read(request, most), BODY_S)
-        except asyncio.TimeoutError:
-            raise Refusal(408, f"The body did not arrive within {BODY_S:g} s.") from None
-        if body is None:
-            raise Refusal(413, f"The body is longer than {most} bytes, which is this server's limit.",
-                          code="body_too_large")
-        return parse_json(body)
+        return parse_json(await read_body(request, self._options.body_bytes))
+
+    @property
+    def names(self) -> Tuple[str, ...]:
+        """What the model is called."""
+        return self._options.names
 
     def authorised(self, path: str, header: str) -> bool:
-        """Whether a request may be served; the key is compared in constant time."""
-        key = self._options.api_key
-        return key is None or path in _OPEN_PATHS or hmac.compare_digest(header.encode(), f"Bearer {key}".encode())
+        """Whether a request may be served."""
+        return authorised(self._options.api_key, path, header)
 
     async def _refused(self, request: Request, error: Any) -> Response:
         return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
     async def _http_error(self, request: Request, error: Any) -> Response:
         told = {404: f"There is no {request.url.path[:200]} here.",
-     405: f"{request.url.path[:200]} is not for {request.method}."}
+                405: f"{request.url.path[:200]} is not for {request.method}."}
         refusal = Refusal(error.status_code, told.get(error.status_code, str(error.detail)))
         return JSONResponse(refusal.body, status_code=error.status_code, headers=error.headers)
 
@@ -305,8 +298,7 @@ class Web:
             self._options.tell(f"{line}{', ' + note() if note else ''}")
 
     _known = frozenset(("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions",
-                        "/tokenize",
-                        "/detokenize"))
+                        "/tokenize", "/detokenize"))
 
 
 class _Guard:
@@ -332,15 +324,37 @@ class _Guard:
             if self._web.authorised(scope["path"], header):
                 await self._app(scope, receive, sent)
             else:
-                refusal = Refusal(
-    401,
-    "Wrong or missing API key: send it as Authorization: Bearer KEY.",
-     code="invalid_api_key")
+                refusal = Refusal(401, "Wrong or missing API key: send it as Authorization: Bearer KEY.",
+                                  code="invalid_api_key")
                 await JSONResponse(refusal.body, status_code=401, headers=refusal.headers)(scope, receive, sent)
         except (asyncio.TimeoutError, ClientDisconnect):
             status[0] = 499
         finally:
             self._web.told(scope, status[0], time.monotonic() - start_s)
+
+
+def authorised(key: Optional[str], path: str, header: str) -> bool:
+    """Whether a request may be served that has this Authorization header; the key is compared in constant time."""
+    return key is None or path in _OPEN_PATHS or hmac.compare_digest(header.encode(), f"Bearer {key}".encode())
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request, of at most so many bytes.
+
+    Raises:
+        Refusal: it is too long, too slow, or not JSON by its header.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, "Send the body as JSON, with the header Content-Type: application/json.")
+    try:
+        body = await asyncio.wait_for(_read(request, most), BODY_S)
+    except asyncio.TimeoutError:
+        raise Refusal(408, f"The body did not arrive within {BODY_S:g} s.") from None
+    if body is None:
+        raise Refusal(413, f"The body is longer than {most} bytes, which is this server's limit.",
+                      code="body_too_large")
+    return body
 
 
 async def _read(request: Request, most: int) -> Optional[bytes]:

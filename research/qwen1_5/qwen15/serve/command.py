@@ -80,11 +80,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser().parse_args(argv)
     level = "debug" if args.debug else args.log_level
     report = Reporter(level)
-    flags = flags_from(args)
-    if not args.config and not any(flag.key == "load_checkpoint" for flag in flags):
-        raise UserError("no configuration is given", where="--config",
-                        fix="Pass one of the predict_qwen1_5_*.yaml, or --load_checkpoint with a config.json in it.")
-    config = load_config(args.config, flags, args.options)
+    config = configuration(args)
     if args.print_config:
         print(describe(config))
         return EXIT_OK
@@ -101,6 +97,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if listener is None:
         return _follow(session)
     return _serve(session, args, config, listener, report)
+
+
+def configuration(args: argparse.Namespace) -> Config:
+    """What the command line configures.
+
+    Raises:
+        UserError: nothing does, or it is wrong.
+    """
+    flags = flags_from(args)
+    if not args.config and not any(flag.key == "load_checkpoint" for flag in flags):
+        raise UserError("no configuration is given", where="--config",
+                        fix="Pass one of the predict_qwen1_5_*.yaml, or --load_checkpoint with a config.json in it.")
+    return load_config(args.config, flags, args.options)
 
 
 def _require_libraries() -> None:
@@ -144,11 +153,12 @@ def _follow(session: Session) -> int:
 def _serve(session: Session, args: argparse.Namespace, config: Config,
            listener: socket.socket, report: Reporter) -> int:
     from .loop import Loop
+    from .metrics import Metrics
 
     assert session.engine is not None
     desk = Desk(DeskLimits(args.max_waiting, args.max_batch))
-    names = args.served_model_name or [_name_of(config)]
-    web = _Thread(listener, desk, _application(session, args, names, desk, report))
+    web = web_of(session, args, config, desk, report, Metrics())
+    thread = _Thread(listener, desk, web.application())
     loop = Loop(session, desk)
     ended: List[int] = []
 
@@ -159,17 +169,16 @@ def _serve(session: Session, args: argparse.Namespace, config: Config,
         loop.stop(args.drain_s)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    wake = signal.set_wakeup_fd(web.alarm, warn_on_full_buffer=False)
+    wake = signal.set_wakeup_fd(thread.alarm, warn_on_full_buffer=False)
     try:
-        web.start()
+        thread.start()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"{names[0]} is served at http://{shown}:{port}/v1 (a page to chat at http://{shown}:{port}/)",
-              file=sys.stderr,
-              flush=True)
+        print(f"{web.names[0]} is served at http://{shown}:{port}/v1 (a page to chat at http://{shown}:{port}/)",
+              file=sys.stderr, flush=True)
         loop.run()
     finally:
-        web.stop()
+        thread.stop()
         signal.set_wakeup_fd(wake)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -182,9 +191,14 @@ def _name_of(config: Config) -> str:
     return os.path.basename(path if os.path.isdir(path) else os.path.dirname(path)) or "qwen"
 
 
-def _application(session: Session, args: argparse.Namespace, names: Sequence[str], desk: Desk, report: Reporter) -> Any:
+def web_of(session: Session, args: argparse.Namespace, config: Config, desk: Desk, report: Reporter,
+           metrics: Any) -> Any:
+    """The web side of an open session: the endpoints over `desk`, with the command line's limits.
+
+    Args:
+        metrics: a `metrics.Metrics`, or what counts like one.
+    """
     from .app import Options, Web
-    from .metrics import Metrics
     from .protocol import Reader
 
     assert session.engine is not None
@@ -195,15 +209,11 @@ def _application(session: Session, args: argparse.Namespace, names: Sequence[str
         report.info("llguidance is not installed: response_format and forced tool calls are refused")
     else:
         grammars = Grammars(session.tokenizer, session.limits.vocab_size, sorted(session.chat_stop_ids))
-    metrics = Metrics()
-    pool = engine.pool
     metrics.watch("running_prompts", "Answers that are generated now", lambda: desk.running)
     metrics.watch("waiting_prompts", "Prompts that wait", lambda: desk.waiting)
     metrics.watch("kv_cache_blocks", "Blocks of the KV cache", lambda: session.limits.num_blocks)
-    metrics.watch(
-    "kv_cache_free_blocks",
-    "Blocks that are free or only kept for their content",
-     lambda: pool.free_blocks)
+    metrics.watch("kv_cache_free_blocks", "Blocks that are free or only kept for their content",
+                  lambda: engine.pool.free_blocks)
     metrics.watch("put_back_total", "Requests that lost their blocks to older ones and were computed again",
                   lambda: engine.scheduler.put_back)
     if engine.speculation is not None:
@@ -211,12 +221,13 @@ def _application(session: Session, args: argparse.Namespace, names: Sequence[str
                       lambda: engine.guessed_tokens)
         metrics.watch("accepted_tokens_total", "Guesses that were right, each a token without a step of its own",
                       lambda: engine.accepted_tokens)
-    options = Options(names=tuple(names), api_key=args.api_key, body_bytes=args.max_body_mib * 2 ** 20,
+    names = tuple(args.served_model_name or [_name_of(config)])
+    options = Options(names=names, api_key=args.api_key, body_bytes=args.max_body_mib * 2 ** 20,
                       request_s=args.request_timeout_s, origins=tuple(args.allowed_origins),
                       max_model_len=session.limits.seq_length, tell=report.info, debug=args.debug)
     reader = Reader(session, Settings.of(session.config), names, grammars)
     constraint = grammars.constraint if grammars is not None else lambda grammar: None
-    return Web(desk, reader, session.tokenizer, metrics, constraint, options).application()
+    return Web(desk, reader, session.tokenizer, metrics, constraint, options)
 
 
 class _Thread:

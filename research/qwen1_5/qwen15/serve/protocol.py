@@ -34,11 +34,9 @@ _NEUTRAL: Dict[str, Tuple[Any, ...]] = {"store": (False,), "service_tier": ("aut
 """OpenAI's fields that are not supported, with the values that ask for nothing."""
 _SHARED = ("model", "stream", "stream_options", "n", "logprobs", "chat_template_kwargs")
 _CHAT = frozenset((*_SHARED, *_SAMPLING, *_NO_EFFECT, "messages", "top_logprobs", "response_format", "tools",
-                   "tool_choice",
-                   "parallel_tool_calls"))
+                   "tool_choice", "parallel_tool_calls"))
 _TEXT = frozenset((*_SHARED, *(name for name in _SAMPLING if name != "max_completion_tokens"), *_NO_EFFECT, "prompt",
-                   "echo")
-                  ) - {"chat_template_kwargs"}
+                   "echo")) - {"chat_template_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -260,8 +258,7 @@ class Reader:
         if length + (wanted if wanted is not None else 1) > most:
             asked = f" and {wanted} for the answer" if wanted is not None else ""
             raise Refusal(400, f"This model's maximum context length is {most} tokens, and the request has {length} in "
-                               f"its "
-                          f"{param}{asked}. Shorten it.", param, "context_length_exceeded")
+                               f"its {param}{asked}. Shorten it.", param, "context_length_exceeded")
         if wanted is None:
             wanted = min(default, most - length) if default is not None else most - length
         prompt = replace(prompt, settings=replace(prompt.settings, max_new_tokens=wanted))
@@ -350,17 +347,8 @@ def messages(value: Any) -> List[Dict[str, Any]]:
         role = message.get("role")
         if role not in ROLES:
             raise Refusal(400, f"{where}.role must be one of {', '.join(ROLES)}.", f"{where}.role")
-        _only(
-    message,
-    ("role",
-    "content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "refusal",
-    "annotations",
-    "audio"),
-     f"{where}.")
+        _only(message, ("role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations", "audio"),
+              f"{where}.")
         turn: Dict[str, Any] = {"role": "system" if role == "developer" else role,
                                 "content": _content(message.get("content"), where, bool(message.get("tool_calls")))}
         if message.get("tool_calls"):
@@ -382,10 +370,8 @@ def _content(value: Any, where: str, may_be_empty: bool) -> str:
         for part in value:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
-                raise Refusal(
-    400,
-    f"{where}.content holds {kind or 'a part'!r}: this model reads text only.",
-     f"{where}.content")
+                raise Refusal(400, f"{where}.content holds {kind or 'a part'!r}: this model reads text only.",
+                              f"{where}.content")
         return "".join(part[part["type"]] for part in value)
     raise Refusal(400, f"{where}.content must be a text.", f"{where}.content")
 
