@@ -21,11 +21,11 @@ from ..generation.session import Prompt, Session
 from ..reporting import Reporter, quiet_frameworks, stdout_to_stderr
 from .batch_progress import BatchProgress
 from .options import Options
-from .prompts import Entry
+from .prompts import PromptEntry
 from .result_file import ResultFile
 from .results import JsonLines, write_line
 
-Todo = List[Tuple[Entry, Prompt]]
+Todo = List[Tuple[PromptEntry, Prompt]]
 
 SHARE_BATCHES = 4
 """A share holds at most so many batches' worth of prompts: long enough to keep a batch full, short enough to lose."""
@@ -93,7 +93,7 @@ class _Hand:
 
     def __init__(self, actor: Any):
         self.actor = actor
-        self.left: Dict[int, Tuple[Entry, Prompt]] = {}
+        self.left: Dict[int, Tuple[PromptEntry, Prompt]] = {}
         self.news: Any = actor.open.remote()
         self.is_open = False
 
@@ -153,7 +153,7 @@ class _Driver:
     def __init__(self, ray: Any, hire: Callable[[], _Hand], count: int, todo: Todo, max_batch: int,
                  write: Callable[[int, Dict[str, Any]], None], progress: BatchProgress, report: Reporter):
         self._ray, self._hire, self._max_batch = ray, hire, max_batch
-        self._queue: Deque[Tuple[Entry, Prompt]] = deque(todo)
+        self._queue: Deque[Tuple[PromptEntry, Prompt]] = deque(todo)
         self._write, self._progress, self._report = write, progress, report
         self._hands = [hire() for _ in range(count)]
         self._deaths: Dict[int, int] = {}
@@ -196,8 +196,7 @@ class _Driver:
             self._bury(hand, error)
             return
         except RayError as error:
-            raise UserError(f"a worker failed: {_lines(error)[-1]}", where="--ray",
-                            exit_code=EXIT_FAILED) from error
+            raise UserError(f"a worker failed: {_lines(error)[-1]}", where="--ray", exit_code=EXIT_FAILED) from error
         if news[0] == _OPEN:
             self._report.debug(f"a worker is ready: {news[1]}")
             hand.is_open, self._stillborn = True, 0
@@ -207,10 +206,10 @@ class _Driver:
                 self._write(index, value)
                 self._progress.finished(value)
         else:
-            error = UserError(*news[1:])
+            failure = UserError(*news[1:])
             if not hand.is_open:
-                raise error
-            self._failures.append(error)
+                raise failure
+            self._failures.append(failure)
             hand.left.clear()  # a session says so after all others of the share have ended
 
     def _next(self, hand: _Hand) -> None:

@@ -98,7 +98,7 @@ class Model:
     def __init__(self, argv: Sequence[str]):
         from ..generation.session import Session
         from ..reporting import Reporter, quiet_frameworks
-        from .desk import Desk, Limits
+        from .desk import Desk, DeskLimits
         from .loop import Loop
         from .replica_metrics import ReplicaMetrics
 
@@ -108,7 +108,7 @@ class Model:
         quiet_frameworks(args.log_level)
         session = Session.prepare(config)
         session.open(report.info, args.max_batch)
-        self._desk = Desk(Limits(args.max_waiting, args.max_batch))
+        self._desk = Desk(DeskLimits(args.max_waiting, args.max_batch))
         self._metrics = ReplicaMetrics()
         self._application = web_of(session, args, config, self._desk, report, self._metrics).application()
         self._loop = Loop(session, self._desk)
