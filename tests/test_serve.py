@@ -13,6 +13,9 @@ import time
 import pytest
 from command_fixtures import make_random
 from conftest import MODULE, ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from qwen15.serve import protocol
 from serve_fixtures import TOOL_TEMPLATE, serving
 
 pytest.importorskip("starlette")
@@ -225,6 +228,27 @@ def test_what_cannot_be_done_is_refused_in_openais_form(server, path, body, stat
     assert (got, answer["error"]["param"]) == (status, param), answer
     assert "Traceback" not in answer["error"]["message"] and str(MODULE) not in answer["error"]["message"]
     assert answer["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+_FIELDS = sorted(protocol._CHAT | protocol._TEXT | set(protocol._NEUTRAL) | {"tokens", "add_special_tokens"})
+_SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.floats(allow_nan=False, allow_infinity=False),
+                     st.sampled_from([10 ** 30, 1e308, "auto", "\ud800", "\0"]), st.text(max_size=4))
+_NAMES = st.sampled_from(["type", "role", "content", "function", "name", "arguments", "parameters", "schema",
+                          "json_schema", "include_usage", "text", "user", "0", "properties"])
+_JSON = st.recursive(_SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3),
+                     max_leaves=8)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(path=st.sampled_from([CHAT, TEXT, "/tokenize", "/detokenize"]),
+       fields=st.dictionaries(st.sampled_from(_FIELDS), _JSON, min_size=1, max_size=3))
+def test_whatever_json_comes_the_server_knows_an_answer(server, path, fields):
+    base = {CHAT: {**HELLO, "max_tokens": 2}, TEXT: {"prompt": "x", "max_tokens": 2}}.get(path, {})
+    status, answer, _ = server.send(path, {**base, **fields})
+    assert status in (200, 400, 404, 429), (status, answer)
+    if status != 200:
+        error = answer["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["message"].endswith((".", "?")), error
 
 
 def test_a_typo_is_answered_with_what_was_meant(server):
