@@ -39,7 +39,7 @@ def load_config(yaml_path: Optional[str], flags: Sequence[Flag] = (), options: S
     Raises:
         UserError: an unknown key, a wrong type, a contradiction; with file and line or the flag, and what to do.
     """
-    document = yaml_lines.Document("no --config", (), {}) if yaml_path is None else \
+    document = yaml_lines.Document(speculation.NO_YAML, (), {}) if yaml_path is None else \
         yaml_lines.read(os.path.expanduser(yaml_path))
     given = Given(document)
     given.take_command_line(flags, options)

@@ -14,6 +14,8 @@ from .keys import MODEL
 from .schema import Config, ModelConfig, Speculation
 
 NGRAM, NONE = "ngram", "none"
+NO_YAML = "no --config"
+"""Where a value is missing that no file was given for."""
 NGRAM_TOKENS, DRAFT_TOKENS = 8, 5
 """Most guesses in a step where nobody says otherwise: a draft's cost time, those of the text do not."""
 
@@ -64,6 +66,8 @@ def _draft(final: Final, model: ModelConfig, given: str, place: str,
     try:
         draft = load(flags)
     except UserError as error:
-        raise UserError(f"the draft model cannot be used: {error.what}", error.where or place, error.fix) from None
+        nowhere = error.where in (None, NO_YAML)  # what is missing should have been in its config.json
+        raise UserError(f"the draft model {path} cannot be used: {error.what}", place if nowhere else error.where,
+                        "Give a folder with the draft's config.json." if nowhere else error.fix) from None
     final.notes.extend(f"draft model: {note}" for note in draft.notes)
     return draft

@@ -482,7 +482,10 @@ def check_draft(tokenizer: Any, draft: Config) -> None:
         raise UserError("there is no vocab.json and merges.txt beside the draft model, so its tokens cannot be "
                         "compared with the model's", where=where,
                         fix="Copy the files of the draft model's own download there.")
-    own = load_tokenizer(draft)
+    try:
+        own = load_tokenizer(draft)
+    except UserError as error:
+        raise UserError(f"the draft model's tokenizer cannot be used: {error.what}", error.where, error.fix) from None
     for token in range(min(len(tokenizer), len(own))):
         theirs, ours = own.token_bytes(token), tokenizer.token_bytes(token)
         if theirs != ours:
