@@ -176,9 +176,9 @@ def test_a_chat_at_the_terminal_guesses_too(yaml):
     screen = Terminal(command("--config", yaml, "--chat", "--speculate", "ngram", "--max_new_tokens", "30",
                               "--log_level", "debug"))
     screen.expect("> ")
-    screen.type("one two one two one two\r")
+    screen.type("one two one two one two\n")
     screen.expect(r"tokens a step \(\d+ of \d+ guesses right\)")
-    screen.type("/quit\r")
+    screen.type("/quit\n")
     assert screen.end() == 0
 
 
