@@ -7,7 +7,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from qwen15.command_line import Parser, boolean, program, whole  # noqa: E402
 from qwen15.conversion.cli import add_common_flags, add_hub_flag, carry_out, options_from  # noqa: E402
-from qwen15.errors import run_main  # noqa: E402
+from qwen15.errors import UserError, run_main  # noqa: E402
 
 
 def parser():
@@ -32,8 +32,25 @@ def parser():
                       help="inputs that share a scale (default: 128 for int8, 64 for int4)")
     made.add_argument("--keep_head", action="store_true",
                       help="with --quantize: leave embedding and head as they are (default: int8 in groups of 32)")
+    made.add_argument("--calibrate", metavar="TEXT_FILE",
+                      help="with --quantize: round so that errors make up for one another on this text (GPTQ); some "
+                           "pages of what the model will be asked, UTF-8")
+    made.add_argument("--calibration_tokens", type=whole, metavar="N",
+                      help="use at most so many tokens of the text (default 4096)")
     add_common_flags(made)
     return made
+
+
+def calibration(args, folder):
+    """The `calibration.run.Calibration` that the flags ask for, None without --calibrate."""
+    if args.calibrate is None:
+        if args.calibration_tokens is not None:
+            raise UserError("means nothing without --calibrate", "--calibration_tokens", "Give --calibrate TEXT_FILE.")
+        return None
+    from qwen15.calibration.run import DEFAULT_TOKENS, Calibration
+
+    tokens = DEFAULT_TOKENS if args.calibration_tokens is None else args.calibration_tokens
+    return Calibration(args.calibrate, folder, args.mindspore_ckpt_path, tokens)
 
 
 def main(argv=None):
@@ -41,9 +58,11 @@ def main(argv=None):
     from qwen15.conversion.hugging_face import plan_to_mindspore, yaml_lines
     from qwen15.hub.resolve import resolve
 
-    options = options_from(args, args.mindspore_ckpt_path, args.model_parallel, args.vocab_emb_dp)
-    plan = plan_to_mindspore(resolve(args.torch_ckpt_dir, args.hub), options)
-    if carry_out(plan, args):
+    source = resolve(args.torch_ckpt_dir, args.hub)
+    chosen = calibration(args, source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source)))
+    options = options_from(args, args.mindspore_ckpt_path, args.model_parallel, args.vocab_emb_dp, chosen)
+    plan = plan_to_mindspore(source, options)
+    if carry_out(plan, args, chosen):
         print("# Lines for the predict YAML:")
         print("\n".join(yaml_lines(plan, options)))
 

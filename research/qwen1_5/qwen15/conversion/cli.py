@@ -31,40 +31,45 @@ def add_hub_flag(parser: argparse.ArgumentParser) -> None:
                              "default) or modelscope")
 
 
-def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True) -> Any:
-    """The `conversion.Options` that the flags say."""
+def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True,
+                 chosen: Any = None) -> Any:
+    """The `conversion.Options` that the flags say, and the integers that a calibration chooses (`quantise.Chosen`)."""
     from .hugging_face import Options, parse_size
     from .slices import Slicing
 
     if parts is not None and parts < 1:
         raise UserError(f"must be at least 1, not {parts}", "--model_parallel", "Give 1, 2, 4, ...")
     return Options(target=target, form=args.format, dtype=args.dtype, shard_bytes=parse_size(args.max_shard_size),
-                   slicing=None if parts is None else Slicing(parts, vocab_emb_dp), recipe=_recipe(args),
+                   slicing=None if parts is None else Slicing(parts, vocab_emb_dp), recipe=_recipe(args, chosen),
                    dequantise=getattr(args, "dequantize", False))
 
 
-def _recipe(args: argparse.Namespace) -> Any:
+def _recipe(args: argparse.Namespace, chosen: Any) -> Any:
     """The `quantise.Recipe` that the flags say, None where nothing is quantised on the way."""
     from .quantise import DEFAULT_GROUPS, Recipe
 
     kind = getattr(args, "quantize", None)
     if kind is None:
-        for flag in ("group_size", "keep_head"):
+        for flag in ("group_size", "keep_head", "calibrate", "calibration_tokens"):
             if getattr(args, flag, None):
                 raise UserError("has no effect without --quantize", f"--{flag}",
                                 "Give --quantize int8 or int4 as well.")
         return None
     bits = {"int8": 8, "int4": 4}[kind]
-    return Recipe(bits, args.group_size or DEFAULT_GROUPS[bits], args.keep_head)
+    return Recipe(bits, args.group_size or DEFAULT_GROUPS[bits], args.keep_head, chosen)
 
 
-def carry_out(plan: Any, args: argparse.Namespace) -> bool:
-    """Run a plan, or print it with `--dry_run`; tells on stderr what was done. Returns whether there is a result."""
+def carry_out(plan: Any, args: argparse.Namespace, chosen: Any = None) -> bool:
+    """Run a plan, or print it with `--dry_run`; tells on stderr what was done. Returns whether there is a result.
+
+    `chosen` (`quantise.Chosen`) is let go at the end.
+    """
     from ..checkpoint.atomic import partial_path
     from ..checkpoint.leftovers import account
     from ..progress import human_bytes
     from .run import check_plan, kept_bytes, run
 
+    done = False
     try:
         for note in plan.notes:
             _tell(f"note: {note}")
@@ -78,12 +83,17 @@ def carry_out(plan: Any, args: argparse.Namespace) -> bool:
         try:
             result = run(plan, verify=args.verify, overwrite=args.overwrite,
                          allow_overflow=getattr(args, "allow_overflow", False))
+            done = True
         except BaseException:
+            if chosen is not None and chosen.kept():
+                _tell(f"{chosen.kept()}: the same command goes on from there")
             if kept_bytes(plan):
                 _tell(f"{human_bytes(kept_bytes(plan))} are kept in {partial_path(plan.target)}: "
                       "the same command goes on from there")
             raise
     finally:
+        if chosen is not None:
+            chosen.close(done)
         plan.close()
     for line in result.tally.lines():
         _tell(f"cast {line}")

@@ -124,9 +124,13 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
         if schemes:
             plan.source_bytes = sum(info.nbytes for info in source.infos.values())
         if options.recipe is not None:
-            made = dict(account.schemes)
-            plan.errors = lambda: (str(error_of(source, weight, view, weight.hf, made[weight.ms]))
-                                   for weight in weights if weight.ms in made)
+            made, recipe, chosen = dict(account.schemes), options.recipe, options.recipe.chosen
+            plan.errors = lambda: (
+                str(error_of(source, weight, view, weight.hf, made[weight.ms], chosen is None or weight.layer is None))
+                for weight in weights if weight.ms in made)
+            if chosen is not None:
+                plan.notes.append(chosen.note())
+                plan.prepare, plan.prepare_bytes = lambda: chosen.make(source, config, recipe), chosen.memory_bytes(config)
         return plan
     except BaseException:
         source.close()

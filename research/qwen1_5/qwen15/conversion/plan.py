@@ -64,6 +64,8 @@ class Plan:
         left_out: kind -> names of entries that are not carried over.
         source_bytes: of the source's tensors, where the result is made of other tensors than those; 0 where it is not.
         errors: what quantising cost, a line for each matrix; asked with `--verify`, after the result has been compared.
+        prepare: has to be done before anything is read; what it needs of the result's disk, it sees to itself.
+        prepare_bytes: memory that it takes.
     """
 
     target: str
@@ -76,6 +78,8 @@ class Plan:
     left_out: Dict[str, List[str]] = field(default_factory=dict)
     source_bytes: int = 0
     errors: Callable[[], Iterator[str]] = lambda: iter(())
+    prepare: Callable[[], None] = lambda: None
+    prepare_bytes: int = 0
 
     @property
     def read_bytes(self) -> int:
@@ -95,7 +99,7 @@ class Plan:
         slicing = any(len(move.parts) > 1 or len(move.destinations) > 1 for move in self.moves)
         at_once = max(len(numbers) for numbers, _ in groups(self))
         strips = STRIP_BYTES * (2 + (4 if casting else 0) + (2 if slicing else 0))
-        return _INTERPRETER_BYTES + strips + making + Blocks(at_once).all_bytes
+        return max(self.prepare_bytes, _INTERPRETER_BYTES + strips + making + Blocks(at_once).all_bytes)
 
     def path_of(self, file: OutFile, folder: str) -> str:
         """Where a file is, in the folder or as the target."""

@@ -1,4 +1,4 @@
-"""Our own quantisation, round to nearest: a float checkpoint seen in the stored form of `checkpoint.quantized`.
+"""Our own quantisation: a float checkpoint seen in the stored form of `checkpoint.quantized`, rounded to nearest.
 
     int8   symmetric: scale = max |w| / 127 of a group, q = round(w / scale)
     int4   with zero points: scale = (hi - lo) / 15 where lo <= 0 <= hi are a group's ends, zero = round(-lo / scale),
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Iterable, Optional
+from functools import partial
+from typing import Iterable, Mapping, Optional, Protocol
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from ..checkpoint.quantized_settings import CONFIG_KEY, OURS
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.tensors import LONG_NAMES
 from ..checkpoint.view import Made, View, block_of
+from ..config.hf_config import HfConfig
 from ..errors import UserError
 from ..naming import Weight
 
@@ -35,6 +37,31 @@ _LARGEST_ERROR = {8: 0.5, 4: 1.0}
 """What rounding can cost, in scales: half a step; at 4 bits half more, where a rounded zero point moves the ends."""
 
 
+class Chosen(Protocol):
+    """Integers of the layers that something else has chosen than rounding to nearest: a calibration."""
+
+    def describe(self) -> Mapping[str, object]:
+        """What config.json says of it."""
+
+    def note(self) -> str:
+        """What a user is told beforehand."""
+
+    def memory_bytes(self, config: HfConfig) -> int:
+        """Memory that choosing takes, about."""
+
+    def make(self, source: Checkpoint, config: HfConfig, recipe: Recipe) -> None:
+        """Choose, before the first row is asked for."""
+
+    def rows(self, name: str, layer: int, first: int, last: int) -> np.ndarray:
+        """Rows of a tensor of the stored form, whose name is Hugging Face's."""
+
+    def kept(self) -> str:
+        """What an interrupted run has left, in words; empty where there is nothing."""
+
+    def close(self, done: bool) -> None:
+        """Let go of what is kept, which is of no more use where the result is whole (`done`)."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to quantise.
@@ -43,11 +70,13 @@ class Recipe:
         bits: 8 or 4, of the linears.
         group_size: inputs of a group; a matrix whose inputs it does not divide gets the largest group that does.
         keep_head: leave embedding and head as they are.
+        chosen: the integers of the layers' matrices; None rounds to nearest.
     """
 
     bits: int
     group_size: int
     keep_head: bool = False
+    chosen: Optional[Chosen] = None
 
     def scheme(self, weight: Weight) -> Optional[Scheme]:
         """How a weight [O, I] is stored, None where it stays as it is.
@@ -71,8 +100,9 @@ class Recipe:
 
     def changes(self) -> dict[str, object]:
         """What config.json says about it, by key."""
-        return {CONFIG_KEY: {"quant_method": OURS, "bits": self.bits, "group_size": self.group_size,
-                             "sym": self.bits == 8, "embedding_bits": None if self.keep_head else 8}}
+        said = {"quant_method": OURS, "bits": self.bits, "group_size": self.group_size, "sym": self.bits == 8,
+                "embedding_bits": None if self.keep_head else 8}
+        return {CONFIG_KEY: said if self.chosen is None else {**said, "calibration": dict(self.chosen.describe())}}
 
 
 def quantised(source: Checkpoint, weights: Iterable[Weight], recipe: Recipe) -> View:
@@ -89,8 +119,58 @@ def quantised(source: Checkpoint, weights: Iterable[Weight], recipe: Recipe) -> 
         rows = _Rows(source, weight, scheme)
         functions = {"": rows.integers, SCALE: rows.scale, ZERO: rows.zero}
         for info in scheme.infos(weight.hf, weight.shape):
-            made[info.name] = Made(info, functions[info.name[len(weight.hf):]], _WORK_FACTOR * weight.shape[1])
+            make = functions[info.name[len(weight.hf):]]
+            if recipe.chosen is not None and weight.layer is not None:
+                make = partial(recipe.chosen.rows, info.name, weight.layer)
+            made[info.name] = Made(info, make, _WORK_FACTOR * weight.shape[1])
     return View(source, made)
+
+
+# ---- rounding ----
+
+def levels(bits: int) -> tuple[int, int]:
+    """The least and the largest integer: -127, 127 at 8 bits, 0, 15 at 4."""
+    return (-127, 127) if bits == 8 else (0, 15)
+
+
+def nearest_scale(groups: np.ndarray, bits: int) -> np.ndarray:
+    """Scales of groups of weights: float32 [n, G, group] -> float16 [n, G].
+
+    Raises:
+        ValueError: a value is not finite, or too large.
+    """
+    high, low = groups.max(axis=2), groups.min(axis=2)
+    if bits == 8:
+        exact = np.maximum(high, -low) / np.float32(127)
+    else:
+        exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(15)
+    if not np.isfinite(exact).all():
+        raise ValueError("holds NaN or infinite values, which integers cannot represent")
+    if (exact > _LARGEST_SCALE).any():
+        raise ValueError("holds values too large for scales in float16")
+    scale = exact.astype(np.float16)
+    short = scale.astype(np.float32) < exact
+    scale[short] = np.nextafter(scale[short], np.float16(np.inf))
+    return scale
+
+
+def inverse_of(scale: np.ndarray) -> np.ndarray:
+    """1 / scale, float32 [n, G]; 0 where the scale is: all values of the group are 0 then."""
+    wide = scale.astype(np.float32)
+    return np.divide(1, wide, out=np.zeros_like(wide), where=wide > 0)
+
+
+def nearest_zero(groups: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """Zero points of 4 bits: groups float32 [n, G, group] and 1 / scale [n, G] -> uint8 [n, G]."""
+    low = np.minimum(groups.min(axis=2), 0)
+    return np.clip(np.rint(-low * inverse), 0, 15).astype(np.uint8)
+
+
+def unfit(name: str, error: ValueError, where: str) -> UserError:
+    """What is told of a matrix whose values `nearest_scale` refuses."""
+    damaged = "NaN" in str(error)
+    return UserError(f"{name} {error}", where, "The source is damaged; download it again." if damaged else
+                     "Convert this model without --quantize.")
 
 
 @dataclass(frozen=True)
@@ -115,46 +195,26 @@ class _Rows:
 
     def _scale(self, groups: np.ndarray) -> np.ndarray:
         """float16 [n, G]."""
-        high, low = groups.max(axis=2), groups.min(axis=2)
-        if self.scheme.bits == 8:
-            exact = np.maximum(high, -low) / np.float32(127)
-        else:
-            exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(15)
-        if not np.isfinite(exact).all():
-            raise UserError(f"{self.weight.hf} holds NaN or infinite values, which integers cannot represent",
-                            self.source.path, "The source is damaged; download it again.")
-        if (exact > _LARGEST_SCALE).any():
-            raise UserError(f"{self.weight.hf} holds values too large for scales in float16", self.source.path,
-                            "Convert this model without --quantize.")
-        scale = exact.astype(np.float16)
-        short = scale.astype(np.float32) < exact
-        scale[short] = np.nextafter(scale[short], np.float16(np.inf))
-        return scale
-
-    def _inverse(self, scale: np.ndarray) -> np.ndarray:
-        """float32 [n, G, 1]; 0 where the scale is: all values of the group are 0 then."""
-        wide = scale.astype(np.float32)[:, :, None]
-        return np.divide(1, wide, out=np.zeros_like(wide), where=wide > 0)
+        try:
+            return nearest_scale(groups, self.scheme.bits)
+        except ValueError as error:
+            raise unfit(self.weight.hf, error, self.source.path) from None
 
     def zero(self, first: int, last: int) -> np.ndarray:
         groups = self.groups(first, last)
-        return self._zero(groups, self._inverse(self._scale(groups)))
-
-    def _zero(self, groups: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-        low = np.minimum(groups.min(axis=2), 0)
-        return np.clip(np.rint(-low * inverse[:, :, 0]), 0, 15).astype(np.uint8)
+        return nearest_zero(groups, inverse_of(self._scale(groups)))
 
     def integers(self, first: int, last: int) -> np.ndarray:
         groups = self.groups(first, last)
-        inverse = self._inverse(self._scale(groups))
-        zero = self._zero(groups, inverse)[:, :, None] if self.scheme.bits == 4 else None
-        values = groups * inverse
+        inverse = inverse_of(self._scale(groups))
+        values = groups * inverse[:, :, None]
         np.rint(values, out=values)
-        if zero is None:
-            np.clip(values, -127, 127, out=values)
+        low, high = levels(self.scheme.bits)
+        if self.scheme.bits == 8:
+            np.clip(values, low, high, out=values)
             return values.astype(np.int8).reshape(last - first, -1)
-        values += zero
-        np.clip(values, 0, 15, out=values)
+        values += nearest_zero(groups, inverse)[:, :, None]
+        np.clip(values, low, high, out=values)
         return pack(values.astype(np.uint8).reshape(last - first, -1))
 
 
@@ -178,7 +238,8 @@ class Error:
         return f"{self.name} {self.scheme}: largest error {100 * self.largest:.3f} %, mean {100 * self.mean:.3f} %"
 
 
-def error_of(source: Checkpoint, weight: Weight, result: Checkpoint, name: str, scheme: Scheme) -> Error:
+def error_of(source: Checkpoint, weight: Weight, result: Checkpoint, name: str, scheme: Scheme,
+             bounded: bool = True) -> Error:
     """Compare a stored quantised matrix with the one it was made from.
 
     Args:
@@ -187,6 +248,7 @@ def error_of(source: Checkpoint, weight: Weight, result: Checkpoint, name: str, 
         result: the stored form: a checkpoint that was written, or what was compared with it bit for bit.
         name: of the matrix in it.
         scheme: how it is stored.
+        bounded: it was rounded to nearest. A calibrated one may be further off, for the good of its products.
 
     Raises:
         UserError: an error is larger than rounding can make it: something is wrong with the result.
@@ -202,7 +264,7 @@ def error_of(source: Checkpoint, weight: Weight, result: Checkpoint, name: str, 
         found = dequantise(parts[0], parts[1], scheme.scale_dtype, *parts[2:]).reshape(wanted.shape)
         off = np.abs(found - wanted)
         allowed = to_float32(parts[1], scheme.scale_dtype)[:, :, None] * np.float32(_LARGEST_ERROR[scheme.bits] * 1.001)
-        if (off > allowed).any():
+        if bounded and (off > allowed).any():
             row, group, column = (int(at[0]) for at in np.nonzero(off > allowed))
             raise UserError(f"{name} is off by {off[row, group, column]:.3g} in row {first + row}, rounding makes "
                             f"{allowed[row, group, 0]:.3g} at most", result.path, "Nothing was put in place.")

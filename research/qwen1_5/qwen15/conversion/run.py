@@ -61,6 +61,7 @@ def run(plan: Plan, verify: bool = False, overwrite: bool = False, allow_overflo
             comparing failed (nothing was put in place then).
     """
     check_plan(plan, overwrite)
+    plan.prepare()
     return (_run_folder if plan.is_folder else _run_file)(plan, verify, allow_overflow)
 
 
