@@ -24,10 +24,11 @@ from qwen15.conversion.hugging_face import Options, plan_to_mindspore
 from qwen15.conversion.quantise import Recipe, inverse_of, nearest_scale, nearest_zero
 from qwen15.conversion.run import run
 from qwen15.errors import UserError
+from qwen15.text.tokenizer import Qwen2Tokenizer
 
 SIZES = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2}
-TEXT = " ".join(f"{number * number} is the square of {number}." for number in range(60))
+TEXT = " ".join(f"{number * number} is the square of {number}." for number in range(70))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,9 @@ def tiny(tmp_path_factory):
     model = random_model(folder, **SIZES)
     codes = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in codes] + [chr(256 + i) for i in range(256 - len(codes))]
-    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate([*letters, "zz"])}),
+                                       encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\nz z\n")  # a file without any is refused
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": null, '
                                                   '"pad_token": null, "unk_token": null}')
     (folder.parent / "text.txt").write_text(TEXT)
@@ -156,7 +158,7 @@ def calibrated(folder, target, bits=4, group=64):
 def logits_lost(folder, model, target):
     """How far a quantised checkpoint's logits on the text are from the model's, mean square."""
     torch = pytest.importorskip("torch")
-    ids = torch.tensor([[min(ord(letter), 127) for letter in TEXT[:256]]])
+    ids = torch.tensor(Qwen2Tokenizer.from_pretrained(str(folder)).encode(TEXT)[:256]).reshape(1, -1)
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad(), open_checkpoint(str(target)) as made:
         wanted = model(ids).logits

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from checkpoint_fixtures import model_contents, read_contents, run_script, write_model
+from checkpoint_fixtures import model_contents, read_contents, run_script, write_model, write_safetensors
 from quantized_fixtures import DIMS, Form, entry, write_quantised
 from qwen15 import naming
 from qwen15.checkpoint.account import Expected, take_account
@@ -265,6 +265,67 @@ DAMAGE = {
     "FP8": (None, {"quant_method": "fp8"}, "'fp8' is not supported"),
     "AWQ GEMV": (None, {"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not supported"),
 }
+
+
+AWQ, COMPRESSED = Form(layout="awq", sym=False), Form(layout="compressed-tensors", sym=False)
+OTHER_DAMAGE = {
+    "AWQ without zero points": (AWQ, without(f"{BASE}.qzeros"), {}, f"{BASE}.qzeros is missing"),
+    "AWQ packed as GPTQ is": (
+        AWQ,
+        changed(f"{BASE}.qweight", np.zeros((24, 128), np.int32)),
+        {},
+        "make it [192, 16]",
+    ),
+    "AWQ of 8 bits": (AWQ, None, {"bits": 8}, "AWQ with 8 bits is not supported"),
+    "AWQ with float integers": (AWQ, changed(f"{BASE}.qweight", np.zeros((192, 16), np.float32)), {}, "is F32, not"),
+    "compressed-tensors of another shape": (
+        COMPRESSED,
+        changed(f"{BASE}.weight_shape", np.array([192, 128], np.int64)),
+        {},
+        f"{BASE}.weight_shape says [192, 128], the model makes it [128, 192]",
+    ),
+    "compressed-tensors without integers": (COMPRESSED, without(f"{BASE}.weight_packed"), {}, "is missing"),
+    "compressed-tensors with scales of other groups": (
+        COMPRESSED,
+        changed(f"{BASE}.weight_scale", np.zeros((128, 6), np.float16)),
+        {},
+        "make it [128, 3]",
+    ),
+    "compressed-tensors of floats": (COMPRESSED, None, {"format": "float-quantized"}, "'float-quantized'"),
+    "GPTQ's settings beside compressed tensors": (
+        COMPRESSED,
+        None,
+        {**Form().settings(), "format": None},
+        "is no part of gptq",
+    ),
+    "GPTQ's bits as a text": (Form(), None, {"bits": "four"}, "'four' bits"),
+    "GPTQ's group of nothing": (Form(), None, {"group_size": 0}, "group_size 0 is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_DAMAGE)
+def test_damage_in_the_other_layouts_gets_one_line_too(tmp_path, name):
+    form, change, settings, said = OTHER_DAMAGE[name]
+    write_quantised(tmp_path / "hf", form, change=change, quantization_config={**form.settings(), **settings})
+    with pytest.raises(UserError) as error:
+        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.ckpt")))
+    assert said in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_an_order_that_names_an_input_twice_is_refused_when_loading_and_on_the_way_back(tmp_path):
+    write_quantised(tmp_path / "hf", Form(desc_act=True))
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ms"))))
+    name = "model.layers.1.feed_forward.w2.weight_order"
+    path = tmp_path / "ms" / "model.safetensors"
+    contents = read_contents(path)
+    order = np.frombuffer(contents[name][2], np.int32).copy()
+    order[0] = order[1]
+    write_safetensors(path, {key: (kind, shape, order.tobytes() if key == name else data)
+                             for key, (kind, shape, data) in contents.items()})
+    for dequantise in (False, True):
+        with pytest.raises(UserError, match="w2.weight_order does not name each of the 192 inputs once"):
+            convert(plan_to_hugging_face(str(tmp_path / "ms"), Options(str(tmp_path / "b"), dequantise=dequantise)))
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name", DAMAGE)

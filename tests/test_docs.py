@@ -89,6 +89,7 @@ def world(tmp_path_factory, qwen_vocabulary):
     write_quantised(paths / "Qwen1.5-14B-Chat-GPTQ-Int4", Form(biases=True))
     (module / "Qwen1.5-72B").symlink_to(model)
     (module / "prompts.txt").write_text("你好\n帮助我\n", "utf-8")
+    (module / "calibration.txt").write_text("帮助我制定一份去上海的旅游攻略。\n" * 40, "utf-8")
     (paths / "SmolLM2-135M-Instruct").symlink_to(qwen_vocabulary.parent / "SmolLM2-135M-Instruct")
     command = folder / "bin" / "qwen15"
     command.write_text(f'#!/bin/sh\nPYTHONPATH={MODULE} exec python -m qwen15 "$@"\n')

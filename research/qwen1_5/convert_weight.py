@@ -47,6 +47,8 @@ def calibration(args, folder):
         if args.calibration_tokens is not None:
             raise UserError("means nothing without --calibrate", "--calibration_tokens", "Give --calibrate TEXT_FILE.")
         return None
+    if args.quantize is None:
+        raise UserError("means nothing without --quantize", "--calibrate", "Give --quantize int4 as well.")
     from qwen15.calibration.run import DEFAULT_TOKENS, Calibration
 
     tokens = DEFAULT_TOKENS if args.calibration_tokens is None else args.calibration_tokens

@@ -124,6 +124,20 @@ def scheme_of(infos: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]
     return scheme
 
 
+def checked_order(order: np.ndarray, name: str, where: str) -> np.ndarray:
+    """`P_order` as it was read, int32 [I].
+
+    Args:
+        name: of the matrix.
+
+    Raises:
+        UserError: it does not name every input once.
+    """
+    if not np.array_equal(np.sort(order), np.arange(len(order), dtype=order.dtype)):
+        raise _damaged(f"{name}{ORDER} does not name each of the {len(order)} inputs once", where)
+    return order
+
+
 def _damaged(what: str, where: str) -> UserError:
     return UserError(what, where, "The checkpoint is damaged, mixed or of another model; convert it again.")
 

@@ -16,7 +16,7 @@ from typing import Optional
 
 import numpy as np
 
-from .quantized import ORDER, SCALE, ZERO, Scheme, pack, unpack
+from .quantized import ORDER, SCALE, ZERO, Scheme, checked_order, pack, unpack
 from .quantized_settings import QuantizationConfig
 from .quantized_words import (
     pack_awq,
@@ -170,7 +170,9 @@ class Writer:
         raise KeyError(suffix)
 
     def _order(self) -> Optional[np.ndarray]:
-        return self.checkpoint.read(self.name + ORDER) if self.scheme.has_order else None
+        if not self.scheme.has_order:
+            return None
+        return checked_order(self.checkpoint.read(self.name + ORDER), self.name, self.checkpoint.path)
 
     def _values(self, rows: tuple[int, int], inputs: tuple[int, int]) -> np.ndarray:
         """Unsigned integers [n, inputs] in the inputs' own order."""

@@ -50,7 +50,7 @@ def _recipe(args: argparse.Namespace, chosen: Any) -> Any:
 
     kind = getattr(args, "quantize", None)
     if kind is None:
-        for flag in ("group_size", "keep_head", "calibrate", "calibration_tokens"):
+        for flag in ("group_size", "keep_head"):
             if getattr(args, flag, None):
                 raise UserError("has no effect without --quantize", f"--{flag}",
                                 "Give --quantize int8 or int4 as well.")

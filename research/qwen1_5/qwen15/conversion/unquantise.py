@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checkpoint.account import Account
 from ..checkpoint.casting import from_float32
-from ..checkpoint.quantized import ORDER, SCALE, ZERO, Scheme, dequantise
+from ..checkpoint.quantized import ORDER, SCALE, ZERO, Scheme, checked_order, dequantise
 from ..checkpoint.quantized_layouts import INTEGERS, SUFFIXES, Linear, Writer
 from ..checkpoint.quantized_settings import QuantizationConfig
 from ..checkpoint.quantized_source import QuantisedSource
@@ -62,7 +62,7 @@ def _floats(source: Checkpoint, name: str, scheme: Scheme, dtype: str) -> Callab
     def rows(first: int, last: int) -> np.ndarray:
         parts = [block_of(source, name + suffix, (first, last), (0, source.infos[name + suffix].shape[1]))
                  for suffix in ("", SCALE) + ((ZERO,) if scheme.has_zero else ())]
-        order = source.read(name + ORDER) if scheme.has_order else None
+        order = checked_order(source.read(name + ORDER), name, source.path) if scheme.has_order else None
         zero = parts[2] if scheme.has_zero else None
         return from_float32(dequantise(parts[0], parts[1], scheme.scale_dtype, zero, order), dtype)
 

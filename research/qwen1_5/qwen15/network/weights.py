@@ -12,7 +12,7 @@ from .. import naming
 from ..checkpoint import casting, leftovers, origin
 from ..checkpoint.account import Expected, take_account
 from ..checkpoint.origin import Likeness
-from ..checkpoint.quantized import ORDER, SCALE, ZERO, Scheme, companion_of
+from ..checkpoint.quantized import ORDER, SCALE, ZERO, Scheme, checked_order, companion_of
 from ..checkpoint.quantized_settings import settings_of
 from ..checkpoint.quantized_source import read_quantised
 from ..checkpoint.reader import Checkpoint, all_ranks
@@ -204,7 +204,10 @@ class Loader:
         axis = None if suffix == ORDER else self._axes[matrix]
         self._loaded += not suffix
         stored = self._stored[matrix] + suffix
-        return self._slice(stored, axis), self._reader.infos[stored].dtype
+        array = self._slice(stored, axis)
+        if suffix == ORDER:
+            array = checked_order(array, self._stored[matrix], self._path)
+        return array, self._reader.infos[stored].dtype
 
     def read_quantised(self, name: str) -> QuantisedMatrix:
         """This rank's slice of a quantised matrix, bit for bit as it is stored."""
