@@ -292,12 +292,6 @@ OTHER_DAMAGE = {
         "make it [128, 3]",
     ),
     "compressed-tensors of floats": (COMPRESSED, None, {"format": "float-quantized"}, "'float-quantized'"),
-    "GPTQ's settings beside compressed tensors": (
-        COMPRESSED,
-        None,
-        {**Form().settings(), "format": None},
-        "is no part of gptq",
-    ),
     "GPTQ's bits as a text": (Form(), None, {"bits": "four"}, "'four' bits"),
     "GPTQ's group of nothing": (Form(), None, {"group_size": 0}, "group_size 0 is not supported"),
 }
