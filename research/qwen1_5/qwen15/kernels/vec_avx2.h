@@ -112,8 +112,8 @@ inline S s_nibble(S v, int k) {  // bits 4k to 4k + 3 of each
   return _mm256_and_si256(k == 0 ? v : _mm256_srli_epi16(v, 4 * k), _mm256_set1_epi16(15));
 }
 // acc + products of a and b, those of neighbours in one lane. Sums of integers may be taken in any order, and GCC makes
-// use of it: it computes all products of a segment first and keeps them in memory, which halves the speed. The empty
-// statement says that each sum is needed at once.
+// use of it: it computes all products of a segment first and keeps them in memory, a store and a load for each. The
+// empty statement says that each sum is needed at once.
 inline I i_madd(I acc, S a, S b) {
   acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
   __asm__("" : "+x"(acc));
