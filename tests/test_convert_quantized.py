@@ -316,9 +316,9 @@ def test_an_order_that_names_an_input_twice_is_refused_when_loading_and_on_the_w
     order[0] = order[1]
     write_safetensors(path, {key: (kind, shape, order.tobytes() if key == name else data)
                              for key, (kind, shape, data) in contents.items()})
-    for dequantise in (False, True):
+    for floats in (False, True):
         with pytest.raises(UserError, match="w2.weight_order does not name each of the 192 inputs once"):
-            convert(plan_to_hugging_face(str(tmp_path / "ms"), Options(str(tmp_path / "b"), dequantise=dequantise)))
+            convert(plan_to_hugging_face(str(tmp_path / "ms"), Options(str(tmp_path / "b"), dequantise=floats)))
     assert not (tmp_path / "b").exists()
 
 
