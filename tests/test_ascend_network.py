@@ -92,6 +92,7 @@ def complaints(config, monkeypatch):
         lambda: mindformers.check(replace(model, dims=replace(model.dims, head_dim=32, num_heads=160)), "Ascend"),
         lambda: device.require("Ascend"), lambda: check.main([]),
         lambda: memory_check.check(config("context.max_device_memory=20GB")),
+        lambda: config("speculate=ngram"),
         lambda: mindformers.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0")),
         lambda: mindformers.mindformers_config(config("use_parallel=True", "context.mode=1"))]
     told = [str(mindformers._explain(RuntimeError("memory isn't enough"))),
