@@ -186,7 +186,7 @@ class Calibration:
         with atomic_file(os.path.join(self._folder.path, name)) as (fd, path), Blocks() as blocks:
             writer = FileWriter(fd, path, steps(infos, {}), blocks)
             for info in infos:
-                writer.feed(info.name, memoryview(np.ascontiguousarray(tensors[info.name][1])).cast("B"))
+                writer.feed(info.name, np.ascontiguousarray(tensors[info.name][1]).data.cast("B"))
             writer.finish()
 
     def _remove(self, name: str) -> None:

@@ -130,7 +130,8 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
                 for weight in weights if weight.ms in made)
             if chosen is not None:
                 plan.notes.append(chosen.note())
-                plan.prepare, plan.prepare_bytes = lambda: chosen.make(source, config, recipe), chosen.memory_bytes(config)
+                plan.prepare = lambda: chosen.make(source, config, recipe)
+                plan.prepare_bytes = chosen.memory_bytes(config)
         return plan
     except BaseException:
         source.close()
