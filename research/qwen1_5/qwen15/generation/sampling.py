@@ -177,7 +177,7 @@ def accelerated(library: Any) -> Selection:
             ids = library.argmax(logits)
         except ValueError:
             raise NonFiniteLogits from None
-        if not all(math.isfinite(row[token]) for row, token in zip(logits, ids.tolist())):
+        if not np.isfinite(logits[np.arange(len(ids)), ids]).all():
             raise NonFiniteLogits
         return ids
 

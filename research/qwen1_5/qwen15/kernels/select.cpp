@@ -87,17 +87,45 @@ QWEN15_API void qwen15_set_threads(int n) { set_threads(n); }
 QWEN15_API int qwen15_exact_activations() { return exact_activations(); }
 QWEN15_API void qwen15_set_exact_activations(int exact) { set_exact_activations(exact != 0); }
 
-// ids[b] = the first id of logits[b]'s largest value, logits (B, V); -1 where a logit is NaN.
+namespace {
+
+// The first id of the row's largest value in [begin, end), which is not empty; -1 where one of them is NaN.
+int64_t first_of_largest(const float* row, int64_t begin, int64_t end) {
+  std::vector<float> maxima = maxima_of(row + begin, end - begin);
+  if (maxima.empty()) return -1;
+  size_t chunk = std::max_element(maxima.begin(), maxima.end()) - maxima.begin();
+  int64_t i = begin + static_cast<int64_t>(chunk) * kLogitChunk;
+  while (row[i] != maxima[chunk]) ++i;
+  return i;
+}
+
+}  // namespace
+
+// ids[b] = the first id of logits[b]'s largest value, logits (B, V); -1 where a logit is NaN. The threads share the rows,
+// each in parts: they have just written them and are awake.
 QWEN15_API void qwen15_argmax(const float* logits, int64_t rows, int64_t vocab, int32_t* ids) {
+  constexpr int64_t kPart = 64 * kLogitChunk;
+  int64_t parts = (vocab + kPart - 1) / kPart;
+  std::vector<int64_t> found(rows * parts);
+  auto search = [&](int64_t item) {
+    int64_t begin = item % parts * kPart;
+    found[item] = first_of_largest(logits + item / parts * vocab, begin, std::min(begin + kPart, vocab));
+  };
+  if (rows * parts < 4) {
+    for (int64_t item = 0; item < rows * parts; ++item) search(item);
+  } else {
+    run_uncounted([&](Team& team) {
+      for (int64_t item = team.take(); item < rows * parts; item = team.take()) search(item);
+    });
+  }
   for (int64_t b = 0; b < rows; ++b) {
     const float* row = logits + b * vocab;
-    std::vector<float> maxima = maxima_of(row, vocab);
-    ids[b] = -1;
-    if (maxima.empty()) continue;
-    size_t chunk = std::max_element(maxima.begin(), maxima.end()) - maxima.begin();
-    int64_t i = static_cast<int64_t>(chunk) * kLogitChunk;
-    while (row[i] != maxima[chunk]) ++i;
-    ids[b] = static_cast<int32_t>(i);
+    int64_t best = found[b * parts];
+    for (int64_t part = 1; part < parts && best >= 0; ++part) {
+      int64_t other = found[b * parts + part];
+      if (other < 0 || row[other] > row[best]) best = other;
+    }
+    ids[b] = static_cast<int32_t>(best);
   }
 }
 

@@ -91,7 +91,7 @@ class Pool {
     wanted_ = n < 1 ? 1 : (n > kMaxThreads ? kMaxThreads : n);
   }
 
-  void run(int size, void (*work)(Team&, void*), void* argument) {
+  void run(int size, void (*work)(Team&, void*), void* argument, bool counted) {
     std::lock_guard<std::mutex> lock(call_mutex_);
     if (owner_ != getpid()) forget_workers();  // threads do not survive fork()
     auto begin = std::chrono::steady_clock::now();
@@ -110,7 +110,7 @@ class Pool {
     work(team, argument);
     wait_until([this] { return finished_.load(std::memory_order_acquire) == size_ - 1; });
     std::chrono::nanoseconds spent = std::chrono::steady_clock::now() - begin;
-    busy_ns_.fetch_add(spent.count(), std::memory_order_relaxed);
+    if (counted) busy_ns_.fetch_add(spent.count(), std::memory_order_relaxed);
   }
 
   double busy_seconds() const { return busy_ns_.load(std::memory_order_relaxed) * 1e-9; }
@@ -265,7 +265,12 @@ void Team::share_of(int rank, int64_t n, int64_t grain, int64_t* begin, int64_t*
   if (*begin > n) *begin = n;
 }
 
-void run_team(int size, void (*work)(Team&, void*), void* argument) { Pool::instance().run(size, work, argument); }
+void run_team(int size, void (*work)(Team&, void*), void* argument) {
+  Pool::instance().run(size, work, argument, true);
+}
+void run_uncounted(int size, void (*work)(Team&, void*), void* argument) {
+  Pool::instance().run(size, work, argument, false);
+}
 int threads() { return Pool::instance().size(); }
 void set_threads(int n) { Pool::instance().resize(n); }
 double busy_seconds() { return Pool::instance().busy_seconds(); }

@@ -41,6 +41,8 @@ void set_threads(int n);
 // Run `work(team, argument)` on `size` threads of the pool; returns when all are done. Calls from several threads
 // take turns.
 void run_team(int size, void (*work)(Team&, void*), void* argument);
+// The same, and its time is not counted as the kernels', see busy_seconds.
+void run_uncounted(int size, void (*work)(Team&, void*), void* argument);
 
 template <class F>
 void run_team(int size, F f) {
@@ -49,6 +51,11 @@ void run_team(int size, F f) {
 template <class F>
 void run_team(F f) {
   run_team(threads(), f);
+}
+
+template <class F>
+void run_uncounted(F f) {
+  run_uncounted(threads(), [](Team& team, void* argument) { (*static_cast<F*>(argument))(team); }, &f);
 }
 
 // Seconds spent in `run_team` since the process began.
