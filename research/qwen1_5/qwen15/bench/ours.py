@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from typing import Callable, Sequence
@@ -35,7 +36,7 @@ class Ours:
         quiet_frameworks("info")
         ops.use_threads(threads)
         block_size = 32
-        blocks = -(-longest // block_size)
+        blocks = -(-(longest + 1) // block_size)  # a token more, see Decode
         config = checkpoint.config(seq_length=blocks * block_size, block_size=block_size, num_blocks=blocks * sequences,
                                    max_decode_length=blocks * block_size)
         model = config.model
@@ -66,33 +67,41 @@ class Decode:
     Args:
         ours: the engine.
         prompts: (B, N) token ids.
-        new_tokens: tokens of each sequence in one run; all but the first are timed.
+        new_tokens: tokens of each sequence in one run; all but the first are timed. The step that ends the prompts
+            decodes as well, so a token more is made and not timed.
         params: how they are chosen.
         take: receives each step.
     """
 
     def __init__(self, ours: Ours, prompts: np.ndarray, new_tokens: int, params: SamplingParams = SamplingParams(),
                  take: Callable[[Step], None] = lambda step: None):
-        self._ours = ours
-        self._new_tokens, self._take = new_tokens, take
-        self._requests = [Request(tuple(prompt.tolist()), len(prompt) + new_tokens, params=params)
+        self._ours, self._take = ours, take
+        self._requests = [Request(tuple(prompt.tolist()), len(prompt) + new_tokens + 1, params=params)
                           for prompt in prompts]
+        self._in_cache = False
 
     def run(self) -> Run:
-        """Seconds per step, whole: Python, MindSpore, the kernels, and choosing the tokens."""
-        steps = self._ours.engine.generate(self._requests)
-        for _ in self._requests:
-            next(steps)  # the prompt's part: the first token of each
-        counted = self._new_tokens - 1
+        """Seconds per step of all sequences, whole: Python, MindSpore, the kernels, and choosing the tokens."""
+        engine = self._ours.engine
+        if not self._in_cache:  # one by one: whole prompts together would begin to decode one after another
+            for request in self._requests:
+                list(engine.generate([dataclasses.replace(request, max_length=len(request.prompt) + 1)]))
+            self._in_cache = True
+        waiting = {engine.add(request) for request in self._requests}
+        while waiting:
+            waiting -= {step.request for step in engine.step()}
         busy_s, start_s = self._ours._library.busy_seconds, time.perf_counter()
-        made = 0
-        for step in steps:
-            self._take(step)
-            made += 1
+        count, running = 0, True
+        while running:
+            for step in engine.step():
+                self._take(step)
+                running = running and step.finish_reason is None
+            count += 1
         spent_s = time.perf_counter() - start_s
         busy_s = self._ours._library.busy_seconds - busy_s
-        assert made == counted * len(self._requests)
-        return Run(spent_s / counted, (spent_s - busy_s) / counted)
+        while engine.has_work:  # more sequences than one piece of prefill takes end one step apart
+            engine.step()
+        return Run(spent_s / count, (spent_s - busy_s) / count)
 
 
 def random_prompts(count: int, tokens: int, vocab_size: int) -> np.ndarray:
