@@ -88,6 +88,7 @@ setup(
         "jinja2>=3.1",
         "huggingface_hub>=0.30,<3",
         "tqdm>=4.60",
+        "scipy>=1.6",  # --calibrate: LAPACK in place; MindSpore brings it too
     ],
     extras_require={
         # Cards, and `type: Qwen2Tokenizer` in MindFormers' own programs. It brings the transformers that it goes with,

@@ -391,7 +391,8 @@ def test_whatever_is_guessed_every_token_equals_the_single_run_and_no_block_is_l
         usage = mine[-1].usage
         assert (usage.guessed_tokens is None) == (not request.speculate)
         if request.speculate and mine[-1].finish_reason != CANCELLED:
-            assert usage.generated_tokens - 1 <= usage.decode_steps + usage.accepted_tokens
+            # A token more comes from each prefill, of which there is another one after it was put back.
+            assert usage.generated_tokens - 1 <= usage.decode_steps + usage.accepted_tokens + engine.scheduler.put_back
 
 
 # ---- a draft model ----
