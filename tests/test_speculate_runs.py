@@ -118,7 +118,7 @@ def test_answers_of_a_conversation_are_the_same_turn_by_turn(loaded):
 
 
 def test_the_command_line_reports_tokens_a_step(yaml, twin, tmp_path):
-    done = run("--config", yaml, "--predict_data", TEXTS[2], "--max_new_tokens", "40", "--speculate", "ngram",
+    done = run("--config", yaml, "--predict_data", TEXTS[2], "--max_new_tokens", "40", "--speculate", twin,
                "--output_format", "jsonl")
     made = json.loads(done.stdout)
     assert made["guessed_tokens"] >= made["accepted_tokens"] > 0 and made["decode_steps"] < 39
@@ -128,7 +128,7 @@ def test_the_command_line_reports_tokens_a_step(yaml, twin, tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": text, "speculate": i != 1}) + "\n"
                                for i, text in enumerate(TEXTS[:3])))
     done = run("--config", yaml, "--predict_file", prompts, "--output_file", out, "--max_new_tokens", "30",
-               "--speculate", twin, "--speculate_tokens", "4")
+               "--speculate", twin, "--speculate_tokens", "4", "--max_batch", "1")
     records = {r["index"]: r for r in map(json.loads, out.read_text().splitlines())}
     assert "guessed_tokens" not in records[1] and records[0]["accepted_tokens"] > 10
     assert "tokens a step" in done.stderr and "draft model: weights" in done.stderr
