@@ -109,6 +109,16 @@ class BlockPool:
         """The published block with this content; None when there is none."""
         return self._block_of.get(digest)
 
+    def find_all(self, digests: Sequence[bytes]) -> List[int]:
+        """The published blocks of a sequence's beginning, up to the first digest that has none."""
+        found: List[int] = []
+        for digest in digests:
+            block = self.find(digest)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
     def is_idle(self, block: int) -> bool:
         """Whether nobody holds this published block, so that it counts as free."""
         return block in self._idle

@@ -117,12 +117,7 @@ class DraftModel(Speculation):
     def _adopt(self, track: _Track, ids: Sequence[int]) -> None:
         """Begin with the blocks that an earlier stream has left, such as those of a conversation's last turn."""
         name_blocks(track.digests, ids, (len(ids) - 1) // self.pool.block_size, self.pool.block_size)
-        found: List[int] = []
-        for digest in track.digests:
-            block = self.pool.find(digest)
-            if block is None:
-                break
-            found.append(block)
+        found = self.pool.find_all(track.digests)
         track.table.adopt(found)
         track.published = len(found)
         track.cached = len(found) * self.pool.block_size

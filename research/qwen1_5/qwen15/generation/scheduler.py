@@ -136,13 +136,7 @@ class Scheduler:
         if not self.prefix_cache or continuation.scores_prompt:
             return []
         self._digest(continuation, (len(continuation.ids) - 1) // self.pool.block_size)
-        found: List[int] = []
-        for digest in continuation.digests:
-            block = self.pool.find(digest)
-            if block is None:
-                break
-            found.append(block)
-        return found
+        return self.pool.find_all(continuation.digests)
 
     def _digest(self, continuation: Continuation, count: int) -> None:
         name_blocks(continuation.digests, continuation.ids, count, self.pool.block_size)
