@@ -81,7 +81,7 @@ def test_a_wheel_for_another_processor_is_named_before_anything_is_imported(fore
     with pytest.raises(UserError) as caught:
         device.resolve("CPU")
     assert str(caught.value).startswith("the installed MindSpore holds x86_64 libraries, and this machine is aarch64")
-    assert "linux_aarch64" in caught.value.fix
+    assert f"linux_{os.uname().machine} in its name" in caught.value.fix
     finding = next(check for check in doctor.check_ascend() if check.name == "wheel")
     assert finding.status == "fail" and "aarch64" in finding.detail
 
@@ -169,6 +169,23 @@ def test_a_probe_that_crashes_or_hangs_is_a_fault_and_no_crash(runtime, monkeypa
     crashed = device.ask(found, 0, "import os; os.abort()").fault
     assert crashed == "asking card 0 ended with exit code -6: it said nothing"
     assert device.ask(found, 0, "import time; time.sleep(9)").fault == "card 0 has not answered within 0.5 s"
+
+
+def test_cann_of_another_release_than_mindspore_is_told_by_what_it_lacks(runtime, tmp_path, monkeypatch):
+    """The loader's words name a symbol in the middle of MindSpore: the user is told which CANN to install."""
+    found, environ, root = runtime
+    (tmp_path / "plugin.cpp").write_text("extern \"C\" int aclrtOfTheNextRelease();\nint f() { return "
+                                         "aclrtOfTheNextRelease(); }\n")
+    plugin = tmp_path / "libmindspore_ascend.so.2"
+    subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "plugin.cpp"), "-o", str(plugin)], check=True)
+    monkeypatch.setattr(device, "_plugin", lambda: str(plugin))
+    target, why = device.resolve("auto", environ, root)
+    assert (target, why) == ("CPU", "CPU, chosen by auto: CANN's libraries lack aclrtOfTheNextRelease, which "
+                             f"MindSpore's libmindspore_ascend.so.2 needs: this CANN ({found.cann}) is not of the "
+                             "version that MindSpore is made for")
+    monkeypatch.setattr(installation, "wanted", lambda: WANTED)
+    finding, = installation.card(device.Answer(why.partition("auto: ")[2]))
+    assert (finding.status, finding.fix) == ("fail", "Install CANN 9.0.0, or source its set_env.sh.")
 
 
 def test_free_memory_of_the_card_counts_not_all_of_it(runtime, monkeypatch):

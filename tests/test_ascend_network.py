@@ -1,6 +1,7 @@
 """The adapter to MindFormers refuses what it cannot run before anything heavy happens, and the check says when there
 is no card."""
 
+import functools
 import os
 import re
 import subprocess
@@ -96,7 +97,7 @@ def complaints(config, monkeypatch):
         lambda: mindformers.mindformers_config(config("use_parallel=True", "parallel.parallel_mode=0")),
         lambda: mindformers.mindformers_config(config("use_parallel=True", "context.mode=1"))]
     told = [str(mindformers._explain(RuntimeError("memory isn't enough"))),
-            str(non_finite_error("the prompt", 3, None))]
+            str(non_finite_error("the prompt", 3, None)), *first_contact(monkeypatch)]
     mindformers.import_mindformers()
     with monkeypatch.context() as patch:
         patch.setattr("mindformers.build_context", fails)
@@ -109,6 +110,24 @@ def complaints(config, monkeypatch):
             patch.setattr(mindformers, "start", lambda settings, found=found: found)
             told.append(_said(lambda: mindformers.MindFormersNetwork(
                 config("use_parallel=True", "parallel_config.model_parallel=4"), "nowhere", print)))
+    return told
+
+
+def first_contact(monkeypatch):
+    """What is said of a card that is there, and that something keeps from being used."""
+    told = []
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "find_ascend", lambda *_: device.Ascend(("/dev/davinci0",), "/cann", "plugin", None))
+        for fault in (device._library_fault("libge_runner.so: cannot open shared object file: No such file", "/cann"),
+                      device._library_fault("/lib/libmindspore_ascend.so.2: undefined symbol: aclrtX", "/cann"),
+                      "card 0 does not answer (aclrtSetDevice: error 507899)", "card 0 has not answered within 60 s"):
+            patch.setattr(device, "ask", lambda *_, fault=fault: device.Answer(fault))
+            told += [_said(lambda: device.require("Ascend")), _said(lambda: check.main([]))]
+        patch.setattr(device, "mindspore_folder", lambda: "/mindspore")
+        patch.setattr(device, "foreign_libraries", functools.partial(device.foreign_libraries, machine="aarch64"))
+        patch.setattr(device.glob, "glob", lambda pattern: [pattern])
+        patch.setattr(device, "elf_machine", lambda path: "x86_64")
+        told.append(_said(lambda: device.resolve("auto")))
     return told
 
 

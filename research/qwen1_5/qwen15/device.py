@@ -52,6 +52,8 @@ acl.aclFinalize()
 """Run in a process of its own: libraries that fail to load, or a card that hangs, leave this one as it is."""
 MOST_THREADS = 256
 """The kernels' pool holds no more."""
+LACKING = "CANN's libraries lack"
+"""How a fault begins where CANN is of another release than MindSpore is made for."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,18 @@ def _ask(plugin: str, card: int, cann: str, program: str) -> Answer:
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         return Answer(f"asking card {card} ended with exit code {done.returncode}: {last}")
-    fault = told.get("fault")
+    return Answer(_library_fault(told.get("fault"), cann), told.get("free_bytes"), told.get("total_bytes"))
+
+
+def _library_fault(fault: Optional[str], cann: str) -> Optional[str]:
+    """What the loader says, with what to do about it: a library that is not found, or one of another release."""
     if fault and "cannot open shared object file" in fault:
-        fault = f"{fault.split(': No such file')[0]}; source {set_env(cann)}"
-    return Answer(fault, told.get("free_bytes"), told.get("total_bytes"))
+        return f"{fault.split(': No such file')[0]}; source {set_env(cann)}"
+    lacking = re.search(r"([^/\s]+): undefined symbol: (\w+)", fault or "")
+    if lacking:
+        return (f"{LACKING} {lacking[2]}, which MindSpore's {lacking[1]} needs: this CANN ({cann}) is not "
+                "of the version that MindSpore is made for")
+    return fault
 
 
 def own_card() -> int:
@@ -228,8 +238,8 @@ def elf_machine(path: str) -> Optional[str]:
     return _ELF_MACHINES.get(number, f"machine {number}")
 
 
-WHEEL_FIX = ("Install the wheel for this machine from https://www.mindspore.cn/install (linux_aarch64 in its name), "
-             "with Python 3.11.")
+WHEEL_FIX = (f"Install the wheel for this machine from https://www.mindspore.cn/install (linux_{platform.machine()} in "
+             "its name), with Python 3.11.")
 
 
 def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/",

@@ -88,8 +88,12 @@ def wheel() -> list[Finding]:
 def card(answer: device.Answer) -> list[Finding]:
     """What a card said."""
     if answer.fault:
-        fix = "Source CANN's set_env.sh in this shell." if "set_env" in answer.fault else \
-            "Does `npu-smi info` show the card as healthy, and does another process hold it?"
+        if "set_env" in answer.fault:
+            fix = "Source CANN's set_env.sh in this shell."
+        elif answer.fault.startswith(device.LACKING):
+            fix = f"Install CANN {wanted().cann or 'for this MindSpore'}, or source its set_env.sh."
+        else:
+            fix = "Does `npu-smi info` show the card as healthy, and does another process hold it?"
         return [Finding("card", FAIL, answer.fault, fix)]
     if answer.total_bytes is None or answer.free_bytes is None:
         return [Finding("card", OK, "it answers")]
