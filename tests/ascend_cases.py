@@ -14,7 +14,7 @@ import convert_weight
 import numpy as np
 from qwen15 import device, naming
 from qwen15.ascend import check, contracts
-from qwen15.checkpoint.quantized import MIDDLE, dequantise, pack
+from qwen15.checkpoint.quantised import MIDDLE, dequantise, pack
 from qwen15.commands import make_yaml
 from qwen15.config import load as configuration
 from qwen15.errors import UserError
@@ -296,7 +296,7 @@ def report(arguments: list, fault: bool = False) -> list:
               "check_operators": functools.partial(check.check_operators, prepare=ascend_emulation.emulate)}
     card = device.Ascend(("/dev/davinci0",), "/usr/local/Ascend/cann", "plugin", None)
     output = io.StringIO()
-    answer = device.Answer(None, 60 * 2 ** 30, 64 * 2 ** 30)
+    answer = device.CardAnswer(None, 60 * 2 ** 30, 64 * 2 ** 30)
     with mock.patch.multiple(check, **checks), mock.patch.object(device, "find_ascend", lambda *_: card), \
             mock.patch.object(device, "ask", lambda *_: answer), contextlib.redirect_stdout(output):
         code = check.main(arguments)

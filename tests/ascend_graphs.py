@@ -27,7 +27,7 @@ from mindspore._c_expression import MSContext, ms_ctx_param
 from mindspore.train import mind_ir_pb2
 from qwen15 import device, naming
 from qwen15.ascend import check, operators
-from qwen15.checkpoint.quantized import Scheme, dequantise
+from qwen15.checkpoint.quantised import Scheme, dequantise
 from qwen15.config import load as configuration
 from qwen15.conversion import strategy
 from qwen15.generation.engine import Engine
@@ -390,7 +390,7 @@ def report(ranks: int) -> list:
     with mock.patch.object(check, "check_network", functools.partial(check.check_network, device_target="CPU")), \
             mock.patch.object(mindformers.MindFormersNetwork, "_run", zeros), \
             mock.patch.object(device, "find_ascend", lambda *_: card), \
-            mock.patch.object(device, "ask", lambda *_: device.Answer(None)), \
+            mock.patch.object(device, "ask", lambda *_: device.CardAnswer(None)), \
             mock.patch.dict(os.environ, MS_WORKER_NUM=str(ranks)), contextlib.redirect_stdout(output):
         code = check.main([])
     return [code, output.getvalue()]

@@ -7,7 +7,7 @@ from typing import List, Optional, Sequence
 
 import numpy as np
 from kernels_remote import load
-from qwen15.checkpoint import quantized
+from qwen15.checkpoint import quantised
 
 F16, F32, BF16 = "float16", "float32", "bfloat16"
 
@@ -66,7 +66,7 @@ class Quantised:
         middle = np.full((rows, groups), 8 if bits == 4 else 0)
         zeros = rng.integers(low, low + 2 ** bits, middle.shape) if zero else middle
         small = np.uint8 if bits == 4 else np.int8
-        integers = quantized.pack(q.astype(np.uint8)) if bits == 4 else q.astype(np.int8)
+        integers = quantised.pack(q.astype(np.uint8)) if bits == 4 else q.astype(np.int8)
         self.parts: List[object] = [integers, scale] + ([zeros.astype(small)] if zero else [])
         self.order: Optional[np.ndarray] = rng.permutation(cols).astype(np.int32) if order else None
         if self.order is not None:

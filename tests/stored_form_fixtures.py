@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from conftest import random_model
 from qwen15 import naming
-from qwen15.checkpoint.quantized import MIDDLE, ORDER, SCALE, ZERO, dequantise, pack
+from qwen15.checkpoint.quantised import MIDDLE, ORDER, SCALE, ZERO, dequantise, pack
 from qwen15.config.hf_config import dims_from_hf_config
 
 SIZES = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,

@@ -49,7 +49,7 @@ WANTED = installation.Wanted("9.0.0", "26.0.RC1", ("8.5", "9.0"), "mindformers 1
 
 
 def answers(*_):
-    return device.Answer(None, 60 * 2 ** 30, 64 * 2 ** 30)
+    return device.CardAnswer(None, 60 * 2 ** 30, 64 * 2 ** 30)
 
 
 def installed(package):
@@ -150,7 +150,7 @@ def runtime(tmp_path, card, monkeypatch):
 
 def test_a_card_that_answers_tells_its_free_memory(runtime):
     found, environ, root = runtime
-    assert device.ask(found) == device.Answer(None, 41 * 2 ** 30, 64 * 2 ** 30)
+    assert device.ask(found) == device.CardAnswer(None, 41 * 2 ** 30, 64 * 2 ** 30)
     assert device.resolve("auto", environ, root)[0] == "Ascend"
     device.require("Ascend", None, environ, root)
 
@@ -337,7 +337,7 @@ def test_a_contract_that_is_not_kept_names_what_the_device_does_instead(tmp_path
 def test_ascend_check_refuses_a_card_that_does_not_answer(card, monkeypatch):
     environ, root = card()
     monkeypatch.setattr(device, "find_ascend", functools.partial(device.find_ascend, environ, root))
-    monkeypatch.setattr(device, "ask", lambda *_: device.Answer("card 0 does not answer (error 507899)"))
+    monkeypatch.setattr(device, "ask", lambda *_: device.CardAnswer("card 0 does not answer (error 507899)"))
     with pytest.raises(UserError, match="nothing can be checked: card 0 does not answer"):
         check.main([])
 

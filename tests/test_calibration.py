@@ -12,10 +12,10 @@ from conftest import random_model
 from qwen15 import naming
 from qwen15.calibration.gptq import Moments, compensated
 from qwen15.calibration.run import Calibration
-from qwen15.checkpoint.quantized import SCALE, ZERO, Scheme, dequantise, pack
+from qwen15.checkpoint.quantised import SCALE, ZERO, Scheme, dequantise, pack
 from qwen15.checkpoint.reader import open_checkpoint
 from qwen15.config.hf_config import dims_from_hf_config
-from qwen15.conversion.hugging_face import Options, plan_to_mindspore
+from qwen15.conversion.hugging_face import Output, plan_to_mindspore
 from qwen15.conversion.quantise import Recipe, inverse_of, nearest_scale, nearest_zero
 from qwen15.conversion.run import run
 from qwen15.text.tokenizer import Qwen2Tokenizer
@@ -139,7 +139,7 @@ def test_each_matrix_is_calibrated_with_what_transformers_would_multiply_it_with
 def calibrated(folder, target, bits=4, group=64):
     """Convert with a calibration, as the command does."""
     chosen = Calibration(str(folder.parent / "text.txt"), str(folder), str(target))
-    plan = plan_to_mindspore(str(folder), Options(str(target), recipe=Recipe(bits, group, chosen=chosen)))
+    plan = plan_to_mindspore(str(folder), Output(str(target), recipe=Recipe(bits, group, chosen=chosen)))
     done = False
     try:
         run(plan)
@@ -170,7 +170,7 @@ def logits_lost(folder, model, target):
 def test_a_calibrated_model_answers_closer_to_the_original_and_leaves_nothing_beside(tiny, tmp_path):
     folder, model = tiny
     calibrated(folder, tmp_path / "calibrated")
-    plan = plan_to_mindspore(str(folder), Options(str(tmp_path / "nearest"), recipe=Recipe(4, 64)))
+    plan = plan_to_mindspore(str(folder), Output(str(tmp_path / "nearest"), recipe=Recipe(4, 64)))
     run(plan)
     plan.close()
     assert logits_lost(folder, model, tmp_path / "calibrated") < 0.8 * logits_lost(folder, model, tmp_path / "nearest")

@@ -25,7 +25,7 @@ from qwen15 import naming
 from qwen15.checkpoint.casting import cast
 from qwen15.checkpoint.reader import open_ranks
 from qwen15.checkpoint.tensors import TensorInfo
-from qwen15.conversion.hugging_face import Options, parse_size, plan_to_hugging_face, plan_to_mindspore
+from qwen15.conversion.hugging_face import Output, parse_size, plan_to_hugging_face, plan_to_mindspore
 from qwen15.conversion.plan import shape_files
 from qwen15.conversion.run import run
 from qwen15.conversion.slices import Slicing
@@ -35,7 +35,7 @@ from test_tensorfile import write
 
 def to_mindspore(source, target, verify=True, **options):
     """Convert, and close what was opened."""
-    plan = plan_to_mindspore(str(source), Options(str(target), **options))
+    plan = plan_to_mindspore(str(source), Output(str(target), **options))
     try:
         return run(plan, verify=verify)
     finally:
@@ -44,7 +44,7 @@ def to_mindspore(source, target, verify=True, **options):
 
 def to_hugging_face(source, target, config_path=None, **options):
     """Convert back, and close what was opened."""
-    plan = plan_to_hugging_face(str(source), Options(str(target), **options), config_path)
+    plan = plan_to_hugging_face(str(source), Output(str(target), **options), config_path)
     try:
         return run(plan, verify=True)
     finally:
@@ -225,7 +225,7 @@ def test_every_number_of_16_bits_becomes_what_torch_makes_of_it(old, new):
 
 
 def run_allowing_overflow(source, target, dtype):
-    plan = plan_to_mindspore(str(source), Options(str(target), dtype=dtype))
+    plan = plan_to_mindspore(str(source), Output(str(target), dtype=dtype))
     try:
         return run(plan, verify=True, allow_overflow=True)
     finally:
@@ -310,7 +310,7 @@ def test_a_head_that_equals_the_embedding_is_left_out_when_tied_and_kept_when_no
     contents["lm_head.weight"] = contents["model.embed_tokens.weight"]
     for tied in (True, False):
         write_model(tmp_path / f"{tied}", sizes, contents, tie_word_embeddings=tied)
-        plan = plan_to_mindspore(str(tmp_path / f"{tied}"), Options(str(tmp_path / f"{tied}.ckpt")))
+        plan = plan_to_mindspore(str(tmp_path / f"{tied}"), Output(str(tmp_path / f"{tied}.ckpt")))
         run(plan, overwrite=True)
         assert ("lm_head.weight" in read_contents(tmp_path / f"{tied}.ckpt")) is not tied
         assert len(plan.notes) == 1 and "lm_head.weight equals model.embed_tokens.weight" in plan.notes[0]
@@ -319,7 +319,7 @@ def test_a_head_that_equals_the_embedding_is_left_out_when_tied_and_kept_when_no
 def test_old_rotary_tables_are_left_out_and_named(tmp_path):
     contents = with_entry("model.layers.0.self_attn.rotary_emb.inv_freq")(model_contents(dims()))
     write_model(tmp_path / "hf", dims(), contents)
-    plan = plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.ckpt")))
+    plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.ckpt")))
     assert plan.left_out == {"RoPE tables": ["model.layers.0.self_attn.rotary_emb.inv_freq"]}
 
 
@@ -329,7 +329,7 @@ def test_float64_and_integer_weights_are_refused(tmp_path):
     contents["model.norm.weight"] = ("I8", (32,), bytes(32))
     write(tmp_path / "hf" / "model.safetensors", contents)
     with pytest.raises(UserError, match="model.norm.weight is I8"):
-        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.ckpt")))
+        plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.ckpt")))
 
 
 def test_ranks_that_do_not_divide_are_refused_with_the_arithmetic(tmp_path, module_dir):
@@ -345,13 +345,13 @@ def test_going_the_wrong_way_is_recognised(tmp_path):
     write_model(tmp_path / "hf", dims())
     to_mindspore(tmp_path / "hf", tmp_path / "ms")
     with pytest.raises(UserError, match="convert_reversed.py"):
-        plan_to_mindspore(str(tmp_path / "ms"), Options(str(tmp_path / "x.ckpt")))
+        plan_to_mindspore(str(tmp_path / "ms"), Output(str(tmp_path / "x.ckpt")))
     with pytest.raises(UserError, match="convert_weight.py"):
-        plan_to_hugging_face(str(tmp_path / "hf"), Options(str(tmp_path / "x.bin")))
+        plan_to_hugging_face(str(tmp_path / "hf"), Output(str(tmp_path / "x.bin")))
     with pytest.raises(UserError, match="not what MindSpore reads"):
-        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.bin")))
+        plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.bin")))
     with pytest.raises(UserError, match="not what Hugging Face reads"):
-        plan_to_hugging_face(str(tmp_path / "ms"), Options(str(tmp_path / "x.ckpt")))
+        plan_to_hugging_face(str(tmp_path / "ms"), Output(str(tmp_path / "x.ckpt")))
 
 
 # ---- the way back ----
@@ -392,7 +392,7 @@ def test_a_damaged_byte_in_a_checkpoint_with_a_checksum_stops_the_way_back(tmp_p
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     with pytest.raises(UserError, match="CRC-32"):
-        plan_to_hugging_face(str(path), Options(str(tmp_path / "back")))
+        plan_to_hugging_face(str(path), Output(str(tmp_path / "back")))
 
 
 def test_without_its_configuration_a_checkpoint_still_becomes_a_file_but_no_model_folder(tmp_path):
@@ -473,7 +473,7 @@ def test_a_folder_is_replaced_only_if_all_of_it_is_ours(tmp_path):
     contents = write_model(tmp_path / "hf", dims(), shards=2)
     to_mindspore(tmp_path / "hf", tmp_path / "ms", shard_bytes=10000)
     (tmp_path / "ms" / "notes.txt").write_text("mine")
-    plan = plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ms"), slicing=Slicing(2, True)))
+    plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ms"), slicing=Slicing(2, True)))
     with pytest.raises(UserError, match="notes.txt"):
         run(plan, overwrite=True)
     (tmp_path / "ms" / "notes.txt").unlink()
@@ -489,7 +489,7 @@ def test_the_source_is_never_the_target(tmp_path):
     os.symlink(tmp_path / "hf", tmp_path / "link")
     for source, target in (("hf/model.safetensors", "hf/model.safetensors"), ("hf", "hf"), ("hf", "link"),
                            ("link/model.safetensors", "hf/model.safetensors")):
-        plan = plan_to_mindspore(str(tmp_path / source), Options(str(tmp_path / target)))
+        plan = plan_to_mindspore(str(tmp_path / source), Output(str(tmp_path / target)))
         with pytest.raises(UserError, match="being converted"):
             run(plan, overwrite=True)
     assert sorted(os.listdir(tmp_path / "hf")) == sorted(["model.safetensors", "config.json", *SIDECARS])

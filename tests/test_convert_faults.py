@@ -28,7 +28,7 @@ from qwen15.checkpoint import atomic, file_writer
 from qwen15.checkpoint.atomic import partial_path
 from qwen15.checkpoint.reader import open_ranks
 from qwen15.conversion import run as running
-from qwen15.conversion.hugging_face import Options, plan_to_mindspore
+from qwen15.conversion.hugging_face import Output, plan_to_mindspore
 from qwen15.conversion.reslice import Reslicing, plan_transform
 from qwen15.conversion.run import run
 from qwen15.conversion.slices import Slicing
@@ -68,9 +68,9 @@ def convert(form, source, target, overwrite=False):
     """Make one form of result."""
     if form == "bin":
         from qwen15.conversion.hugging_face import plan_to_hugging_face
-        plan = plan_to_hugging_face(str(source), Options(str(target)))
+        plan = plan_to_hugging_face(str(source), Output(str(target)))
     else:
-        plan = plan_to_mindspore(str(source), Options(str(target), **FORMS[form]))
+        plan = plan_to_mindspore(str(source), Output(str(target), **FORMS[form]))
     try:
         return run(plan, verify=False, overwrite=overwrite)
     finally:
@@ -170,7 +170,7 @@ def test_killed_by_a_signal_there_is_no_result_or_a_whole_one(tmp_path, module_d
 
 def test_an_interrupted_sharded_conversion_is_taken_up_again(tmp_path, monkeypatch):
     contents = write_model(tmp_path / "hf", dims())
-    options = Options(str(tmp_path / "ms"), shard_bytes=6000)
+    options = Output(str(tmp_path / "ms"), shard_bytes=6000)
 
     def attempt(fail_at=None):
         calls = []
@@ -213,8 +213,8 @@ def test_work_on_files_that_are_written_together_is_taken_up_inside_of_them(tmp_
     def plan(target):
         if what == "cut anew":
             return plan_transform(Reslicing(str(tmp_path / "two"), str(target), parts=2, vocab_emb_dp=False))
-        options = Options(str(target)) if what == "one file of a folder" else \
-            Options(str(target), slicing=Slicing(2, False), form="ckpt" if what == "ckpt slices" else None)
+        options = Output(str(target)) if what == "one file of a folder" else \
+            Output(str(target), slicing=Slicing(2, False), form="ckpt" if what == "ckpt slices" else None)
         return plan_to_mindspore(str(tmp_path / "hf"), options)
 
     monkeypatch.setattr(running, "RECORD_EVERY_BYTES", 2500)
@@ -439,7 +439,7 @@ def test_a_target_below_a_file_is_told(tmp_path, module_dir):
 
 def test_a_source_that_shrinks_while_it_is_read_is_told(tmp_path):
     write_model(tmp_path / "hf", dims())
-    plan = plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "o" / "x.ckpt")))
+    plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "o" / "x.ckpt")))
     os.truncate(tmp_path / "hf" / "model.safetensors", 9000)
     with pytest.raises(UserError, match="became shorter") as error:
         run(plan)
@@ -502,7 +502,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, module_dir):
                             {"target": str(tmp_path / "cast"), "dtype": "float16"}),
                            (["--mindspore_ckpt_path", str(tmp_path / "ranks"), "--model_parallel", "4"],
                             {"target": str(tmp_path / "ranks"), "slicing": Slicing(4, True)})):
-        with closing(plan_to_mindspore(str(tmp_path / "hf"), Options(**options))) as plan:
+        with closing(plan_to_mindspore(str(tmp_path / "hf"), Output(**options))) as plan:
             told_mb = plan.memory_bytes / 1e6
         peak_mb = peak_of(module_dir, "convert_weight.py", "--torch_ckpt_dir", tmp_path / "hf", *flags) / 1e6
         assert peak_mb < told_mb < 2 * peak_mb < 300, (flags, peak_mb, told_mb)
@@ -515,7 +515,7 @@ def test_the_plan_of_the_largest_model_needs_no_more_memory_than_a_small_one(tmp
     """72B: the plan's own arithmetic, on a sparse checkpoint of its exact shapes (145 GB, no disk taken)."""
     write_sparse(tmp_path / "hf", FAMILY["72B"])
     for slicing in (None, Slicing(4, True)):
-        plan = plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "o"), slicing=slicing))
+        plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "o"), slicing=slicing))
         largest = max(move.nbytes for move in plan.moves)
         assert plan.memory_bytes < 200e6 < 2 * largest + 300e6 and 144e9 < plan.read_bytes < 146e9
         plan.close()

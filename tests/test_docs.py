@@ -13,7 +13,7 @@ import pytest
 import yaml
 from checkpoint_fixtures import dims, write_model
 from conftest import MODULE, ROOT
-from quantized_fixtures import Form, write_quantised
+from quantised_fixtures import Form, write_quantised
 from qwen15 import naming
 
 PAGES = [ROOT / "README.md", *sorted(MODULE.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]

@@ -125,7 +125,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def answers(found):
-    return device.Answer(None)
+    return device.CardAnswer(None)
 
 
 def test_a_machine_without_ascend_is_fine(machine):

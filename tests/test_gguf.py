@@ -7,10 +7,10 @@ import pytest
 from checkpoint_fixtures import read_contents, run_script
 from qwen15.checkpoint.account import Expected, take_account
 from qwen15.checkpoint.casting import from_float32
-from qwen15.checkpoint.quantized import SCALE, dequantise
+from qwen15.checkpoint.quantised import SCALE, dequantise
 from qwen15.checkpoint.reader import open_checkpoint
 from qwen15.checkpoint.source import open_source
-from qwen15.conversion.hugging_face import Options, plan_to_mindspore
+from qwen15.conversion.hugging_face import Output, plan_to_mindspore
 from qwen15.conversion.run import run
 from qwen15.errors import UserError
 from qwen15.naming import Dims, weights
@@ -79,7 +79,7 @@ def write(path, kind, arch="qwen2", dims=DIMS, leave_out=(), extra=()):
 
 
 def convert(source, target, **options):
-    plan = plan_to_mindspore(str(source), Options(str(target), **options))
+    plan = plan_to_mindspore(str(source), Output(str(target), **options))
     run(plan, verify=True)
     plan.close()
     return plan
@@ -145,7 +145,7 @@ def test_what_is_wrong_with_a_gguf_file_is_one_line(tmp_path):
 
     def refused(path):
         with pytest.raises(UserError) as error:
-            plan_to_mindspore(str(path), Options(str(tmp_path / "x.ckpt")))
+            plan_to_mindspore(str(path), Output(str(tmp_path / "x.ckpt")))
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         return str(error.value)
 

@@ -10,7 +10,7 @@ from qwen15.checkpoint import origin
 from qwen15.checkpoint.reader import open_checkpoint
 from qwen15.commands.dry_run import _checkpoint_lines
 from qwen15.config.load import load_config
-from qwen15.conversion.hugging_face import Options, plan_to_mindspore
+from qwen15.conversion.hugging_face import Output, plan_to_mindspore
 from qwen15.conversion.reslice import Reslicing, plan_transform
 from qwen15.conversion.run import run
 from qwen15.conversion.slices import Slicing
@@ -112,7 +112,7 @@ def test_the_record_depends_on_every_tensor_and_not_on_the_place(tmp_path):
 
 def test_a_plan_says_its_source_in_every_file(tmp_path):
     write_model(tmp_path / "hf", SIZES)
-    plan = plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ms"), slicing=Slicing(2, True)))
+    plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ms"), slicing=Slicing(2, True)))
     assert [file.metadata["slice"] for file in plan.files] == ["0 of 2", "1 of 2"]
     assert len({file.metadata["source"] for file in plan.files}) == 1
     plan.close()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import random_model
 from qwen15 import naming
-from qwen15.checkpoint.quantized import dequantise
+from qwen15.checkpoint.quantised import dequantise
 from qwen15.config.load import load_config
 from qwen15.errors import UserError
 from qwen15.generation import memory_check

@@ -17,8 +17,8 @@ from qwen15.generation.sampling import Sampler, SamplingParams
 from qwen15.generation.speculate import (
     Passages,
     PromptLookup,
-    Record,
     Speculation,
+    SuccessRate,
     most_streams,
     step_cost,
     worth,
@@ -617,7 +617,7 @@ def test_more_guesses_the_surer_they_are_and_the_fewer_streams_there_are():
 
 
 def test_a_record_follows_what_was_seen_and_comes_back_slowly():
-    record = Record(0.5)
+    record = SuccessRate(0.5)
     for _ in range(60):
         record.learn(1, 0)
     assert record.chance < 0.01

@@ -171,7 +171,7 @@ class Model:
                 raise TypeError(
                     f"{name!r} is not a setting. {did_you_mean(name, Settings.__dataclass_fields__) or ''}".rstrip())
         if values.get("max_new_tokens") is not None:
-            # Who asks for so many new tokens means them, whatever total the configuration has.
+            # An explicit max_new_tokens wins over the configuration's limit on the total length.
             values.setdefault("max_length", self.config.model.seq_length)
         try:
             checked = Settings.of(self.config).changed(values)
@@ -202,7 +202,7 @@ def _in_turn(pieces: Iterator[Piece]) -> Iterator[str]:
                 yield piece.text
     finally:
         with _TURN:
-            pieces.close()  # type: ignore[attr-defined]  # a generator: what it holds of the KV cache is given back
+            pieces.close()  # type: ignore[attr-defined]  # a generator: closing it frees its KV cache blocks
 
 
 def _refuse_after_fork() -> None:
@@ -319,10 +319,10 @@ def convert(source: Union[str, "os.PathLike[str]"], target: Union[str, "os.PathL
                         fix="Leave it out when converting to Hugging Face.")
     path = os.fspath(target)
     is_folder = os.path.isdir(path) or not os.path.splitext(path)[1]
-    options = hugging_face.Options(target=path, form="folder" if is_folder and slicing is None else None, dtype=dtype,
-                                   slicing=slicing)
+    output = hugging_face.Output(target=path, form="folder" if is_folder and slicing is None else None, dtype=dtype,
+                                 slicing=slicing)
     make_plan = hugging_face.plan_to_hugging_face if to_hugging_face else hugging_face.plan_to_mindspore
-    plan = make_plan(os.fspath(source), options)
+    plan = make_plan(os.fspath(source), output)
     try:
         result = run(plan, verify=verify, overwrite=overwrite, allow_overflow=allow_overflow)
     finally:

@@ -74,7 +74,7 @@ class Ascend:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CardAnswer:
     """What a card said when it was asked.
 
     Attributes:
@@ -124,7 +124,7 @@ def _plugin() -> Optional[str]:
     return found[0] if found else None
 
 
-def ask(found: Ascend, card: Optional[int] = None, program: str = _PROBE) -> Answer:
+def ask(found: Ascend, card: Optional[int] = None, program: str = _PROBE) -> CardAnswer:
     """Load MindSpore's Ascend plugin and ask a card for its free memory, in a process of its own (a second or two).
 
     Args:
@@ -137,19 +137,19 @@ def ask(found: Ascend, card: Optional[int] = None, program: str = _PROBE) -> Ans
 
 
 @functools.lru_cache(maxsize=None)
-def _ask(plugin: str, card: int, cann: str, program: str) -> Answer:
+def _ask(plugin: str, card: int, cann: str, program: str) -> CardAnswer:
     try:
         done = subprocess.run([sys.executable, "-c", program, plugin, str(card)], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=_PROBE_S, universal_newlines=True, check=False)
     except subprocess.TimeoutExpired:
-        return Answer(f"card {card} has not answered within {_PROBE_S} s")
+        return CardAnswer(f"card {card} has not answered within {_PROBE_S} s")
     lines = done.stdout.strip().splitlines()
     try:
         told = json.loads(lines[-1])
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return Answer(f"asking card {card} ended with exit code {done.returncode}: {last}")
-    return Answer(_library_fault(told.get("fault"), cann), told.get("free_bytes"), told.get("total_bytes"))
+        return CardAnswer(f"asking card {card} ended with exit code {done.returncode}: {last}")
+    return CardAnswer(_library_fault(told.get("fault"), cann), told.get("free_bytes"), told.get("total_bytes"))
 
 
 def _library_fault(fault: Optional[str], cann: str) -> Optional[str]:
@@ -243,7 +243,7 @@ WHEEL_FIX = (f"Install the wheel for this machine from https://www.mindspore.cn/
 
 
 def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/",
-            asked: Optional[Callable[[Ascend], Answer]] = None) -> Tuple[str, str]:
+            asked: Optional[Callable[[Ascend], CardAnswer]] = None) -> Tuple[str, str]:
     """Turn `auto`, `Ascend` or `CPU` into the device to compute on and one line on why.
 
     `auto` is Ascend where a card answers and the libraries load, otherwise CPU, and the line says what was wrong.
@@ -269,7 +269,7 @@ def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str 
 
 
 def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
-            root: str = "/", asked: Optional[Callable[[Ascend], Answer]] = None) -> None:
+            root: str = "/", asked: Optional[Callable[[Ascend], CardAnswer]] = None) -> None:
     """Refuse to compute on an Ascend that is not there, whose libraries do not load or whose card does not answer.
 
     Raises:

@@ -71,7 +71,7 @@ def run_main(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Opt
         _tell("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        _close_stdout()  # its reader has gone (`| head`)
+        _close_stdout()  # the reader has gone (`| head`)
         return EXIT_FAILED
     except Exception as error:  # the last stop before the user
         if debug:
@@ -102,7 +102,7 @@ def _flushed(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Opt
 def _tell(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # stderr is closed or full as well: the exit code has to do
+    except (OSError, ValueError):  # stderr is closed or full as well: only the exit code is left
         pass
 
 
@@ -110,5 +110,5 @@ def _close_stdout() -> None:
     """Point stdout elsewhere, so that the interpreter's own flush at its end does not fail for the same reason."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # it is no file
+    except (OSError, ValueError):  # not backed by a file
         pass

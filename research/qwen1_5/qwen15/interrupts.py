@@ -18,7 +18,7 @@ class held:
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def __exit__(self, *failure: object) -> None:
-        handler = signal.getsignal(signal.SIGINT)  # Python's, whatever is in place now
+        handler = signal.getsignal(signal.SIGINT)  # Python's default handler, whatever is installed now
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)

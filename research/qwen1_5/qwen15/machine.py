@@ -65,7 +65,7 @@ def _quota_at(folder: str) -> Optional[float]:
     except (OSError, ValueError):
         pass
     old, each = (_number(os.path.join(folder, f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
-    return old / each if old and each else None  # -1, no limit, is no number
+    return old / each if old and each else None  # -1 means no limit
 
 
 def _meminfo(path: str) -> Dict[str, int]:

@@ -65,7 +65,7 @@ class Terminal:
         self._group = os.getpgrp()
         self._modes = termios.tcgetattr(0)
         self.lent = False
-        # From the background too we may write, and take the terminal back
+        # A background process may still write, and take the terminal back
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 
     @classmethod
@@ -120,7 +120,7 @@ def come_forward(environ: Mapping[str, str] = os.environ) -> TextIO:
     streams = environ.get(VARIABLE)
     if streams is None or sys.stdin is None or not sys.stdin.isatty():
         return sys.stderr
-    # Modes that stay as they are, but in the background to set them means to be stopped until the terminal is lent.
+    # The modes do not change, but setting them from the background stops the process until it gets the terminal.
     termios.tcsetattr(0, termios.TCSADRAIN, termios.tcgetattr(0))
     if "1" not in streams:
         return sys.stderr

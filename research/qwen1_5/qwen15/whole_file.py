@@ -31,7 +31,7 @@ def write_whole(path: str, content: bytes, replace: bool = True, private: bool =
         if not private:
             mask = os.umask(0)
             os.umask(mask)
-            os.chmod(beside, 0o666 & ~mask)  # mkstemp's files are for the owner alone
+            os.chmod(beside, 0o666 & ~mask)  # mkstemp's files are readable by their owner only
         if replace:
             os.replace(beside, path)
         else:
@@ -62,7 +62,7 @@ def _remove_leftovers(folder: str, name: str) -> None:
             try:
                 os.unlink(path)
             except OSError:
-                pass  # another process was quicker, or it is somebody else's
+                pass  # another process was faster, or it is somebody else's file
 
 
 def _runs(pid: int) -> bool:

@@ -48,7 +48,7 @@ def contracts(dtype: str, head_dim: int, prepare: Callable[[Any], Any] = lambda 
         prepare: called with each cell before it runs.
     """
     run = _Runner(dtype, head_dim, prepare)
-    if head_dim == HEAD_DIMS[0]:  # these know no heads
+    if head_dim == HEAD_DIMS[0]:  # these operators have no head dimension
         yield from (run.rms_norm(), run.silu(), run.int8_matmul(), run.int8_groups_matmul(),
                     run.int4_matmul())
     yield from run.rotary_prefill()
@@ -82,7 +82,7 @@ class _Runner:
         self._random = np.random.default_rng(1)
         self._lengths = np.asarray(PROMPT_TOKENS, np.int32)
         tokens, batch = int(self._lengths.sum()), len(self._lengths)
-        # What MindFormers marks masked positions with, by dtype.
+        # The value MindFormers writes at masked positions, by dtype.
         self._mask = plain.causal_mask(1.0 if dtype == "bfloat16" else -10000.0)
         width, kv_width = _HEADS * head_dim, _KV_HEADS * head_dim
         self._q, self._k, self._v = (self._normal(1, tokens, size) for size in (width, kv_width, kv_width))
@@ -293,7 +293,7 @@ class _Runner:
 
         _, slots, cache = self._caches()
         slots = slots.copy()
-        slots[-1] = -1  # the last, so that no other token hides where it went
+        slots[-1] = -1  # the last slot: a token written elsewhere cannot overwrite it
 
         class Caching(nn.Cell):
             """The operator, which writes into parameters."""

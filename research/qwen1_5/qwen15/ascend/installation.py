@@ -61,7 +61,7 @@ class Wanted:
 
 
 def examine(environ: Optional[Mapping[str, str]] = None, root: str = "/",
-            asked: Optional[Callable[[device.Ascend], device.Answer]] = None) -> list[Finding]:
+            asked: Optional[Callable[[device.Ascend], device.CardAnswer]] = None) -> list[Finding]:
     """All that matters on a machine with cards or CANN; on others only what matters there too.
 
     Args:
@@ -85,7 +85,7 @@ def wheel() -> list[Finding]:
     return [Finding("wheel", FAIL, foreign, device.WHEEL_FIX)] if foreign else []
 
 
-def card(answer: device.Answer) -> list[Finding]:
+def card(answer: device.CardAnswer) -> list[Finding]:
     """What a card said."""
     if answer.fault:
         if "set_env" in answer.fault:

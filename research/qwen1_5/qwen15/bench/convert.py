@@ -119,10 +119,10 @@ def _contenders(source: str, converted: str, args: argparse.Namespace) -> Dict[s
 def _measure(source: str, nbytes: int, scratch: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Every contender in turn, after one round that brings the files into the page cache and does not count."""
     converted = os.path.join(scratch, "converted")
-    from ..conversion.hugging_face import Options, plan_to_mindspore
+    from ..conversion.hugging_face import Output, plan_to_mindspore
     from ..conversion.run import run
 
-    plan = plan_to_mindspore(source, Options(converted))
+    plan = plan_to_mindspore(source, Output(converted))
     try:
         run(plan)
     finally:
@@ -134,12 +134,11 @@ def _measure(source: str, nbytes: int, scratch: str, args: argparse.Namespace) -
         for name, contender in contenders.items():
             folder = os.path.join(scratch, "result")
             target = os.path.join(folder, "x" + contender.form)
-            # cp fills the page cache. A virtual machine's host takes memory back that is not in use for a second or
-            # two, and to get it again takes longer than to copy: once before, then, so that cp finds memory that was in
-            # use a moment ago.
+            # cp fills the page cache. A virtual machine's host reclaims memory that is unused for a second or two, and
+            # getting it back takes longer than the copy. So cp runs twice, and finds memory the first run has used.
             for counts in (True,) if contender.reports else (False, True):
                 os.mkdir(folder)
-                os.sync()  # nobody pays for what another has left to write
+                os.sync()  # no contender pays for writes that another left pending
                 sample = _run(name, contender, target)
                 if counts and round_ > 0:
                     samples[name].append(sample)

@@ -50,7 +50,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for batch in args.batch:
             prompts = random_prompts(batch, context, ours.dims.vocab_size)
             decode = Decode(ours, prompts, args.new_tokens)
-            contenders: Dict[str, Callable[[], rounds.Run]] = {"qwen15": decode.run}
+            contenders: Dict[str, Callable[[], rounds.Timing]] = {"qwen15": decode.run}
             if theirs is not None:
                 contenders["hf"] = hf.HuggingFaceDecode(theirs, prompts, args.new_tokens).run
             samples = rounds.interleave(contenders, args.rounds, probe)
@@ -65,7 +65,7 @@ def _row(ours: Ours, dtype: str, batch: int, context: int, new_tokens: int,
          samples: Mapping[str, Sequence[rounds.Sample]]
          ) -> Dict[str, Any]:
     mine = samples["qwen15"]
-    middle = context + new_tokens / 2  # tokens in the cache, on average
+    middle = context + new_tokens / 2  # average number of tokens in the cache
     read = work.decode_bytes(ours.dims, dtype, batch, middle, ours.quantised_bytes)
     flop = work.decode_flop(ours.dims, batch, middle)
     step_s = rounds.median_seconds(mine)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import UserError
 from .options import BenchCheckpoint
-from .rounds import Run
+from .rounds import Timing
 
 
 def check_installed() -> None:
@@ -44,14 +44,14 @@ class HuggingFace:
             return self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
                                        min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options)
 
-    def prefill(self, prompt: Sequence[int]) -> Run:
+    def prefill(self, prompt: Sequence[int]) -> Timing:
         """Seconds from a prompt to its first token."""
         import torch
 
         ids = torch.tensor([list(prompt)])
         start_s = time.perf_counter()
         self.generate(ids, 1)
-        return Run(time.perf_counter() - start_s)
+        return Timing(time.perf_counter() - start_s)
 
 
 class HuggingFaceDecode:
@@ -64,7 +64,7 @@ class HuggingFaceDecode:
         self._ids = torch.from_numpy(prompts)
         self._cache: Any = None
 
-    def run(self) -> Run:
+    def run(self) -> Timing:
         """Seconds per step."""
         clock = _Clock()
         keep = self._ids.shape[1] - 1
@@ -79,7 +79,7 @@ class HuggingFaceDecode:
         self._cache.crop(keep)
         counted = self._new_tokens - 1
         assert len(clock.times_s) == self._new_tokens
-        return Run((clock.times_s[-1] - clock.times_s[0]) / counted)
+        return Timing((clock.times_s[-1] - clock.times_s[0]) / counted)
 
 
 class _Clock:

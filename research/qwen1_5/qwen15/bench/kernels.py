@@ -281,7 +281,7 @@ def _measure(case: Case, machine: Probes, args: argparse.Namespace) -> Dict[str,
     return row
 
 
-def repeated(call: Callable[[], Any]) -> Callable[[], rounds.Run]:
+def repeated(call: Callable[[], Any]) -> Callable[[], rounds.Timing]:
     """Runs of so many calls that the clock does not matter; gives seconds a call."""
     call()
     start_s = time.perf_counter()
@@ -289,11 +289,11 @@ def repeated(call: Callable[[], Any]) -> Callable[[], rounds.Run]:
     once_s = time.perf_counter() - start_s
     count = max(1, int(_LEAST_RUN_S / max(once_s, 1e-7)))
 
-    def run() -> rounds.Run:
+    def run() -> rounds.Timing:
         start_s = time.perf_counter()
         for _ in range(count):
             call()
-        return rounds.Run((time.perf_counter() - start_s) / count)
+        return rounds.Timing((time.perf_counter() - start_s) / count)
 
     return run
 

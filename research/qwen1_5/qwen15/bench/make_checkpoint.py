@@ -15,7 +15,7 @@ from ..checkpoint.atomic import AtomicFolder, check_space, check_target, write_s
 from ..checkpoint.casting import from_float32
 from ..checkpoint.file_writer import Blocks, FileWriter
 from ..checkpoint.format_safetensors import steps
-from ..checkpoint.quantized import SCALE, ZERO, Scheme
+from ..checkpoint.quantised import SCALE, ZERO, Scheme
 from ..checkpoint.reader import INDEX_FILES, write_index
 from ..checkpoint.tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
 from ..command_line import Parser, whole

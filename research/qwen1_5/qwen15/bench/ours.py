@@ -22,7 +22,7 @@ from ..network import weights  # noqa: F401  (interrupts before NumPy, see there
 from ..network.build import build_network
 from ..reporting import quiet_frameworks
 from .options import BenchCheckpoint
-from .rounds import Run
+from .rounds import Timing
 
 
 class Ours:
@@ -50,7 +50,7 @@ class Ours:
                              session.selection())
         self._library = library.load()
 
-    def prefill(self, prompt: Sequence[int]) -> Run:
+    def prefill(self, prompt: Sequence[int]) -> Timing:
         """Seconds from a prompt to its first token."""
         self.engine.pool.forget_all()  # the same prompt again would be found there
         request = Request(tuple(prompt), len(prompt) + 1)
@@ -58,7 +58,7 @@ class Ours:
         steps = list(self.engine.generate([request]))
         spent_s = time.perf_counter() - start_s
         assert len(steps) == 1
-        return Run(spent_s, spent_s - (self._library.busy_seconds - busy_s))
+        return Timing(spent_s, spent_s - (self._library.busy_seconds - busy_s))
 
 
 class Decode:
@@ -80,10 +80,10 @@ class Decode:
                           for prompt in prompts]
         self._in_cache = False
 
-    def run(self) -> Run:
+    def run(self) -> Timing:
         """Seconds per step of all sequences, whole: Python, MindSpore, the kernels, and choosing the tokens."""
         engine = self._ours.engine
-        if not self._in_cache:  # one by one: whole prompts together would begin to decode one after another
+        if not self._in_cache:  # one by one: prompts added together would start decoding at different steps
             for request in self._requests:
                 list(engine.generate([dataclasses.replace(request, max_length=len(request.prompt) + 1)]))
             self._in_cache = True
@@ -101,7 +101,7 @@ class Decode:
         busy_s = self._ours._library.busy_seconds - busy_s
         while engine.has_work:  # more sequences than one piece of prefill takes end one step apart
             engine.step()
-        return Run(spent_s / count, (spent_s - busy_s) / count)
+        return Timing(spent_s / count, (spent_s - busy_s) / count)
 
 
 def random_prompts(count: int, tokens: int, vocab_size: int) -> np.ndarray:

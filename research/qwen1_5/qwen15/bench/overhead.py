@@ -86,7 +86,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     prompts = random_prompts(1, args.context, ours.dims.vocab_size)
     rows: List[Dict[str, Any]] = []
     network = ours.engine.network
-    assert isinstance(network, CpuNetwork)  # a bench runs on nothing else
+    assert isinstance(network, CpuNetwork)  # the bench runs on this network only
     short = network.short
     for way, params in WAYS.items():
         network.short = None if way == WHOLE_CALLS else short

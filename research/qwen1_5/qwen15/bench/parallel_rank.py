@@ -73,7 +73,7 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     prefills = [prefill() for _ in range(job["rounds"])]
     decode(new_tokens)
     decodes = [decode(new_tokens)[0] / (new_tokens - 1) for _ in range(job["rounds"])]
-    # Every rank looks while all of them are there, so that each shared page is divided by all who share it.
+    # All ranks measure while all are alive, so that each shared page is divided among all that map it.
     network.agree(np.zeros(1, np.int32))
     memory = _memory()
     network.agree(np.zeros(1, np.int32))

@@ -46,7 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _measure(ours: Ours, theirs: Optional[hf.HuggingFace], tokens: int, machine: Probes, dtype: str,
              count: int) -> Dict[str, Any]:
     prompt: List[int] = random_prompts(1, tokens, ours.dims.vocab_size)[0].tolist()
-    contenders: Dict[str, Callable[[], rounds.Run]] = {"qwen15": lambda: ours.prefill(prompt)}
+    contenders: Dict[str, Callable[[], rounds.Timing]] = {"qwen15": lambda: ours.prefill(prompt)}
     if theirs is not None:
         contenders["hf"] = lambda: theirs.prefill(prompt)
     samples = rounds.interleave(contenders, count,

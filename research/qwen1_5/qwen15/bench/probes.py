@@ -39,7 +39,7 @@ class Probes:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
             self._memory = np.frombuffer(pages, np.uint8)
-            self._memory[:] = 1  # pages that were never written would all be one page of zeros
+            self._memory[:] = 1  # unwritten pages would all map to the same page of zeros
         return max(self._library.bandwidth(self._memory, split) for _ in range(_PASSES) for split in (False, True))
 
     def peak(self, dtype: str) -> float:

@@ -14,14 +14,14 @@ class Sample(NamedTuple):
     probe: Mapping[str, float]
 
 
-class Run(NamedTuple):
+class Timing(NamedTuple):
     """Seconds of the thing measured, and those of them that were not the kernels' (0 if unknown)."""
 
     seconds: float
     own_seconds: float = 0.0
 
 
-def interleave(contenders: Mapping[str, Callable[[], Run]], rounds: int, probe: Callable[[], Mapping[str, float]]
+def interleave(contenders: Mapping[str, Callable[[], Timing]], rounds: int, probe: Callable[[], Mapping[str, float]]
                ) -> Dict[str, List[Sample]]:
     """Run every contender once in each round, in the order given, after one round that does not count.
 

@@ -156,7 +156,7 @@ def _throughput(own: options.BenchCheckpoint, port: int, jobs: Sequence[ClientRe
                                            for job in jobs]):
             pass
         alone.append(made / (time.perf_counter() - start_s))
-        # Every round's prompts begin with another token: the server's prefix cache would know them.
+        # Each round's prompts start with a different token, or the server's prefix cache would hold them.
         fresh = [ClientRequest([100 + len(served), *job.prompt[1:]], job.new_tokens) for job in jobs]
         served.append(made / _closed_loop(port, fresh, clients))
     return [{"what": f"{clients} clients, {len(jobs)} requests; beside: the engine alone", "unit": "tokens/s",
@@ -202,7 +202,7 @@ def _first_token(port: int, long: int, vocab_size: int, rounds: int) -> List[Dic
         taken_in = ClientRequest(random.integers(100, vocab_size, long).tolist(), 1)
         other = threading.Thread(target=_ask, args=(port, taken_in))
         other.start()
-        time.sleep(piece[-1] * 1.5)  # it is being taken in
+        time.sleep(piece[-1] * 1.5)  # the prompt is being prefilled
         beside.append(_ask(port, ClientRequest(random.integers(100, vocab_size, 8).tolist(), 2), stream=True))
         other.join()
     return [{"what": f"first token beside a prompt of {long} tokens; beside: {_PIECE_TOKENS} tokens alone", "unit": "s",

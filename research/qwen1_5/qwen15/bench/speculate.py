@@ -66,7 +66,7 @@ def largest_drop(values):
 """
 
 
-class Task(NamedTuple):
+class Workload(NamedTuple):
     """A question, and how its answer's tokens are chosen."""
 
     question: str
@@ -74,16 +74,16 @@ class Task(NamedTuple):
 
 
 REPEATS_NOTHING = "text in which no two tokens come twice"
-TASKS: Dict[str, Task] = {
-    "summarising": Task(f"Summarise the following text in three sentences.\n\n{_REPORT}"),
-    "facts as a list": Task(f"List the facts of the following text as short bullet points.\n\n{_REPORT}"),
-    "rewriting": Task("Rewrite this letter so that it is signed by Anna Holm instead of Tomas Berg, and keep "
+WORKLOADS: Dict[str, Workload] = {
+    "summarising": Workload(f"Summarise the following text in three sentences.\n\n{_REPORT}"),
+    "facts as a list": Workload(f"List the facts of the following text as short bullet points.\n\n{_REPORT}"),
+    "rewriting": Workload("Rewrite this letter so that it is signed by Anna Holm instead of Tomas Berg, and keep "
                       f"everything else.\n\n{_LETTER}"),
-    "correcting": Task("Correct the spelling and write the text again, otherwise unchanged.\n\n"
+    "correcting": Workload("Correct the spelling and write the text again, otherwise unchanged.\n\n"
                        + _LETTER.replace("perfect", "perfct").replace("replacement", "replacment")),
-    "editing code": Task(f"Add a docstring to each function and repeat the code.\n\n```python\n{_CODE}```"),
-    "answering": Task("Why is the sky blue?"),
-    REPEATS_NOTHING: Task("Write a story about a lighthouse keeper who finds a letter in a bottle.",
+    "editing code": Workload(f"Add a docstring to each function and repeat the code.\n\n```python\n{_CODE}```"),
+    "answering": Workload("Why is the sky blue?"),
+    REPEATS_NOTHING: Workload("Write a story about a lighthouse keeper who finds a letter in a bottle.",
                           SamplingParams(do_sample=True, seed=1, no_repeat_ngram_size=2)),
 }
 """What the lookup is measured on. In the last one no guess can be right: a pair of tokens that was there is not allowed
@@ -106,8 +106,8 @@ def parser() -> Parser:
                       help="most guesses in a step (default: as --speculate_tokens)")
     made.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
                       help="tokens of each answer (default 128)")
-    made.add_argument("--task", nargs="+", choices=list(TASKS), metavar="NAME", default=list(TASKS),
-                      help="only these texts: " + ", ".join(TASKS))
+    made.add_argument("--task", nargs="+", choices=list(WORKLOADS), metavar="NAME", default=list(WORKLOADS),
+                      help="only these texts: " + ", ".join(WORKLOADS))
     options.add_checkpoint(made)
     options.add_run(made, WHAT, rounds=3, against=False)
     return made
@@ -150,13 +150,13 @@ def _lookup(args: argparse.Namespace, checkpoint: options.BenchCheckpoint, machi
                         where=f"--checkpoint {checkpoint.path}",
                         fix="Give a real model, or measure a draft model with --draft_size.")
     tokenizer = Qwen2Tokenizer.from_files(config.tokenizer.vocab_file, config.tokenizer.merges_file)
-    prompts = {name: tuple(chat.prompt_ids(tokenizer, [{"role": "user", "content": TASKS[name].question}]))
+    prompts = {name: tuple(chat.prompt_ids(tokenizer, [{"role": "user", "content": WORKLOADS[name].question}]))
                for name in args.task}
     ours = Ours(checkpoint, machine.threads, max(map(len, prompts.values())) + args.new_tokens, 1)
     stop_ids = chat.stop_ids(tokenizer, config.model.eos_token_id)
     rows = []
     for name, ids in prompts.items():
-        request = Request(ids, len(ids) + args.new_tokens, stop_ids=stop_ids, params=TASKS[name].params)
+        request = Request(ids, len(ids) + args.new_tokens, stop_ids=stop_ids, params=WORKLOADS[name].params)
         speculation = PromptLookup(args.tokens or NGRAM_TOKENS, ours.quantised_bytes is not None)
         rows.append(_compared(name, ours.engine, request, speculation, args.rounds))
     return rows
@@ -210,7 +210,7 @@ class _Answer:
         self.tokens: List[int] = []
         self.last: Optional[Step] = None
 
-    def run(self) -> rounds.Run:
+    def run(self) -> rounds.Timing:
         """Seconds of a token after the first."""
         engine = self._engine
         engine.speculation = self._speculation
@@ -222,7 +222,7 @@ class _Answer:
             if step.token is not None:
                 self.tokens.append(step.token)
             self.last = step
-        return rounds.Run((time.perf_counter() - start_s) / max(1, len(self.tokens) - 1))
+        return rounds.Timing((time.perf_counter() - start_s) / max(1, len(self.tokens) - 1))
 
 
 def _compared(name: str, engine: Engine, request: Request, speculation: Speculation, count: int) -> Dict[str, Any]:

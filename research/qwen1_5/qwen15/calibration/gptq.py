@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from ..checkpoint.quantized import Scheme
+from ..checkpoint.quantised import Scheme
 from ..conversion.quantise import levels, nearest_scale, nearest_zero
 
 DAMPING = 0.01
@@ -72,7 +72,7 @@ class Moments:
             factor, failed = lapack.dpotrf(self.total, lower=0, clean=0, overwrite_a=1)
             if not failed:
                 break
-            # Rounding made it indefinite. The lower half still is what it was: make the upper one of it again.
+            # Rounding made it indefinite. The lower half is untouched: rebuild the upper half from it.
             upper = np.triu_indices(len(kept), 1)
             self.total[upper] = self.total.T[upper]
             diagonal[:] = kept

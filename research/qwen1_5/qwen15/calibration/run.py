@@ -18,7 +18,7 @@ from ..checkpoint.atomic import AtomicFolder, atomic_file, disk_bytes, partial_p
 from ..checkpoint.casting import FLOATS, to_float32
 from ..checkpoint.file_writer import Blocks, FileWriter
 from ..checkpoint.format_safetensors import steps
-from ..checkpoint.quantized import SCALE, ZERO, Scheme, pack
+from ..checkpoint.quantised import SCALE, ZERO, Scheme, pack
 from ..checkpoint.reader import Checkpoint, TensorFile
 from ..checkpoint.tensors import LONG_NAMES, TensorInfo
 from ..checkpoint.view import block_of
@@ -118,7 +118,7 @@ class Calibration:
             for layer in range(done, layers):
                 bar.set_postfix_str(f"layer {layer + 1} of {layers}")
                 chosen, x = _one_layer(work, source, by_layer[layer], recipe, x, bar.update)
-                # The activations first: a layer that is on the disk counts as done.
+                # The activations first: a layer whose file exists counts as done.
                 self._write(_hidden(layer + 1), {"hidden": ("F32", np.stack(x))})
                 self._write(_layer(layer), chosen)
                 self._remove(_hidden(layer))

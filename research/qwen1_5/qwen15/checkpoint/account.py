@@ -16,7 +16,7 @@ from .. import family, naming
 from ..errors import UserError
 from ..naming import Dims, Weight
 from .leftovers import sort_out
-from .quantized import COMPANIONS, Scheme, scheme_of
+from .quantised import COMPANIONS, Scheme, scheme_of
 from .reader import Checkpoint
 from .tensors import element_count
 

@@ -61,7 +61,7 @@ def _table(source: str, target: str) -> np.ndarray:
 def _cast(chunk: np.ndarray, source: str, target: str) -> np.ndarray:
     if source == "F32":
         return from_float32(chunk, target)
-    # No index can be outside; "clip" checks none.
+    # No index can be out of range, and mode "clip" skips the check.
     return _table(source, target).take(chunk.view(np.uint16), mode="clip")
 
 
@@ -83,8 +83,7 @@ def cast(array: np.ndarray, source: str, target: str) -> Tuple[np.ndarray, Count
     to_zero = overflowed = 0
     for start, chunk in _chunks(array):
         flat_out[start:start + chunk.size] = made = _cast(chunk, source, target)
-        # Zeros stay zeros, infinities infinities, and NaN stays NaN: what has more of them afterwards came to be so by
-        # the cast.
+        # Zeros stay zero, infinities stay infinite and NaN stays NaN: any more of them afterwards are the cast's doing.
         before, after = _zeros_and_infinities(chunk, source), _zeros_and_infinities(made, target)
         to_zero, overflowed = to_zero + after[0] - before[0], overflowed + after[1] - before[1]
     return out, Count(1, array.size, to_zero, overflowed)

@@ -211,7 +211,7 @@ class FileWriter:
     def write_at(self, data: memoryview, at: int) -> None:
         """Write bytes at a place of the file, all of them."""
         while len(data):
-            direct = self._direct  # as it is now: the other thread may learn at the same moment that it cannot be
+            direct = self._direct  # read now: the other thread may just have found that direct writes fail
             try:
                 written = os.pwrite(self._fd, data, at)
             except OSError as error:

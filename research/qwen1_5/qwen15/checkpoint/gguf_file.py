@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import EXIT_FAILED, UserError
 from .casting import from_float32
-from .quantized import SCALE, Scheme, pack
+from .quantised import SCALE, Scheme, pack
 from .reader import Checkpoint
 from .tensors import LONG_NAMES, NUMPY_DTYPES, TensorInfo
 from .view import Made, View, block_of

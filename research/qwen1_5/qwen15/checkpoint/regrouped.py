@@ -9,7 +9,7 @@ from typing import Mapping, Optional
 import numpy as np
 
 from ..errors import UserError
-from .quantized import BLOCK, SCALE, ZERO, Scheme
+from .quantised import BLOCK, SCALE, ZERO, Scheme
 from .reader import Checkpoint
 from .tensors import NUMPY_DTYPES, TensorInfo
 from .view import Made, View

@@ -14,7 +14,7 @@ from ..generation.request import Usage
 from ..generation.session import Prompt, Session, Settings
 from ..reporting import Reporter
 from .batch_progress import BatchProgress
-from .options import Options
+from .options import PredictOptions
 from .prompt_file import read_file
 from .prompts import PromptEntry, encode, from_json, of_texts, point_out, to_json
 from .result_file import ResultFile, fingerprint
@@ -25,7 +25,7 @@ DEFAULT_MAX_BATCH = 16
 Todo = List[Tuple[PromptEntry, Prompt]]
 
 
-def run(config: Config, settings: Settings, options: Options, report: Reporter) -> int:
+def run(config: Config, settings: Settings, options: PredictOptions, report: Reporter) -> int:
     """Continue every prompt of --predict_data or --predict_file into stdout or --output_file; returns the exit code.
 
     Raises:
@@ -73,13 +73,13 @@ def run(config: Config, settings: Settings, options: Options, report: Reporter) 
             out.close()
 
 
-def _entries(config: Config, settings: Settings, options: Options) -> Sequence[PromptEntry]:
+def _entries(config: Config, settings: Settings, options: PredictOptions) -> Sequence[PromptEntry]:
     if options.file is not None:
         return list(read_file(options.file, settings, options.chat, options.system))
     texts = list(options.texts)
     if len(texts) == 1 and not options.output_file:
         if config.model.batch_size > 1:
-            memory_check.check(config)  # before so many prompts are made
+            memory_check.check(config)  # refused before that many prompts are built
         texts *= config.model.batch_size  # the original's --batch_size: one prompt, that many times side by side
     return list(of_texts(texts, settings, options.chat, options.system))
 
@@ -93,7 +93,7 @@ def _continued(session: Session, todo: Todo, path: str, report: Reporter) -> Tup
     return out, left
 
 
-def _work(session: Session, todo: Todo, out: Optional[ResultFile], options: Options, report: Reporter) -> int:
+def _work(session: Session, todo: Todo, out: Optional[ResultFile], options: PredictOptions, report: Reporter) -> int:
     assert session.engine is not None
     told = Shared(session.engine.network).same(to_json([prompt for _, prompt in todo]) if session.rank == 0 else None)
     prompts = [prompt for _, prompt in todo] if session.rank == 0 else from_json(told)
@@ -117,7 +117,8 @@ def _work(session: Session, todo: Todo, out: Optional[ResultFile], options: Opti
     return EXIT_OK
 
 
-def _writer(entries: Sequence[PromptEntry], out: Optional[ResultFile], options: Options) -> Union[JsonLines, Text]:
+def _writer(entries: Sequence[PromptEntry], out: Optional[ResultFile], options: PredictOptions
+            ) -> Union[JsonLines, Text]:
     if options.output_format == "text":
         return Text(sys.stdout, [_asked(entry) if options.echoes else "" for entry in entries],
                     [entry.settings.n for entry in entries])

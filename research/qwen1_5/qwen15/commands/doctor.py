@@ -127,7 +127,7 @@ def _processor(cpuinfo: str) -> Tuple[str, Set[str]]:
                     flags = set(value.split())
                     break
     except OSError:
-        pass  # not Linux: the name from `platform` has to do
+        pass  # not Linux: fall back on the name from `platform`
     return name, flags
 
 
@@ -168,7 +168,7 @@ def check_kernels(cpuinfo: str = "/proc/cpuinfo") -> Finding:
 
 
 def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/",
-                 asked: Optional[Callable[[device.Ascend], device.Answer]] = None) -> List[Finding]:
+                 asked: Optional[Callable[[device.Ascend], device.CardAnswer]] = None) -> List[Finding]:
     """Cards, CANN, what is installed for them, and what `device_target: auto` comes to."""
     findings = installation.examine(environ, root, asked)
     found = device.find_ascend(environ, root)
@@ -184,7 +184,7 @@ def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/",
     elif found.missing:
         fix = "Install a MindSpore with the Ascend backend." if found.cards else None
     checks = [Finding("ascend", status, f"{cards}; {cann}", fix), *findings]
-    if not any(finding.name == "wheel" for finding in findings):  # then it computes on nothing
+    if not any(finding.name == "wheel" for finding in findings):  # then this process computes nothing itself
         _, why = device.resolve(device.AUTO, environ, root, asked)
         checks.append(Finding("device", INFO, f"a run computes on {why}"))
     return checks
@@ -250,7 +250,7 @@ def check_mindspore() -> Finding:
         import mindspore as ms
 
         total = (ms.Tensor([1.0], ms.float32) + ms.Tensor([2.0], ms.float32)).asnumpy()[0]
-    except Exception as error:  # whatever keeps MindSpore from working is what the user has to read
+    except Exception as error:  # whatever stops MindSpore is what the user needs to read
         return Finding("mindspore runs", FAIL, " ".join(f"{type(error).__name__}: {error}".split()))
     return Finding("mindspore runs", OK if total == 3.0 else FAIL, f"1 + 2 = {total:g} on the CPU")
 

@@ -63,7 +63,7 @@ def document_part(folder: str) -> str:
 
 
 def _shipped(folder: str, size: str) -> Config:
-    # The table is about the files, not about the launcher this command may run under.
+    # The table describes the files, whatever launcher this command runs under.
     return load_config(os.path.join(folder, yaml_name(size)), environ={})
 
 

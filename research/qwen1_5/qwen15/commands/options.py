@@ -10,7 +10,7 @@ from ..errors import UserError
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictOptions:
     """One run of run_qwen1_5.py.
 
     Attributes:
@@ -40,7 +40,7 @@ class Options:
     ray_cpus: int = 2
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> "Options":
+    def of(cls, args: argparse.Namespace) -> "PredictOptions":
         """What was parsed.
 
         Raises:

@@ -14,7 +14,7 @@ from ..config.schema import Config
 from ..errors import EXIT_OK, UserError
 from ..generation.session import Session, Settings
 from ..reporting import LEVELS, Reporter, quiet_frameworks, set_encoding
-from .options import Options
+from .options import PredictOptions
 
 
 def parser() -> Parser:
@@ -83,7 +83,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.print_config:
         print(describe(config))
         return EXIT_OK
-    options = Options.of(args)
+    options = PredictOptions.of(args)
     settings = _settings(config, args)
     for note in config.notes:
         report.warning(note)

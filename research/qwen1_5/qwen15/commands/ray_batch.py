@@ -20,7 +20,7 @@ from ..errors import EXIT_FAILED, EXIT_OK, UserError
 from ..generation.session import Prompt, Session
 from ..reporting import Reporter, quiet_frameworks, stdout_to_stderr
 from .batch_progress import BatchProgress
-from .options import Options
+from .options import PredictOptions
 from .prompts import PromptEntry
 from .result_file import ResultFile
 from .results import JsonLines, write_line
@@ -103,19 +103,19 @@ class _Hand:
         self.news = self.actor.work.remote(share)
 
 
-def run(config: Config, todo: Todo, out: Optional[ResultFile], options: Options, max_batch: int,
+def run(config: Config, todo: Todo, out: Optional[ResultFile], options: PredictOptions, max_batch: int,
         report: Reporter) -> int:
     """Continue the prompts on the cluster of `options.ray`; returns the exit code.
 
     Raises:
         UserError: no cluster is there or it has no room, a worker cannot open the model, or a prompt failed.
     """
-    with stdout_to_stderr() as stdout:  # Ray prints of its nodes what it likes
+    with stdout_to_stderr() as stdout:  # Ray prints messages of its own about nodes
         return _run(config, todo, out, options, max_batch, report, stdout)
 
 
-def _run(config: Config, todo: Todo, out: Optional[ResultFile], options: Options, max_batch: int, report: Reporter,
-         stdout: IO[str]) -> int:
+def _run(config: Config, todo: Todo, out: Optional[ResultFile], options: PredictOptions, max_batch: int,
+         report: Reporter, stdout: IO[str]) -> int:
     ray = _connected(options.ray or "auto")
     progress = BatchProgress(len(todo), sys.stderr, report.shows("info"))
     write: Callable[[int, Dict[str, Any]], None]
@@ -210,7 +210,7 @@ class _Driver:
             if not hand.is_open:
                 raise failure
             self._failures.append(failure)
-            hand.left.clear()  # a session says so after all others of the share have ended
+            hand.left.clear()  # a session reports it after the rest of its share has ended
 
     def _next(self, hand: _Hand) -> None:
         """Give a worker its next share: smaller ones towards the end, so that all end together."""
@@ -256,7 +256,7 @@ def _connected(address: str) -> Any:
     address = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     host, _, port = address.rpartition(":")
     try:
-        if host and port.isdigit():  # Ray itself would wait long, and end the process
+        if host and port.isdigit():  # Ray would wait a long time, then end the process
             socket.create_connection((host, int(port)), _CONNECT_S).close()
         ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -266,7 +266,7 @@ def _connected(address: str) -> Any:
     return ray
 
 
-def _workers(ray: Any, options: Options, prompts: int) -> int:
+def _workers(ray: Any, options: PredictOptions, prompts: int) -> int:
     """How many: as many as the CPUs allow, no more than there is work for."""
     each = options.ray_cpus
     room = sum(int(node["Resources"].get("CPU", 0) // each) for node in ray.nodes() if node["Alive"])

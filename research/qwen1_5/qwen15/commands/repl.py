@@ -295,7 +295,7 @@ def complete(line: str) -> List[str]:
 def follow(session: Session, shared: Shared) -> int:
     """What the other ranks do: the turns that rank 0 tells, until it says that the conversation is over."""
     assert session.engine is not None
-    # A Ctrl-C reaches every process of the terminal; rank 0 tells what it means.
+    # A Ctrl-C reaches every process of the terminal; rank 0 tells the others what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         message = shared.hear()

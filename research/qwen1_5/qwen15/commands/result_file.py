@@ -24,7 +24,7 @@ def fingerprint(session: Session, entry: PromptEntry, prompt: Prompt) -> str:
     """A short name of everything that decides an answer: prompt, settings, model. A result that bears another one is
     foreign."""
     what: Dict[str, Any] = asdict(prompt)
-    del what["settings"]["speculate"]  # decides how fast it comes
+    del what["settings"]["speculate"]  # this sets how fast it fills
     what = {**what, "label": "", "stop_ids": sorted(prompt.stop_ids), "id": entry.name, "schema": _SCHEMA,
             "model": [os.path.realpath(session.checkpoint), asdict(session.config.model)]}
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -65,7 +65,7 @@ class ResultFile:
         value = {key: item for key, item in value.items() if key != "index"}
         line = (strict_json.dumps({"index": index, "request": self.keys[index], **value}) + "\n").encode("utf-8")
         try:
-            # One call: a process that is killed leaves a whole line or none, but for a full disk.
+            # One call: a killed process leaves a whole line or none, unless the disk is full.
             written = os.write(self._file, line)
             while written < len(line):
                 written += os.write(self._file, line[written:])

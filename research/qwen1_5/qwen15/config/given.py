@@ -65,7 +65,7 @@ class Given:
         row = find(name)
         if row is None:
             if value in (None, {}) and any(known.startswith(f"{name}.") for known in KEYS):
-                return  # a section of ours with nothing in it
+                return  # a known section that is empty
             if any(known.startswith(f"{name}.") for known in KEYS):
                 raise UserError(f"{name} is a section, not the value {value!r}", where, "Indent its keys below it.")
             part = unknown_part(name)

@@ -121,7 +121,7 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
         raise UserError("use_mrope true: the three-part positions of vision models are not supported", where)
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {config['hidden_act']!r} is not supported, only silu", where)
-    # Later layers than max_window_layers are the ones that slide; a window that no layer uses is no window.
+    # Layers after max_window_layers use the window; a window that no layer uses does not count.
     if _flag(config, "use_sliding_window", where) and config.get("sliding_window") is not None:
         first = config.get("max_window_layers")
         layers = config.get("num_hidden_layers")

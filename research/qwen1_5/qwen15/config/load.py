@@ -156,7 +156,7 @@ def generation_config(final: Final, files: CheckpointFiles, model: ModelConfig) 
     """
     max_length = final.model("max_decode_length", (model.seq_length, "default (= seq_length)"))
     if MODEL + "max_new_tokens" in final.given.commanded and MODEL + "max_decode_length" not in final.given.commanded:
-        # Who asks for so many new tokens on the command line means them, whatever total the YAML has.
+        # An explicit --max_new_tokens wins over the YAML's limit on the total length.
         place = final.given.places[MODEL + "max_new_tokens"]
         max_length = final.put(MODEL + "max_decode_length", model.seq_length, f"= seq_length, for {place}")
     if max_length > model.seq_length:
@@ -175,7 +175,7 @@ def _sampling(final: Final, files: CheckpointFiles) -> Dict[str, Any]:
     commanded = {name: picked[name] for name in _SAMPLING if MODEL + name in final.given.commanded}
     greedy = picked["temperature"] == 0
     try:
-        # A file gives all values, used or not: of those only temperature 0 means more than it says.
+        # A file states all values, used or not: only temperature 0 among them implies more, greedy decoding.
         follows = implied({**commanded, "temperature": 0} if greedy else commanded)
     except ValueError as error:
         raise UserError(str(error), final.sources[MODEL + "temperature"], "Leave one of them out.") from None

@@ -92,7 +92,7 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
-class Speculation:
+class SpeculationConfig:
     """How tokens are guessed.
 
     Attributes:
@@ -157,4 +157,4 @@ class Config:
     effective: Dict[str, Any]
     sources: Mapping[str, str]
     notes: Tuple[str, ...]
-    speculation: Optional[Speculation] = None
+    speculation: Optional[SpeculationConfig] = None

@@ -11,7 +11,7 @@ from ..hub.resolve import resolve
 from .final import Final
 from .flags import Flag
 from .keys import MODEL
-from .schema import Config, ModelConfig, Speculation
+from .schema import Config, ModelConfig, SpeculationConfig
 
 NGRAM, NONE = "ngram", "none"
 NO_YAML = "no --config"
@@ -21,7 +21,7 @@ NGRAM_TOKENS, DRAFT_TOKENS = 8, 5
 
 
 def read(final: Final, model: ModelConfig, device_target: str,
-         load: Callable[[Sequence[Flag]], Config]) -> Optional[Speculation]:
+         load: Callable[[Sequence[Flag]], Config]) -> Optional[SpeculationConfig]:
     """What to guess with, None for nothing.
 
     Args:
@@ -44,10 +44,11 @@ def read(final: Final, model: ModelConfig, device_target: str,
         raise UserError(f"speculate {method}: guesses are checked on the CPU only, this run is on Ascend", place,
                         "Leave speculate out (--speculate none).")
     if method == NGRAM:
-        return Speculation(final.put("speculate_tokens", tokens or NGRAM_TOKENS,
-                                     final.sources["speculate_tokens"]), None)
+        return SpeculationConfig(final.put("speculate_tokens", tokens or NGRAM_TOKENS,
+                                           final.sources["speculate_tokens"]), None)
     draft = _draft(final, model, method, place, load)
-    return Speculation(final.put("speculate_tokens", tokens or DRAFT_TOKENS, final.sources["speculate_tokens"]), draft)
+    return SpeculationConfig(final.put("speculate_tokens", tokens or DRAFT_TOKENS, final.sources["speculate_tokens"]),
+                             draft)
 
 
 def _draft(final: Final, model: ModelConfig, given: str, place: str,
@@ -66,7 +67,7 @@ def _draft(final: Final, model: ModelConfig, given: str, place: str,
     try:
         draft = load(flags)
     except UserError as error:
-        nowhere = error.where in (None, NO_YAML)  # what is missing should have been in its config.json
+        nowhere = error.where in (None, NO_YAML)  # what is missing belongs in its config.json
         raise UserError(f"the draft model {path} cannot be used: {error.what}", place if nowhere else error.where,
                         "Give a folder with the draft's config.json." if nowhere else error.fix) from None
     final.notes.extend(f"draft model: {note}" for note in draft.notes)

@@ -33,15 +33,15 @@ def add_hub_flag(parser: argparse.ArgumentParser) -> None:
 
 def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True,
                  chosen: Any = None) -> Any:
-    """The `conversion.Options` that the flags say, and the integers that a calibration chooses (`quantise.Chosen`)."""
-    from .hugging_face import Options, parse_size
+    """The `hugging_face.Output` that the flags say, and the integers that a calibration chooses (`quantise.Chosen`)."""
+    from .hugging_face import Output, parse_size
     from .slices import Slicing
 
     if parts is not None and parts < 1:
         raise UserError(f"must be at least 1, not {parts}", "--model_parallel", "Give 1, 2, 4, ...")
-    return Options(target=target, form=args.format, dtype=args.dtype, shard_bytes=parse_size(args.max_shard_size),
-                   slicing=None if parts is None else Slicing(parts, vocab_emb_dp), recipe=_recipe(args, chosen),
-                   dequantise=getattr(args, "dequantize", False))
+    return Output(target=target, form=args.format, dtype=args.dtype, shard_bytes=parse_size(args.max_shard_size),
+                  slicing=None if parts is None else Slicing(parts, vocab_emb_dp), recipe=_recipe(args, chosen),
+                  dequantise=getattr(args, "dequantize", False))
 
 
 def _recipe(args: argparse.Namespace, chosen: Any) -> Any:

@@ -13,9 +13,9 @@ from ..checkpoint import origin
 from ..checkpoint.account import Account, Expected, same_contents, take_account
 from ..checkpoint.casting import FLOATS
 from ..checkpoint.gguf_file import GgufFile
-from ..checkpoint.quantized import ORDER, Scheme, companion_of
-from ..checkpoint.quantized_settings import CONFIG_KEY, QuantizationConfig, settings_of
-from ..checkpoint.quantized_source import read_quantised
+from ..checkpoint.quantised import ORDER, Scheme, companion_of
+from ..checkpoint.quantised_settings import CONFIG_KEY, QuantizationConfig, settings_of
+from ..checkpoint.quantised_source import read_quantised
 from ..checkpoint.reader import Checkpoint, format_of, open_checkpoint
 from ..checkpoint.regrouped import finer, regrouped
 from ..checkpoint.source import is_gguf, open_source
@@ -39,7 +39,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "TB": 10 *
 
 
 @dataclass(frozen=True)
-class Options:
+class Output:
     """What a conversion shall make.
 
     Attributes:
@@ -77,19 +77,19 @@ def parse_size(text: str) -> int:
 
 # ---- Hugging Face -> MindSpore ----
 
-def plan_to_mindspore(source_path: str, options: Options) -> Plan:
+def plan_to_mindspore(source_path: str, output: Output) -> Plan:
     """Plan the conversion of a Hugging Face checkpoint, quantised ones (GPTQ, AWQ, compressed-tensors) among them.
 
     Args:
         source_path: folder of a model, a weight file with config.json beside it, or a .gguf file.
-        options: what to make.
+        output: what to make.
 
     Raises:
         UserError: anything missing, surplus, misshapen or not supported; nothing is written.
     """
     folder = source_path if os.path.isdir(source_path) else os.path.dirname(os.path.abspath(source_path))
     if is_gguf(source_path):
-        floats = SHORT_NAMES["bfloat16" if options.dtype == "auto" else options.dtype]
+        floats = SHORT_NAMES["bfloat16" if output.dtype == "auto" else output.dtype]
         source, settings = open_source(source_path, floats=floats), None
         assert isinstance(source, View) and isinstance(source.source, GgufFile)
         contents = source.source.config
@@ -99,32 +99,32 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
         source = open_checkpoint(source_path, ("safetensors", "bin"))
     try:
         weights = list(naming.weights(config.dims))
-        plan = Plan(options.target, False, [source], [], [], notes=list(source.notes))
-        view, small = _stored_form(source, settings, weights, config, options, plan)
+        plan = Plan(output.target, False, [source], [], [], notes=list(source.notes))
+        view, small = _stored_form(source, settings, weights, config, output, plan)
         account = take_account(view, Expected(config.dims, config.where, "hf"))
         _told(view, account, config, plan)
         cut, schemes = view, dict(account.schemes)
-        if options.slicing is not None:
-            options.slicing.check(config.dims)
-            cut, schemes = cut_finer(view, weights, schemes, account.stored, options.slicing)
-        tensors = _tensors(cut, account, weights, schemes, options.dtype)
+        if output.slicing is not None:
+            output.slicing.check(config.dims)
+            cut, schemes = cut_finer(view, weights, schemes, account.stored, output.slicing)
+        tensors = _tensors(cut, account, weights, schemes, output.dtype)
         moves = [Move(tensor.name("hf"), tensor.shape, tensor.dtype, tensor.target_dtype,
                       (Part(cut, tensor.name("hf"), whole(tensor.shape)),), ()) for tensor in tensors]
-        if options.slicing is None:
-            _whole_files(plan, options, tensors, moves, "ms")
+        if output.slicing is None:
+            _whole_files(plan, output, tensors, moves, "ms")
         else:
-            _sliced_files(plan, options, tensors, moves)
+            _sliced_files(plan, output, tensors, moves)
         record_source(plan, origin.source_of([source]))
-        changes = dict(options.recipe.changes()) if options.recipe is not None else {}
-        if options.dtype != "auto":
+        changes = dict(output.recipe.changes()) if output.recipe is not None else {}
+        if output.dtype != "auto":
             changes["torch_dtype"] = _one_dtype(tensors)
         plan.small.update(sidecars(folder, changes) if contents is None else
                           _gguf_sidecars(folder, contents, changes, plan))
         plan.small.update(small)
         if schemes:
             plan.source_bytes = sum(info.nbytes for info in source.infos.values())
-        if options.recipe is not None:
-            made, recipe, chosen = dict(account.schemes), options.recipe, options.recipe.chosen
+        if output.recipe is not None:
+            made, recipe, chosen = dict(account.schemes), output.recipe, output.recipe.chosen
             plan.errors = lambda: (
                 str(error_of(source, weight, view, weight.hf, made[weight.ms], chosen is None or weight.layer is None))
                 for weight in weights if weight.ms in made)
@@ -139,11 +139,11 @@ def plan_to_mindspore(source_path: str, options: Options) -> Plan:
 
 
 def _stored_form(source: Checkpoint, settings: Optional[QuantizationConfig], weights: Sequence[Weight],
-                 config: HfConfig, options: Options, plan: Plan) -> Tuple[Checkpoint, Dict[str, bytes]]:
+                 config: HfConfig, output: Output, plan: Plan) -> Tuple[Checkpoint, Dict[str, bytes]]:
     """The source with quantised matrices in the stored form, and the small files that tell how they lay."""
     if settings is not None:
         found = read_quantised(source, settings, weights)
-        if options.recipe is not None:
+        if output.recipe is not None:
             raise UserError(f"is quantised already ({settings.layout}, {settings.bits} bits)", source.path,
                             "Quantise the unquantised model, or convert this one without --quantize.")
         if found.linears:
@@ -152,12 +152,12 @@ def _stored_form(source: Checkpoint, settings: Optional[QuantizationConfig], wei
                               f"integers and scales bit for bit{zeros}")
             return found.view, {LAYOUT_FILE: describe_layout(source, settings, found)}
         plan.notes.append(f"{settings.where} says {settings.layout}, and no tensor is quantised")
-    if options.recipe is None:
+    if output.recipe is None:
         return source, {}
     take_account(source, Expected(config.dims, config.where, "hf"))  # before what is missing is asked for
-    if sum(element_count(weight.shape) for weight in weights) < SMALL_MODEL_VALUES and options.recipe.bits == 4:
+    if sum(element_count(weight.shape) for weight in weights) < SMALL_MODEL_VALUES and output.recipe.bits == 4:
         plan.notes.append("choose int8 below 2 billion weights: 4 bits cost a small model much of what it knows")
-    return quantised(source, weights, options.recipe), {}
+    return quantised(source, weights, output.recipe), {}
 
 
 def _gguf_sidecars(folder: str, contents: Mapping[str, object], changes: Mapping[str, object], plan: Plan
@@ -254,30 +254,30 @@ def _metadata(side: str) -> Dict[str, str]:
     return {"format": "ms" if side == "ms" else "pt"}
 
 
-def _form(options: Options, side: str) -> str:
+def _form(output: Output, side: str) -> str:
     """What to write: as asked for, else by the extension; only forms that the side reads."""
-    form = options.form or format_of(options.target) or "folder"
+    form = output.form or format_of(output.target) or "folder"
     other = {"ms": "bin", "hf": "ckpt"}[side]
     if form == other:
         reader, known = ("MindSpore", ".ckpt") if side == "ms" else ("Hugging Face", ".bin")
-        raise UserError(f"a .{other} file is not what {reader} reads", options.target,
+        raise UserError(f"a .{other} file is not what {reader} reads", output.target,
                         f"Name a {known} or .safetensors file, or a folder.")
     return form
 
 
-def _whole_files(plan: Plan, options: Options, tensors: Sequence[Tensor], moves: Sequence[Move], side: str) -> None:
+def _whole_files(plan: Plan, output: Output, tensors: Sequence[Tensor], moves: Sequence[Move], side: str) -> None:
     """One file or a folder of shards, every weight whole; fills the plan."""
     named = [TensorInfo.of(tensor.name(side), tensor.target_dtype, tensor.shape) for tensor in tensors]
-    _files_of(plan, options, named, moves, side)
+    _files_of(plan, output, named, moves, side)
 
 
-def _files_of(plan: Plan, options: Options, named: Sequence[TensorInfo], moves: Sequence[Move], side: str) -> None:
+def _files_of(plan: Plan, output: Output, named: Sequence[TensorInfo], moves: Sequence[Move], side: str) -> None:
     """As `_whole_files`, of tensors under the names of the result, in the order of their moves."""
-    form = _form(options, side)
+    form = _form(output, side)
     by_name = {info.name: move for info, move in zip(named, moves)}
     infos = aligned(named)
     if form == "folder":
-        shards = shape_files(infos, options.shard_bytes)
+        shards = shape_files(infos, output.shard_bytes)
         plan.is_folder = True
         plan.files = [OutFile(name, "safetensors", tuple(shard), _metadata(side))
                       for name, shard in zip(shard_names(len(shards)), shards)]
@@ -290,11 +290,11 @@ def _files_of(plan: Plan, options: Options, named: Sequence[TensorInfo], moves: 
                                       destinations=(Destination(number, info.name, whole(info.shape)),)))
 
 
-def _sliced_files(plan: Plan, options: Options, tensors: Sequence[Tensor], moves: Sequence[Move]) -> None:
+def _sliced_files(plan: Plan, output: Output, tensors: Sequence[Tensor], moves: Sequence[Move]) -> None:
     """`rank_x` folders, every weight cut on the way; fills the plan."""
-    slicing = options.slicing
+    slicing = output.slicing
     assert slicing is not None
-    form = options.form or "safetensors"
+    form = output.form or "safetensors"
     if form not in ("ckpt", "safetensors"):
         raise UserError(f"slices are .ckpt or .safetensors files, not {form}", "--format")
     plan.is_folder = True
@@ -303,7 +303,7 @@ def _sliced_files(plan: Plan, options: Options, tensors: Sequence[Tensor], moves
                for tensor in tensors}
     infos = aligned([TensorInfo.of(name, tensor.target_dtype, layouts[name].slice_shape(tensor.shape))
                      for name, (tensor, _) in by_name.items()])
-    plan.files = [OutFile(f"rank_{rank}/{options.prefix}{rank}.{form}", form, tuple(infos),
+    plan.files = [OutFile(f"rank_{rank}/{output.prefix}{rank}.{form}", form, tuple(infos),
                           _metadata("ms") if form == "safetensors" else {}) for rank in range(slicing.parts)]
     for info in infos:
         tensor, move = by_name[info.name]
@@ -316,21 +316,21 @@ def _sliced_files(plan: Plan, options: Options, tensors: Sequence[Tensor], moves
 
 # ---- MindSpore -> Hugging Face ----
 
-def plan_to_hugging_face(source_path: str, options: Options, config_path: Optional[str] = None,
+def plan_to_hugging_face(source_path: str, output: Output, config_path: Optional[str] = None,
                          vocab_emb_dp: Optional[bool] = None) -> Plan:
     """Plan the conversion of a MindSpore checkpoint. Quantised ones become what they were converted from, or bfloat16.
 
     Args:
         source_path: a .ckpt or .safetensors file, a folder of shards, or a folder of `rank_x` slices, merged on the
         way.
-        options: what to make; never sliced.
+        output: what to make; never sliced.
         config_path: the model's config.json; looked for beside the checkpoint if not given.
         vocab_emb_dp: how the slices hold embedding and head; found out if not given.
 
     Raises:
         UserError: anything missing, surplus, misshapen or not supported; nothing is written.
     """
-    form = _form(options, "hf")
+    form = _form(output, "hf")
     ranks, slicing, config, folder = open_slices(source_path, config_path, vocab_emb_dp)
     try:
         check_contents(ranks)
@@ -341,7 +341,7 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
                                 "Give the model's own with --config_path.")
             config = infer_dims(ranks, slicing)
         weights = list(naming.weights(config.dims))
-        plan = Plan(options.target, False, ranks, [], [], notes=[note for rank in ranks for note in rank.notes])
+        plan = Plan(output.target, False, ranks, [], [], notes=[note for rank in ranks for note in rank.notes])
         if slicing.parts > 1:
             slicing.check(config.dims)
             plan.notes.append(f"{source_path}: {slicing.parts} slices with vocab_emb_dp {slicing.vocab_emb_dp} are "
@@ -349,15 +349,15 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
         account = account_slices(ranks, slicing, config, plan)
         changes: Dict[str, object] = {}
         if account.schemes:
-            changes = _plan_quantised_back(plan, ranks, slicing, account, weights, folder, options)
+            changes = _plan_quantised_back(plan, ranks, slicing, account, weights, folder, output)
         else:
-            tensors = _tensors(ranks[0], account, weights, {}, options.dtype)
+            tensors = _tensors(ranks[0], account, weights, {}, output.dtype)
             moves = [Move(tensor.name("ms"), tensor.shape, tensor.dtype, tensor.target_dtype,
                           tuple(Part(rank, tensor.name("ms"),
                                      region_of(tensor.shape, tensor.axis(slicing), number, slicing.parts))
                                 for number, rank in enumerate(ranks)), ()) for tensor in tensors]
-            _whole_files(plan, options, tensors, moves, "hf")
-            if options.dtype != "auto":
+            _whole_files(plan, output, tensors, moves, "hf")
+            if output.dtype != "auto":
                 changes["torch_dtype"] = _one_dtype(tensors)
         plan.small.update(_hf_sidecars(folder, config_path, changes))
         return plan
@@ -368,27 +368,27 @@ def plan_to_hugging_face(source_path: str, options: Options, config_path: Option
 
 
 def _plan_quantised_back(plan: Plan, ranks: Sequence[Checkpoint], slicing: Slicing, account: Account,
-                         weights: Sequence[Weight], folder: str, options: Options) -> Dict[str, object]:
+                         weights: Sequence[Weight], folder: str, output: Output) -> Dict[str, object]:
     """Fill the plan for a quantised checkpoint; returns the changes to config.json."""
     source, schemes = merged(ranks, slicing, account, weights)
     plan.source_bytes = sum(info.nbytes for rank in ranks for info in rank.infos.values())
     layout_path = os.path.join(folder, LAYOUT_FILE)
-    if os.path.isfile(layout_path) and options.dtype == "auto" and not options.dequantise:
+    if os.path.isfile(layout_path) and output.dtype == "auto" and not output.dequantise:
         view, infos = original(source, schemes, weights, layout_path)
         moves = []
         for info in infos:
             ours = naming.hf_to_ms(info.name)
             part = Part(view, info.name if info.name in view.made else str(ours), whole(info.shape))
             moves.append(Move(info.name, info.shape, info.dtype, info.dtype, (part,), ()))
-        _files_of(plan, options, infos, moves, "hf")
+        _files_of(plan, output, infos, moves, "hf")
         plan.notes.append("the original quantised tensors, bit for bit; --dequantize makes bfloat16 of them")
         return {}
-    dtype = "BF16" if options.dtype == "auto" else SHORT_NAMES[options.dtype]
+    dtype = "BF16" if output.dtype == "auto" else SHORT_NAMES[output.dtype]
     view = dequantised(source, schemes, weights, dtype)
-    tensors = _tensors(view, account, weights, {}, options.dtype)
+    tensors = _tensors(view, account, weights, {}, output.dtype)
     moves = [Move(tensor.name("ms"), tensor.shape, tensor.dtype, tensor.target_dtype,
                   (Part(view, tensor.name("ms"), whole(tensor.shape)),), ()) for tensor in tensors]
-    _whole_files(plan, options, tensors, moves, "hf")
+    _whole_files(plan, output, tensors, moves, "hf")
     plan.notes.append(f"{len(schemes)} quantised matrices are dequantised to {LONG_NAMES[dtype]}")
     return {CONFIG_KEY: None, "torch_dtype": _one_dtype(tensors)}
 
@@ -428,17 +428,17 @@ def account_slices(ranks: Sequence[Checkpoint], slicing: Slicing, config: HfConf
     return first
 
 
-def yaml_lines(plan: Plan, options: Options) -> List[str]:
+def yaml_lines(plan: Plan, output: Output) -> List[str]:
     """The lines of a predict YAML that make it use the result."""
-    folder = os.path.abspath(options.target if plan.is_folder else os.path.dirname(os.path.abspath(options.target)))
-    parallel = options.slicing is not None and options.slicing.parts > 1
+    folder = os.path.abspath(output.target if plan.is_folder else os.path.dirname(os.path.abspath(output.target)))
+    parallel = output.slicing is not None and output.slicing.parts > 1
     names = [move.target_dtype for move in plan.moves if move.target_dtype in FLOATS and not companion_of(move.label)]
     most = LONG_NAMES[max(sorted(set(names)), key=names.count)]
-    lines = [f"load_checkpoint: '{os.path.abspath(options.target)}'", "auto_trans_ckpt: False"]
-    if options.slicing is not None:
+    lines = [f"load_checkpoint: '{os.path.abspath(output.target)}'", "auto_trans_ckpt: False"]
+    if output.slicing is not None:
         lines += [f"use_parallel: {parallel}", "parallel_config:", "  data_parallel: 1",
-                  f"  model_parallel: {options.slicing.parts}", "  pipeline_stage: 1",
-                  f"  vocab_emb_dp: {options.slicing.vocab_emb_dp}"]
+                  f"  model_parallel: {output.slicing.parts}", "  pipeline_stage: 1",
+                  f"  vocab_emb_dp: {output.slicing.vocab_emb_dp}"]
     lines += ["model:", "  model_config:", f"    param_init_type: '{most}'"]
     tokenizer = [(key, name) for key, name in (("vocab_file", "vocab.json"), ("merges_file", "merges.txt"))
                  if name in plan.small]

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from ..checkpoint import origin
 from ..checkpoint.file_writer import Blocks
-from ..checkpoint.quantized_settings import CONFIG_KEY, SETTINGS_FILES
+from ..checkpoint.quantised_settings import CONFIG_KEY, SETTINGS_FILES
 from ..checkpoint.reader import FORMATS, INDEX_FILES, Checkpoint, write_index
 from ..checkpoint.tensors import TensorInfo, itemsize, total_bytes
 from ..errors import UserError

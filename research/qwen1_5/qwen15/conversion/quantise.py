@@ -1,4 +1,4 @@
-"""Our own quantisation: a float checkpoint seen in the stored form of `checkpoint.quantized`, rounded to nearest.
+"""Our own quantisation: a float checkpoint seen in the stored form of `checkpoint.quantised`, rounded to nearest.
 
     int8   symmetric: scale = max |w| / 127 of a group, q = round(w / scale)
     int4   with zero points: scale = (hi - lo) / 15 where lo <= 0 <= hi are a group's ends, zero = round(-lo / scale),
@@ -19,8 +19,8 @@ import numpy as np
 
 from .. import naming
 from ..checkpoint.casting import FLOATS, to_float32
-from ..checkpoint.quantized import BLOCK, SCALE, ZERO, Scheme, dequantise, pack
-from ..checkpoint.quantized_settings import CONFIG_KEY, OURS
+from ..checkpoint.quantised import BLOCK, SCALE, ZERO, Scheme, dequantise, pack
+from ..checkpoint.quantised_settings import CONFIG_KEY, OURS
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.tensors import LONG_NAMES
 from ..checkpoint.view import Made, View, block_of

@@ -10,8 +10,8 @@ from .. import naming
 from ..checkpoint import origin
 from ..checkpoint.account import Account
 from ..checkpoint.leftovers import kind_of
-from ..checkpoint.quantized import ORDER, SCALE, ZERO, companion_of
-from ..checkpoint.quantized_settings import group_size_of
+from ..checkpoint.quantised import ORDER, SCALE, ZERO, companion_of
+from ..checkpoint.quantised_settings import group_size_of
 from ..checkpoint.reader import Checkpoint, format_of
 from ..checkpoint.regrouped import coarser, finer, regrouped
 from ..checkpoint.tensors import TensorInfo
@@ -198,7 +198,7 @@ def _choose(name: str, info: TensorInfo, strategy: Optional[Dict[str, Layout]], 
             slicing: Slicing) -> Layout:
     if strategy is not None:
         found = strategy.get(name)
-        # What a strategy does not name, every rank has whole: MindSpore's own rule.
+        # A tensor that the strategy does not name is whole on every rank: MindSpore's own rule.
         return found if found is not None else Layout((next(iter(strategy.values())).ranks,), (-1,) * len(info.shape))
     if name in weights:
         return _by_table(weights[name], slicing)

@@ -65,8 +65,8 @@ class Record:
                  for key, count in self.tally.casts.items()}
         content = {"fingerprint": self._fingerprint, "done": done, "moves": moves, "begun": begun, "casts": casts,
                    "non_finite": self.tally.non_finite}
-        # First here: who is interrupted while it is written down keeps the files, and the record that is on the disk is
-        # true of them.
+        # In memory first: an interruption while the file is written leaves the old record on the disk, which is still
+        # true of the files, and they are kept.
         self.done, self._moves, self._begun = done, moves, begun
         write_small(self._path, json.dumps(content).encode("utf-8"))
 

@@ -69,7 +69,7 @@ def check_plan(plan: Plan, overwrite: bool) -> None:
     """What `run` refuses before it writes anything; a dry run asks the same."""
     sources = [file.path for source in plan.sources for file in source.files]
     check_target(plan.target, sources, overwrite)
-    # What an interrupted run has left is taken up, or written over: either way its room is there.
+    # What an interrupted run left is reused or overwritten: either way its space counts as free.
     check_space(plan.target, plan.write_bytes - disk_bytes(partial_path(plan.target)))
     if not plan.is_folder:
         for name, content in plan.small.items():
@@ -146,7 +146,7 @@ def _run_group(plan: Plan, numbers: Sequence[int], moves: Sequence[Move], folder
     first, sizes = record.begun(names)
     with ExitStack() as stack:
         opened = {number: stack.enter_context(folder.file(plan.files[number].name, record.keeps)) for number in numbers}
-        # Opened last, so that it is left before the files are closed.
+        # Entered last, so that it exits before the files are closed.
         blocks = stack.enter_context(Blocks(len(numbers)))
         writers = {number: FileWriter(fd, path, plan.files[number].steps(), blocks,
                                       sizes.get(plan.files[number].name, 0))

@@ -10,10 +10,10 @@ import numpy as np
 
 from ..checkpoint.account import Account
 from ..checkpoint.casting import from_float32
-from ..checkpoint.quantized import ORDER, SCALE, ZERO, Scheme, checked_order, dequantise
-from ..checkpoint.quantized_layouts import INTEGERS, SUFFIXES, Linear, Writer
-from ..checkpoint.quantized_settings import QuantizationConfig
-from ..checkpoint.quantized_source import QuantisedSource
+from ..checkpoint.quantised import ORDER, SCALE, ZERO, Scheme, checked_order, dequantise
+from ..checkpoint.quantised_layouts import INTEGERS, SUFFIXES, Linear, Writer
+from ..checkpoint.quantised_settings import QuantizationConfig
+from ..checkpoint.quantised_source import QuantisedSource
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.regrouped import Joined, regrouped
 from ..checkpoint.tensors import NUMPY_DTYPES, TensorInfo

@@ -50,7 +50,7 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._digest_of: Dict[int, bytes] = {}
         self._block_of: Dict[bytes, int] = {}
-        self._idle: Dict[int, None] = {}  # published and held by nobody, in the order in which they were let go
+        self._idle: Dict[int, None] = {}  # published, used by no request, in the order in which they were released
 
     @property
     def free_blocks(self) -> int:

@@ -17,7 +17,7 @@ from . import memory, memory_check, sampling
 from .blocks import BlockPool, BlockTable, OutOfBlocks, name_blocks, table_array
 from .sampling import NonFiniteLogits, Sampler, Selection
 from .scheduler import PIECE_BESIDE_STREAMS_TOKENS, PREFILL_CHUNK_TOKENS, Continuation
-from .speculate import Record, Speculation, most_streams, worth
+from .speculate import Speculation, SuccessRate, most_streams, worth
 
 _PRIOR = 0.6
 _OWN_COST = 0.03
@@ -40,7 +40,7 @@ class _Track:
         self.published = 0
         self.read = 0
         self.unknown = False
-        self.record = Record(_PRIOR, 0.85, 0.001)
+        self.record = SuccessRate(_PRIOR, 0.85, 0.001)
 
     def settle(self, ids: Sequence[int]) -> None:
         """Keep of the guesses those that have become the text."""

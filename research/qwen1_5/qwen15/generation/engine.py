@@ -33,7 +33,7 @@ class _Choice(NamedTuple):
     guesses: Tuple[int, ...] = ()
 
 
-class Run:
+class StepStream:
     """The steps of the requests of one `Engine.generate`; `Step.request` counts them from 0. Leaving it ends them."""
 
     def __init__(self, engine: Engine, steps: Iterator[Step], numbers: List[int]):
@@ -128,7 +128,7 @@ class Engine:
         steps, self._loose = self._loose, []
         return steps
 
-    def generate(self, requests: Sequence[Request]) -> Run:
+    def generate(self, requests: Sequence[Request]) -> StepStream:
         """Run these requests and yield every token as it comes. With several ranks every one of them calls it alike.
 
         With float32 weights and cache a request's tokens do not depend on what it is batched with.
@@ -137,7 +137,7 @@ class Engine:
             UserError: with the first step: a request that can never run, before any work.
         """
         numbers: List[int] = []
-        return Run(self, self._generate(requests, numbers), numbers)
+        return StepStream(self, self._generate(requests, numbers), numbers)
 
     def follow(self) -> None:
         """What the ranks that are not the first do: the same steps, until rank 0 calls `close`."""
@@ -161,7 +161,7 @@ class Engine:
             self.limits.check(request)
         box: Deque[Step] = deque()
         self._interrupt_wanted = False
-        # Every rank enters the same ones, so none of them has to be told.
+        # Every rank adds the same requests, so none has to be told.
         numbers.extend(self._enter(request) for request in requests)
         for number in numbers:
             self._boxes[number] = box
@@ -431,7 +431,7 @@ class Engine:
     def _take_each(self, choice: _Choice, tokens: List[int], logprobs: Dict[int, LogProbs], at: int) -> None:
         continuation = choice.continuation
         for i, token in enumerate(tokens):
-            if i:  # the guess before it was right: its keys and values stay
+            if i:  # the guess before it was accepted: its keys and values stay
                 self.scheduler.note_cached(continuation, len(continuation.ids))
             if token == _FAILED:
                 self._end(continuation, FAILED, error=self._non_finite(continuation))
@@ -483,7 +483,7 @@ class Engine:
         self._cancelled.clear()
 
     def _non_finite(self, continuation: Continuation) -> UserError:
-        if self._broken_weight is None:  # it reads every weight: once is enough
+        if self._broken_weight is None:  # it reads every weight: once per process is enough
             self._broken_weight = (self.network.find_non_finite(),)
         return non_finite_error(continuation.request.label, continuation.generated, self._broken_weight[0])
 

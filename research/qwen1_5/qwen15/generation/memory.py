@@ -168,7 +168,7 @@ def compare(config: Config, has: Available, held: Held = AS_CONFIGURED, draft: O
     line = f"memory: {wanted}"
     if has.free_bytes is None:
         return f"{line} (not compared: nothing says how much there is)"
-    # Ranks start together: what is free now changes under this one's hands, what the machine has in all does not.
+    # Ranks start together: free memory changes meanwhile, the machine's total does not.
     all_ranks = alone.total_bytes * ranks + beside
     if alone.total_bytes + beside <= has.free_bytes and (has.whole_bytes is None or all_ranks <= has.whole_bytes):
         return f"{line}, of {gib(has.free_bytes)} ({has.what})"

@@ -232,7 +232,7 @@ class Scheduler:
         self._let_go(continuation)
         continuation.cached = 0
         continuation.prompt_logprobs = []
-        place = 0  # the queue is in order of arrival, and those that were put back before it are older or younger
+        place = 0  # the queue is ordered by arrival; requests put back earlier may be older or younger than this one
         while place < len(self.waiting) and self.waiting[place].number < continuation.number:
             place += 1
         self.waiting.insert(place, continuation)

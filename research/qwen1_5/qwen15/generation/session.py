@@ -242,7 +242,7 @@ class Session:
             ops.use_threads(config.threads)
         checkpoint = _checkpoint(config)
         if config.tokenizer.vocab_file is None or config.tokenizer.merges_file is None:
-            # A folder that holds no checkpoint is named as such, not for what else it lacks
+            # A folder without a checkpoint is reported as that, not for its other missing files
             open_checkpoint(checkpoint)
         tokenizer = load_tokenizer(config)
         if config.speculation is not None and config.speculation.draft is not None:
@@ -272,7 +272,7 @@ class Session:
 
             draft = None
             if guesses is not None and guesses.draft is not None and env_rank() == 0:
-                # Before the model itself: the kernels compute as exactly as the last one that was built wants it.
+                # Before the model itself: the network built last decides how exactly the kernels compute.
                 draft = build_network(guesses.draft, _checkpoint(guesses.draft),
                                       lambda line: tell(f"draft model: {line}"))
             network = build_network(self.config, self.checkpoint, tell)
@@ -285,7 +285,7 @@ class Session:
             tell(f"draft model: {draft.note}")
         tell(f"{network.note}; ready in {time.perf_counter() - start_s:.1f} s")
 
-    def _speculation(self, guesses: config_schema.Speculation, draft: Optional[Network],
+    def _speculation(self, guesses: config_schema.SpeculationConfig, draft: Optional[Network],
                      quantised: bool) -> Speculation:
         if guesses.draft is None:
             return PromptLookup(guesses.tokens, quantised)
@@ -413,7 +413,7 @@ class Answer:
             piece += self._stream.end()
             self.finish_reason = STOP if self.stopped else step.finish_reason
         if step.usage is not None:
-            # Tokens behind a stop string were of the same step, and are not the answer's.
+            # Tokens after a stop string came in the same step and do not belong to the answer.
             self.usage = step.usage._replace(generated_tokens=len(self.token_ids))
         self.pieces.append(piece)
         return piece
@@ -446,7 +446,7 @@ def selection() -> Selection:
         return sampling.PLAIN
     try:
         return sampling.accelerated(library.load())
-    except UserError:  # not built; the network's note has said so
+    except UserError:  # not built; the network's note has reported it
         return sampling.PLAIN
 
 

@@ -121,7 +121,7 @@ def _within(chances: Sequence[float], rooms: Sequence[int], quantised: bool, ext
     return best, kept
 
 
-class Record:
+class SuccessRate:
     """How often guesses of one kind have been right, the latest ones counting most.
 
     Args:
@@ -213,7 +213,7 @@ class _Reader:
 
     def __init__(self, continuation: Continuation):
         self.passages = Passages(continuation.ids)
-        self.records = [Record(prior) for prior in _PRIORS]
+        self.records = [SuccessRate(prior) for prior in _PRIORS]
         self.used = self.records[0]
 
 

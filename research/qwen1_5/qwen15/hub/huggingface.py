@@ -15,7 +15,7 @@ from ..progress import human_bytes
 from . import files
 from .names import HubName
 
-_ANSWER_S = 15.0  # for the hub to say what a repository holds
+_ANSWER_S = 15.0  # time for the hub to list a repository
 _AT_ONCE = 4  # files
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 _PAUSES_S = (1.0, 2.0, 4.0)  # after a connection that was cut; the download goes on where it stopped

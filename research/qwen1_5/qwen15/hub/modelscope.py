@@ -33,7 +33,7 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> str:
 
     def get(patterns: List[str]) -> str:
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        with contextlib.redirect_stdout(sys.stderr):  # modelscope prints there, and stdout is the answer's
+        with contextlib.redirect_stdout(sys.stderr):  # modelscope prints to stdout, which is for the answer
             return snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns,
                                      local_files_only=offline)
 
@@ -44,7 +44,7 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> str:
             missing = files.absent(folder)
             if missing is None:
                 return folder
-    except Exception as error:  # modelscope has many, and no common base
+    except Exception as error:  # modelscope raises many types without a common base
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise UserError(f"cannot be fetched from ModelScope ({reason})", name,
                         "Check the name and the network; a private model needs MODELSCOPE_API_TOKEN.",

@@ -30,10 +30,10 @@ _BEAT_S = 1.0
 _TICK_S = 0.2
 _SAY_S = 1.0  # for a message to be on its way
 _PART_S = 1.0  # for the others to take what was said last
-_HELLO_S = 5.0  # within which who calls has to say who it is
+_HELLO_S = 5.0  # in which a caller has to identify itself
 _CONNECT_S = 3.0  # for a launcher to be found where a scheduler listens
 _MOST_STRANGERS = 64
-_HELLO_BYTES = 2 ** 12  # of what a stranger says
+_HELLO_BYTES = 2 ** 12  # longest message of a caller that is not known yet
 _MOST_BYTES = 2 ** 18  # of one line, and of what waits to be sent
 
 
@@ -263,7 +263,7 @@ class Link:
         except BlockingIOError:
             pass
         except OSError:
-            peer.unsent = b""  # what is wrong shows when it is listened to
+            peer.unsent = b""  # what is wrong shows when listening on it
         if peer in self._peers:
             writing = selectors.EVENT_WRITE if peer.unsent else 0
             self._selector.modify(peer.connection, selectors.EVENT_READ | writing, peer)
@@ -310,7 +310,7 @@ class Hub(Link):
             _set_up(connection)
         except BlockingIOError:
             return
-        except OSError:  # no descriptors are left, say
+        except OSError:  # out of file descriptors, for example
             if strangers:
                 self._drop(strangers[0])
             else:
@@ -327,7 +327,7 @@ class Hub(Link):
             self._welcome(peer, message)
         elif "failed" in message:
             report = Report.of(message["failed"])
-            peer.done = True  # it leaves now, and has said why
+            peer.done = True  # it is leaving and has said why
             self._note(report)
         elif "done" in message:
             peer.done = True

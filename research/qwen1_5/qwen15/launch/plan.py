@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str]) -> LaunchPlan:
     else:
         local, address, port, node, log_dir, join, timeout = arguments[2:]
         local_worker = _integer("LOCAL_WORKER", local, 1, worker_num)
-        if local_worker < worker_num:  # else it is one machine, and the original takes no notice of these two
+        if local_worker < worker_num:  # otherwise there is one machine, and the original ignores these two
             node_rank = _integer("NODE_RANK", node, 0, MOST_RANKS)
             master_addr = _resolve(address, node_rank)
             if (node_rank + 1) * local_worker > worker_num:
@@ -311,7 +311,7 @@ def tasks(plan: LaunchPlan, port: int, environ: Mapping[str, str], memory: Optio
     common.update(MS_WORKER_NUM=str(plan.worker_num), RANK_SIZE=str(plan.worker_num), MS_SCHED_HOST=plan.master_addr,
                   MS_SCHED_PORT=str(port), MS_TOPO_TIMEOUT=str(plan.timeout_s), PYTHONUNBUFFERED="1",
                   PYTHONPATH=os.pathsep.join([MODULE_DIR] + paths))
-    # How often a rank asks for another's address; MindSpore's 3 to 5 s would be half of a small model's start.
+    # How often a rank asks for another's address; MindSpore's 3 to 5 s would take half of a small model's start-up.
     common.setdefault("MS_RETRY_INTERVAL_LOWER", "1")
     common.setdefault("MS_RETRY_INTERVAL_UPPER", "1")
     # At this level the scheduler's log says which ranks have come, which is told to the user.

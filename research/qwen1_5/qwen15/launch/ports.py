@@ -55,7 +55,7 @@ def _hold(address: str, port: int) -> Reservation:
     bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        # As MindSpore binds: connections that have ended are no hindrance, somebody who listens is.
+        # Binds as MindSpore does: ended connections do not block the port, a listening process does.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((address, port))
         port = bound.getsockname()[1]

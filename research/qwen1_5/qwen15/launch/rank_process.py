@@ -159,7 +159,7 @@ class _Prepare:
         self._cpus = cpus
         self._in_our_session = in_our_session
         self._launcher = os.getpid()
-        self._prctl = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: after the fork nothing may be
+        self._prctl = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here, before the fork
 
     def __call__(self) -> None:
         if self._prctl is not None:
@@ -170,7 +170,7 @@ class _Prepare:
             os.sched_setaffinity(0, self._cpus)
         if self._in_our_session:
             os.setpgid(0, 0)
-            signal.signal(signal.SIGTTOU, signal.SIG_DFL)  # ours is ignored, which would be handed down
+            signal.signal(signal.SIGTTOU, signal.SIG_DFL)  # we ignore it, and the child would inherit that
 
 
 class _Relay(threading.Thread):
@@ -183,7 +183,7 @@ class _Relay(threading.Thread):
                  closed: Optional[threading.Event]):
         super().__init__(daemon=True)
         self._source, self._target, self._log, self._chosen, self._closed = source, target, log, chosen, closed
-        self._busy = threading.Lock()  # from reading a piece until it is written
+        self._busy = threading.Lock()  # held from reading a piece until it is written
         self._writing = True
         self.answered = False
 

@@ -145,7 +145,7 @@ class _Supervisor:
         self._scheduler: Optional[RankProcess] = None
         self._ranks: List[RankProcess] = []
         self._signal: Optional[int] = None
-        self._unread = threading.Event()  # nobody reads our stdout any more
+        self._unread = threading.Event()  # the reader of our stdout has gone
         self._terminal: Optional[terminal.Terminal] = None
         self._wants_terminal = False
         self._kills_before = _out_of_memory_kills()
@@ -350,7 +350,7 @@ class _Supervisor:
         joined, self._complete = self._joined()
         over_s = self._begin + job.timeout_s
         self._next_report = max(now + _PROBE_S, min(self._next_report + _REPORT_WAITING_S, over_s))
-        if self._complete or not joined:  # a command that forms no cluster is none of our business
+        if self._complete or not joined:  # a command that does not join the cluster needs no watching
             return None
         if now >= over_s:
             return self._missing(joined)
@@ -406,7 +406,7 @@ class _Supervisor:
         failure = self._elsewhere()
         if failure is not None:
             return failure
-        # It has a rank of a lost machine ended before it ends itself, so its log is looked at while it still runs.
+        # The scheduler ends the ranks of a lost machine before itself, so its log is read while it still runs.
         if self._scheduler is not None and (self._scheduler.code or self._lost()):
             return self._blame_scheduler()
         waited = [process for process in ranks if _gave_up_waiting(process)]
@@ -484,9 +484,9 @@ class _Supervisor:
             report = Report(name, failure.what, failure.fix or "", failure.code, log, _tail(log))
             self._tell(report if name else replace(report, where="the launcher"))
             self._end_all()
-            # Its stderr has been on ours all the time
+            # Its stderr has been relayed to ours all along
             shown = self._foreground and process is not None and process.task.rank == 0
-            report = replace(report, lines=() if shown else _tail(log))  # again: it may have had last words
+            report = replace(report, lines=() if shown else _tail(log))  # read again: more may have been written
         else:
             self._end_all()
         if report.lines:
@@ -517,7 +517,7 @@ class _Supervisor:
         while time.monotonic() < deadline and any(process.poll() is None for process in running):
             time.sleep(_POLL_S)
         for process in self._all():
-            process.signal_group(signal.SIGKILL)  # also what an ended rank has left behind
+            process.signal_group(signal.SIGKILL)  # including processes that an ended rank left behind
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline and any(process.poll() is None for process in running):
             time.sleep(_POLL_S)

@@ -92,7 +92,7 @@ class MindFormersNetwork(Network):
         import mindspore as ms
 
         if phase != self._phase:
-            # A flag decides which of its two graphs the network traces, a phase which compiled graph MindSpore runs.
+            # A flag selects which of its two graphs is traced, a phase which compiled graph MindSpore runs.
             self.cell.add_flags_custom(is_first_iteration=phase == "prefill")
             self._phase = phase
         self.cell.phase = phase
@@ -212,7 +212,7 @@ def start(settings: Any) -> Tuple[int, int]:
     if settings.use_parallel:
         import mindspore as ms
 
-        # build_context has named a file under ./output/strategy for the next compilation to overwrite: nobody asked.
+        # build_context told the next compilation to overwrite a file under ./output/strategy, which nobody asked for.
         ms.context.set_auto_parallel_context(strategy_ckpt_save_file="")
         return context.rank_id, context.device_num
     return 0, 1
@@ -307,9 +307,9 @@ def fill(cell, source: weights.Loader, config: Config, ranks: int, tell: Callabl
             casts[key] = casts.get(key, casting.Count()) + count
             put(name, array, dtype, "embedding and head")
         else:
-            array, held = source.read(name)  # its matrices are cast already, but for those beside quantised ones
+            array, held = source.read(name)  # its matrices are cast already, except those beside quantised ones
             put(name, array, held, "norms and biases" if array.ndim == 1 else "embedding and head")
-    cell.init_parameters_data()  # what is left without contents: the caches, zeros
+    cell.init_parameters_data()  # what still has no contents is a cache: zeros
     empty = [parameter.name for parameter in cell.get_parameters() if parameter.has_init]
     if empty:
         raise UserError(f"{len(empty)} parameters got no value, the first is {empty[0]}",

@@ -60,7 +60,7 @@ class Args:
     together: bool = False
 
 
-class Weight(nn.Cell):
+class WeightParts(nn.Cell):
     """A named weight: `parts` is what its operator takes."""
 
     def __init__(self, args: Args, name: str):
@@ -95,15 +95,15 @@ class DecoderLayer(nn.Cell):
         super().__init__(auto_prefix=False)
         heads, kv_heads = args.dims.num_heads // args.ranks, args.dims.num_kv_heads // args.ranks
         head_dim = args.dims.head_dim
-        self.attention_norm = Weight(args, f"{path}.attention_norm.weight")
-        self.wq, self.bq = (Weight(args, f"{path}.attention.wq.{name}") for name in ("weight", "bias"))
-        self.wk, self.bk = (Weight(args, f"{path}.attention.wk.{name}") for name in ("weight", "bias"))
-        self.wv, self.bv = (Weight(args, f"{path}.attention.wv.{name}") for name in ("weight", "bias"))
-        self.wo = Weight(args, f"{path}.attention.wo.weight")
-        self.ffn_norm = Weight(args, f"{path}.ffn_norm.weight")
-        self.w1 = Weight(args, f"{path}.feed_forward.w1.weight")
-        self.w3 = Weight(args, f"{path}.feed_forward.w3.weight")
-        self.w2 = Weight(args, f"{path}.feed_forward.w2.weight")
+        self.attention_norm = WeightParts(args, f"{path}.attention_norm.weight")
+        self.wq, self.bq = (WeightParts(args, f"{path}.attention.wq.{name}") for name in ("weight", "bias"))
+        self.wk, self.bk = (WeightParts(args, f"{path}.attention.wk.{name}") for name in ("weight", "bias"))
+        self.wv, self.bv = (WeightParts(args, f"{path}.attention.wv.{name}") for name in ("weight", "bias"))
+        self.wo = WeightParts(args, f"{path}.attention.wo.weight")
+        self.ffn_norm = WeightParts(args, f"{path}.ffn_norm.weight")
+        self.w1 = WeightParts(args, f"{path}.feed_forward.w1.weight")
+        self.w3 = WeightParts(args, f"{path}.feed_forward.w3.weight")
+        self.w2 = WeightParts(args, f"{path}.feed_forward.w2.weight")
         cache = (args.num_blocks, args.block_size, kv_heads, head_dim)
         dtype = args.operators.cache_dtype(args.compute_dtype)
         self.key_cache = Parameter(zeros(cache, dtype), f"{path}.attention.key_cache", False)
@@ -160,18 +160,18 @@ class LlamaForCausalLM(nn.Cell):
 
     def __init__(self, args: Args, rope: Tuple[Tensor, Tensor]):
         super().__init__(auto_prefix=False)
-        self.table = Weight(args, "model.tok_embeddings.embedding_weight")
+        self.table = WeightParts(args, "model.tok_embeddings.embedding_weight")
         self.embed = Embedding(args)
         layers = [DecoderLayer(args, f"model.layers.{i}") for i in range(args.dims.num_layers)]
         self.layers = nn.CellList(layers, auto_prefix=False)
-        self.norm_out = Weight(args, "model.norm_out.weight")
-        self.lm_head = self.table if args.dims.tie_word_embeddings else Weight(args, "lm_head.weight")
+        self.norm_out = WeightParts(args, "model.norm_out.weight")
+        self.lm_head = self.table if args.dims.tie_word_embeddings else WeightParts(args, "lm_head.weight")
         self.cos, self.sin = (Parameter(table, f"rope.{name}", False) for name, table in zip(("cos", "sin"), rope))
         self.head = args.operators.Head(args.eps)
         self.split_vocab, self.ranks, self.vocab_size = args.split_vocab, args.ranks, args.dims.vocab_size
         if args.split_vocab:
             self.gather_ranks = ops.AllGather()
-        # One operator for the whole stack where the set has one, and hears the other ranks where there are any.
+        # One operator for the whole stack where this set has one that can also sum over ranks.
         self.fused = (args.ranks == 1 or args.together) and hasattr(args.operators, "Decoder")
         if self.fused:
             self.binding = args.operators.Binding(args.ranks, args.split_vocab)

@@ -35,7 +35,7 @@ class ShortDecode:
 
         self._ms = ms
         self._operators, self._network = operators, cell
-        # What a call of a cell compiled as this one ends in; on the way there is as much again.
+        # What calling a compiled cell ends in; getting there costs as much again.
         self._execute = cells._cell_graph_executor._graph_executor
         self._addresses: List[int] = []
         self._views: List[np.ndarray] = []
@@ -73,7 +73,7 @@ class ShortDecode:
         if addresses != self._addresses:
             self._addresses = addresses
             self._views = [parameter.asnumpy() for parameter in self._network.held]
-            # Where MindSpore passes copies instead, the next call may pass others.
+            # Where MindSpore passes copies instead, the next call may pass different ones.
             self.ready = addresses == [view.__array_interface__["data"][0] for view in self._views]
 
     def run(self, input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray,

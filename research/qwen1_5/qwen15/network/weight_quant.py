@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import naming
 from ..checkpoint import casting
-from ..checkpoint.quantized import MIDDLE, Scheme, dequantise, unpack
+from ..checkpoint.quantised import MIDDLE, Scheme, dequantise, unpack
 from ..errors import UserError
 from ..naming import Weight
 
@@ -190,7 +190,7 @@ def _linear_class() -> Any:
 
 @dataclass(frozen=True)
 class QuantisedMatrix:
-    """A quantised matrix, or a rank's slice of one, as a checkpoint stores it; see checkpoint/quantized.py.
+    """A quantised matrix, or a rank's slice of one, as a checkpoint stores it; see checkpoint/quantised.py.
 
     Attributes:
         weight: int8 [O, I], or uint8 [O, I/2] packed.

@@ -12,9 +12,9 @@ from .. import naming
 from ..checkpoint import casting, leftovers, origin
 from ..checkpoint.account import Expected, take_account
 from ..checkpoint.origin import Likeness
-from ..checkpoint.quantized import ORDER, SCALE, ZERO, Scheme, checked_order, companion_of
-from ..checkpoint.quantized_settings import settings_of
-from ..checkpoint.quantized_source import read_quantised
+from ..checkpoint.quantised import ORDER, SCALE, ZERO, Scheme, checked_order, companion_of
+from ..checkpoint.quantised_settings import settings_of
+from ..checkpoint.quantised_source import read_quantised
 from ..checkpoint.reader import Checkpoint, all_ranks
 from ..checkpoint.regrouped import finer, regrouped
 from ..checkpoint.source import open_source
@@ -176,7 +176,7 @@ class Loader:
     def _held_dtype(self, dtype: str) -> str:
         """The dtype in which an unquantised matrix of `dtype` is handed out."""
         if self.schemes and self._compute_dtype == "float32" and dtype == "bfloat16":
-            return "float32"  # exact; the dot product of bfloat16 would round activations, as nobody has asked for
+            return "float32"  # exact; a bfloat16 dot product would round the activations, which nobody asked for
         return self._operators_hold(dtype)
 
     def parts(self, name: str) -> Tuple[str, ...]:
@@ -192,7 +192,7 @@ class Loader:
             return casting.to_tensor(*self._read_quantised(matrix, name[len(matrix):]))
         array, dtype = self.read(name)
         if array.ndim == 1:
-            # Norm weights and biases take part in float32 arithmetic everywhere; holding them so is exact.
+            # Norm weights and biases enter float32 arithmetic everywhere; storing them as float32 is exact.
             array, dtype = casting.exact(array, dtype, "F32"), "F32"
         else:
             held = SHORT_NAMES[self._held_dtype(LONG_NAMES[dtype])]

@@ -5,7 +5,7 @@ number of tokens in the flat batch (all sequences' new tokens one after another,
 sequences.
 
 A matrix (table, wq, wk, wv, w, w1, w3) is a tuple of Parameters: `(weight,)`, or where it is quantised
-`(integers, scale)` with `zero` and then `order` after them where it has them; `checkpoint/quantized.py` says what each
+`(integers, scale)` with `zero` and then `order` after them where it has them; `checkpoint/quantised.py` says what each
 holds. Matrices of one network may be quantised each in its own way, or not. A table has 8 bits and no order.
 
 | class | construct | result |

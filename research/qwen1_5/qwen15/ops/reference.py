@@ -132,7 +132,7 @@ class Qkv(nn.Cell):
         index = ops.stack((slots // block_size, slots % block_size), 1)
         k = ops.cast(ops.cast(k, self.rounded), ms.float32)
         v = ops.cast(ops.cast(v, self.rounded), ms.float32)
-        # The write must come before attention reads the cache: tie the result to it.
+        # The cache must be written before attention reads it: make the result depend on the write.
         q = ops.depend(q, self.scatter(key_cache, index, k))
         q = ops.depend(q, self.scatter(value_cache, index, v))
         return q.reshape(-1, self.heads * self.dim)
@@ -156,7 +156,7 @@ class Attention(nn.Cell):
     def construct(self, q, key_cache, value_cache, query_lens, context_lens, block_tables):
         tokens = q.shape[0]
         block_size = key_cache.shape[1]
-        capacity = block_tables.shape[1] * block_size  # cached tokens a block table has room for
+        capacity = block_tables.shape[1] * block_size  # cached tokens that a block table has room for
         blocks = ops.maximum(block_tables.reshape(-1), 0)
         q = ops.cast(q, ms.float64)
         shape = (-1, self.kv_heads, self.dim)  # (B * capacity, K, D)

@@ -35,7 +35,7 @@ from ..generation.session import numbered
 from .answers import Answers, pairs
 from .desk import Desk, Event, Ticket
 from .metrics import Metrics
-from .protocol import Call, Reader, parse_json
+from .protocol import Call, CallReader, parse_json
 from .refusal import Refusal
 
 KEEP_ALIVE_S = 15.0
@@ -50,7 +50,7 @@ _OPEN_PATHS = ("/", "/health")
 
 
 @dataclass(frozen=True)
-class Options:
+class WebOptions:
     """How the web side behaves.
 
     Attributes:
@@ -82,12 +82,12 @@ class Web:
         reader: checks them.
         metrics: what is counted.
         constraint: makes the constraint of a grammar.
-        options: see `Options`.
+        options: see `WebOptions`.
         healthy: None while the engine serves, else why it does not.
     """
 
-    def __init__(self, desk: Desk, reader: Reader, tokenizer: Any, metrics: Metrics,
-                 constraint: Callable[[str], Any], options: Options):
+    def __init__(self, desk: Desk, reader: CallReader, tokenizer: Any, metrics: Metrics,
+                 constraint: Callable[[str], Any], options: WebOptions):
         self._desk, self._reader, self._tokenizer = desk, reader, tokenizer
         self._metrics, self._constraint, self._options = metrics, constraint, options
         self._created = int(time.time())
@@ -153,7 +153,7 @@ class Web:
 
     async def _answer(self, request: Request, read: Callable[[Mapping[str, Any]], Call]) -> Response:
         body = await self._body(request)
-        # Off the event loop: a long text takes its time to be cut into tokens, and the others' streams go on.
+        # Off the event loop: tokenising a long text takes time, and other streams must go on.
         call = await run_in_threadpool(read, body)
         each = pairs(call)
         prompts = tuple(numbered([call.prompts[prompt] for prompt, _ in each]))

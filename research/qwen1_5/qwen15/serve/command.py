@@ -198,8 +198,8 @@ def web_of(session: Session, args: argparse.Namespace, config: Config, desk: Des
     Args:
         metrics: a `metrics.Metrics`, or what counts like one.
     """
-    from .app import Options, Web
-    from .protocol import Reader
+    from .app import Web, WebOptions
+    from .protocol import CallReader
 
     assert session.engine is not None
     engine, grammars = session.engine, None
@@ -222,10 +222,10 @@ def web_of(session: Session, args: argparse.Namespace, config: Config, desk: Des
         metrics.watch("accepted_tokens_total", "Guesses that were right, each a token without a step of its own",
                       lambda: engine.accepted_tokens)
     names = tuple(args.served_model_name or [_name_of(config)])
-    options = Options(names=names, api_key=args.api_key, body_bytes=args.max_body_mib * 2 ** 20,
+    options = WebOptions(names=names, api_key=args.api_key, body_bytes=args.max_body_mib * 2 ** 20,
                       request_s=args.request_timeout_s, origins=tuple(args.allowed_origins),
                       max_model_len=session.limits.seq_length, tell=report.info, debug=args.debug)
-    reader = Reader(session, Settings.of(session.config), names, grammars)
+    reader = CallReader(session, Settings.of(session.config), names, grammars)
     constraint = grammars.constraint if grammars is not None else lambda grammar: None
     return Web(desk, reader, session.tokenizer, metrics, constraint, options)
 
@@ -280,6 +280,6 @@ class _Thread:
             call_later(_STUCK_S, self._check)
 
     def _check(self) -> None:
-        if self._desk.closing is None:  # the main thread has not come to its handler
+        if self._desk.closing is None:  # the main thread has not reached its handler yet
             self._desk.give_up(Refusal(503, "The server is ended: another of its workers is gone.",
                                        code="server_failed"))

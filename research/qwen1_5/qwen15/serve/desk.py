@@ -162,5 +162,5 @@ class Desk:
 
         try:
             loop.call_soon_threadsafe(put)
-        except RuntimeError:  # the loop has closed: nobody listens any more
+        except RuntimeError:  # the loop has closed: there is no listener any more
             pass

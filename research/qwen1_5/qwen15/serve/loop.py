@@ -19,7 +19,7 @@ class _Running:
 
     def __init__(self, ticket: Ticket, choice: int, answer: Answer):
         self.ticket, self.choice, self.answer = ticket, choice, answer
-        self.reported = 0  # entries of answer.logprobs that are out
+        self.reported = 0  # entries of answer.logprobs already sent
 
 
 class Loop:

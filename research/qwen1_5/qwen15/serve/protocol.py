@@ -88,7 +88,7 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-class Reader:
+class CallReader:
     """Reads requests for one open session.
 
     Args:
@@ -320,7 +320,7 @@ class Reader:
 
 
 class GrammarMaker:
-    """What makes grammars for `Reader`; see grammar.py."""
+    """What makes grammars for `CallReader`; see grammar.py."""
 
     def json(self, schema: Optional[Mapping[str, Any]]) -> str:
         """The grammar of JSON values that the schema allows; None allows any object."""

@@ -50,7 +50,7 @@ class ToolCalls:
                 self._held = self._held[start:]
                 if last:
                     call = _parsed(self._held[len(OPEN):])
-                    if call is not None:  # a model that ends right after the JSON has called all the same
+                    if call is not None:  # a model that ends right after the JSON has still made the call
                         calls.append(call)
                     else:
                         said += self._held

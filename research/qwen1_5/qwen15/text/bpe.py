@@ -281,7 +281,7 @@ class _ByMerges:
         """Ids of a text."""
         return _to_ids(self._pieces.encode(text, add_special_tokens=False).ids, self._first_odd_rank, self._ids)
 
-    encode_piece = encode  # its regular expression knows no longest piece
+    encode_piece = encode  # its regular expression has no limit on a piece's length
 
 
 def _to_ids(ranks: List[int], first_odd: Optional[int], ids: Sequence[int]) -> List[int]:

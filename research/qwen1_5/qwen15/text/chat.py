@@ -108,7 +108,7 @@ def _mask_spelled(text: str, controls: Iterable[str], substitutes: Dict[str, str
     for control in controls:
         text = text.replace(control, substitutes[control[0]] + control[1:])
     for control in controls:
-        # One that starts with a letter would take the last letter of every role and key for its beginning.
+        # A marker that starts with a letter would match the last letter of every role and key.
         for length in range(len(control) - 1, 0, -1) if not control[0].isalnum() else ():
             if text.endswith(control[:length]):
                 place = len(text) - length

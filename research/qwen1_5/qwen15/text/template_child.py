@@ -40,7 +40,7 @@ def _answer(request: Dict[str, Any]) -> Dict[str, Any]:
         return {"text": template_engine.render(request["template"], request["variables"], request["most_characters"])}
     except template_engine.Refused as error:
         return {"refused": str(error)[:2000]}
-    except Exception as error:  # whatever a hostile template thinks of
+    except Exception as error:  # whatever a hostile template does
         return {"refused": f"the chat template fails on these messages: {type(error).__name__}"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

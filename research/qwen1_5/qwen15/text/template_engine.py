@@ -42,7 +42,7 @@ def render(template: str, variables: Mapping[str, Any], most_characters: int) ->
         raise Refused("the chat template is nested too deeply, or calls itself without end") from None
     except MemoryError:
         raise Refused("the chat template needs more memory than a prompt can be worth") from None
-    except SyntaxError as error:  # of the Python that Jinja makes of it
+    except SyntaxError as error:  # of the Python source that Jinja compiles it to
         raise Refused(f"the chat template cannot be compiled: {error.msg}") from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise Refused(f"the chat template fails on these messages: {type(error).__name__}: {error}") from None

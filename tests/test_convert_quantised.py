@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 from checkpoint_fixtures import model_contents, read_contents, run_script, write_model, write_safetensors
-from quantized_fixtures import DIMS, Form, entry, write_quantised
+from quantised_fixtures import DIMS, Form, entry, write_quantised
 from qwen15 import naming
 from qwen15.checkpoint.account import Expected, take_account
 from qwen15.checkpoint.casting import to_float32
-from qwen15.checkpoint.quantized import ORDER, SCALE, ZERO, dequantise
+from qwen15.checkpoint.quantised import ORDER, SCALE, ZERO, dequantise
 from qwen15.checkpoint.reader import open_checkpoint, open_ranks
-from qwen15.conversion.hugging_face import Options, plan_to_hugging_face, plan_to_mindspore
+from qwen15.conversion.hugging_face import Output, plan_to_hugging_face, plan_to_mindspore
 from qwen15.conversion.quantise import Recipe
 from qwen15.conversion.reslice import Reslicing, plan_transform
 from qwen15.conversion.run import run
@@ -62,11 +62,11 @@ def meanings(path, dims=DIMS):
 def test_a_quantised_checkpoint_means_the_same_here_and_goes_back_bit_for_bit(tmp_path, name):
     contents, wanted = write_quantised(tmp_path / "hf", FORMS[name], shards=2)
     for target in ("ms/x.safetensors", "ckpt/x.ckpt"):
-        convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / target))))
+        convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / target))))
         found = meanings(tmp_path / target)
         assert set(found) == set(wanted) and all(np.array_equal(found[key], wanted[key]) for key in wanted)
         back = tmp_path / f"{target[:2]}-back"
-        convert(plan_to_hugging_face(str(tmp_path / target), Options(str(back))))
+        convert(plan_to_hugging_face(str(tmp_path / target), Output(str(back))))
         assert read_contents(back) == contents
         for sidecar in ("config.json", FORMS[name].settings_file):
             assert (back / sidecar).read_bytes() == (tmp_path / "hf" / sidecar).read_bytes()
@@ -77,8 +77,8 @@ def test_a_quantised_checkpoint_means_the_same_here_and_goes_back_bit_for_bit(tm
 @pytest.mark.parametrize("vocab_emb_dp", [True, False])
 def test_slices_mean_the_same_and_merge_into_the_whole_they_came_from(tmp_path, name, vocab_emb_dp):
     contents, wanted = write_quantised(tmp_path / "hf", FORMS[name])
-    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "whole" / "x.safetensors"))))
-    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ranks"), slicing=Slicing(2, vocab_emb_dp))))
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "whole" / "x.safetensors"))))
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ranks"), slicing=Slicing(2, vocab_emb_dp))))
     ranks = open_ranks(str(tmp_path / "ranks"))
     for weight in naming.weights(DIMS):
         if weight.hf in wanted:
@@ -94,13 +94,13 @@ def test_slices_mean_the_same_and_merge_into_the_whole_they_came_from(tmp_path, 
     )
     for rank in (0, 1):
         assert read_contents(tmp_path / f"again/rank_{rank}") == read_contents(tmp_path / f"ranks/rank_{rank}")
-    convert(plan_to_hugging_face(str(tmp_path / "ranks"), Options(str(tmp_path / "back"))))
+    convert(plan_to_hugging_face(str(tmp_path / "ranks"), Output(str(tmp_path / "back"))))
     assert read_contents(tmp_path / "back") == contents
 
 
 def test_a_cut_inside_a_group_repeats_its_scale(tmp_path):
     write_quantised(tmp_path / "hf", Form(group=64))  # w2 has 192 inputs, 3 groups; 96 a rank
-    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ranks"), slicing=Slicing(2, True))))
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ranks"), slicing=Slicing(2, True))))
     shape = {
         name: read_contents(tmp_path / "ranks/rank_0")[f"model.layers.0.{name}"][1]
         for name in ("feed_forward.w2.weight", "feed_forward.w2.weight_scale", "attention.wo.weight_scale")
@@ -114,8 +114,8 @@ def test_a_cut_inside_a_group_repeats_its_scale(tmp_path):
 
 def test_dequantised_weights_are_bfloat16_and_config_no_longer_says_quantised(tmp_path):
     _, wanted = write_quantised(tmp_path / "hf", FORMS["gptq-4-desc_act"])
-    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ms" / "x.ckpt"))))
-    plan = plan_to_hugging_face(str(tmp_path / "ms" / "x.ckpt"), Options(str(tmp_path / "back"), dequantise=True))
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ms" / "x.ckpt"))))
+    plan = plan_to_hugging_face(str(tmp_path / "ms" / "x.ckpt"), Output(str(tmp_path / "back"), dequantise=True))
     assert any("14 quantised matrices are dequantised to bfloat16" in note for note in plan.notes)
     convert(plan)
     found = read_contents(tmp_path / "back")
@@ -138,7 +138,7 @@ def test_our_own_integers_are_the_nearest_and_the_error_is_told(tmp_path, bits, 
     contents["model.layers.0.mlp.up_proj.weight"] = entry(np.zeros((192, 128), np.float32))
     write_model(tmp_path / "hf", DIMS, contents)
     plan = plan_to_mindspore(
-        str(tmp_path / "hf"), Options(str(tmp_path / "ms" / "x.safetensors"), recipe=Recipe(bits, group))
+        str(tmp_path / "hf"), Output(str(tmp_path / "ms" / "x.safetensors"), recipe=Recipe(bits, group))
     )
     lines = convert(plan).errors
     assert len(lines) == 16 and all("largest error" in line and "mean" in line for line in lines)
@@ -164,7 +164,7 @@ def test_what_our_own_int8_stores_is_rounded_as_the_definition_says(tmp_path):
     write_model(tmp_path / "hf", DIMS, contents)
     convert(
         plan_to_mindspore(
-            str(tmp_path / "hf"), Options(str(tmp_path / "ms/x.safetensors"), recipe=Recipe(8, 128, True))
+            str(tmp_path / "hf"), Output(str(tmp_path / "ms/x.safetensors"), recipe=Recipe(8, 128, True))
         )
     )
     stored = read_contents(tmp_path / "ms/x.safetensors")
@@ -208,7 +208,7 @@ def test_quantised_on_the_way_into_slices_equals_cut_afterwards(tmp_path, module
     assert "model.layers.1.mlp.down_proj.weight int4, groups of 64: largest error" in done.stderr
     convert(
         plan_to_mindspore(
-            str(tmp_path / "hf"), Options(str(tmp_path / "whole" / "x.safetensors"), recipe=Recipe(4, 64))
+            str(tmp_path / "hf"), Output(str(tmp_path / "whole" / "x.safetensors"), recipe=Recipe(4, 64))
         )
     )
     convert(plan_transform(Reslicing(str(tmp_path / "whole" / "x.safetensors"), str(tmp_path / "cut"), 2)))
@@ -302,13 +302,13 @@ def test_damage_in_the_other_layouts_gets_one_line_too(tmp_path, name):
     form, change, settings, said = OTHER_DAMAGE[name]
     write_quantised(tmp_path / "hf", form, change=change, quantization_config={**form.settings(), **settings})
     with pytest.raises(UserError) as error:
-        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.ckpt")))
+        plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.ckpt")))
     assert said in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 2
 
 
 def test_an_order_that_names_an_input_twice_is_refused_when_loading_and_on_the_way_back(tmp_path):
     write_quantised(tmp_path / "hf", Form(desc_act=True))
-    convert(plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ms"))))
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ms"))))
     name = "model.layers.1.feed_forward.w2.weight_order"
     path = tmp_path / "ms" / "model.safetensors"
     contents = read_contents(path)
@@ -318,7 +318,7 @@ def test_an_order_that_names_an_input_twice_is_refused_when_loading_and_on_the_w
                              for key, (kind, shape, data) in contents.items()})
     for floats in (False, True):
         with pytest.raises(UserError, match="w2.weight_order does not name each of the 192 inputs once"):
-            convert(plan_to_hugging_face(str(tmp_path / "ms"), Options(str(tmp_path / "b"), dequantise=floats)))
+            convert(plan_to_hugging_face(str(tmp_path / "ms"), Output(str(tmp_path / "b"), dequantise=floats)))
     assert not (tmp_path / "b").exists()
 
 
@@ -327,7 +327,7 @@ def test_a_damaged_or_foreign_quantised_checkpoint_gets_one_line(tmp_path, name)
     change, settings, said = DAMAGE[name]
     write_quantised(tmp_path / "hf", Form(), change=change, quantization_config={**Form().settings(), **settings})
     with pytest.raises(UserError) as error:
-        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.ckpt")))
+        plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.ckpt")))
     assert said in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 2
     assert not (tmp_path / "x.ckpt").exists()
 
@@ -350,23 +350,23 @@ def test_truncated_quantised_weights_are_told_as_a_user_sees_it(tmp_path, module
 def test_columns_in_another_order_cannot_be_cut_along_inputs(tmp_path):
     write_quantised(tmp_path / "hf", Form(desc_act=True))
     with pytest.raises(UserError, match="desc_act.*Run it on one rank"):
-        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ranks"), slicing=Slicing(2, True)))
+        plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ranks"), slicing=Slicing(2, True)))
 
 
 def test_a_cut_inside_a_block_of_32_is_refused_with_the_numbers(tmp_path):
     dims = naming.Dims(64, 96, 1, 4, 4, 16, 96, False)
     write_quantised(tmp_path / "hf", Form(group=32), dims)
     with pytest.raises(UserError, match="96 inputs; over 2 ranks that is 48, not a multiple of 32"):
-        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "ranks"), slicing=Slicing(2, True)))
+        plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ranks"), slicing=Slicing(2, True)))
 
 
 def test_a_quantised_model_is_not_quantised_again_and_nan_never(tmp_path):
     write_quantised(tmp_path / "hf", Form())
     with pytest.raises(UserError, match="is quantised already"):
-        plan_to_mindspore(str(tmp_path / "hf"), Options(str(tmp_path / "x.ckpt"), recipe=Recipe(8, 128)))
+        plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.ckpt"), recipe=Recipe(8, 128)))
     contents = model_contents(DIMS, "F32")
     contents["lm_head.weight"] = entry(np.full((96, 128), np.nan, np.float32))
     write_model(tmp_path / "nan", DIMS, contents)
     with pytest.raises(UserError, match="lm_head.weight holds NaN"):
-        run(plan_to_mindspore(str(tmp_path / "nan"), Options(str(tmp_path / "x.ckpt"), recipe=Recipe(8, 128))))
+        run(plan_to_mindspore(str(tmp_path / "nan"), Output(str(tmp_path / "x.ckpt"), recipe=Recipe(8, 128))))
     assert not (tmp_path / "x.ckpt").exists()

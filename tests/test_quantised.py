@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qwen15.checkpoint.quantized import Scheme, companion_of, dequantise, pack, scheme_of, unpack
+from qwen15.checkpoint.quantised import Scheme, companion_of, dequantise, pack, scheme_of, unpack
 from qwen15.checkpoint.tensors import TensorInfo
 from qwen15.errors import UserError
 

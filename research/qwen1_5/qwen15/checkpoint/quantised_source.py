@@ -10,19 +10,19 @@ import numpy as np
 from ..errors import UserError
 from ..naming import Weight
 from .casting import FLOATS, to_float32
-from .quantized import BLOCK, MIDDLE, ORDER, SCALE, ZERO, Scheme
-from .quantized_layouts import (
+from .quantised import BLOCK, MIDDLE, ORDER, SCALE, ZERO, Scheme
+from .quantised_layouts import (
     GROUP_INDEX,
     INTEGERS,
     SCALES,
     SUFFIXES,
     ZEROS,
+    LayoutReader,
     Linear,
-    Reader,
     order_of,
     shapes,
 )
-from .quantized_settings import QuantizationConfig
+from .quantised_settings import QuantizationConfig
 from .reader import Checkpoint
 from .tensors import TensorInfo
 from .view import Made, View
@@ -86,10 +86,10 @@ def read_quantised(source: Checkpoint, settings: QuantizationConfig, weights: It
 def _made(source: Checkpoint, settings: QuantizationConfig, linear: Linear, parts: list[str]) -> list[Made]:
     """One linear's tensors in the stored form."""
     scheme, order = _scheme(source, settings, linear, parts)
-    reader = Reader(source, settings, linear, scheme, order)
+    reader = LayoutReader(source, settings, linear, scheme, order)
     if ZEROS[settings.layout] in parts and not _all_middle(reader):
         scheme = Scheme(scheme.bits, scheme.groups, scheme.group_size, scheme.scale_dtype, True, scheme.has_order)
-        reader = Reader(source, settings, linear, scheme, order)
+        reader = LayoutReader(source, settings, linear, scheme, order)
     rows = {"": reader.integers, SCALE: reader.scale, ZERO: reader.zero}
     if order is not None:
         rows[ORDER] = lambda first, last: order[first:last]
@@ -142,7 +142,7 @@ def _check_declared_shape(source: Checkpoint, linear: Linear, parts: list[str]) 
                             f"{[linear.outputs, linear.inputs]}", source.path, _FIX)
 
 
-def _all_middle(reader: Reader) -> bool:
+def _all_middle(reader: LayoutReader) -> bool:
     """Whether every zero point of a linear is the middle one and need not be stored."""
     middle = MIDDLE[reader.settings.bits]
     return all((reader.zero(first, min(first + _LOOKED_AT_ROWS, reader.linear.outputs)) == middle).all()

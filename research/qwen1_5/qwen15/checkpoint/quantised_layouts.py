@@ -16,9 +16,9 @@ from typing import Optional
 
 import numpy as np
 
-from .quantized import ORDER, SCALE, ZERO, Scheme, checked_order, pack, unpack
-from .quantized_settings import QuantizationConfig
-from .quantized_words import (
+from .quantised import ORDER, SCALE, ZERO, Scheme, checked_order, pack, unpack
+from .quantised_settings import QuantizationConfig
+from .quantised_words import (
     pack_awq,
     pack_columns,
     pack_rows,
@@ -75,7 +75,7 @@ def shapes(settings: QuantizationConfig, linear: Linear, groups: int) -> dict[st
 # ---- to the stored form ----
 
 @dataclass(frozen=True)
-class Reader:
+class LayoutReader:
     """Rows of one linear in the stored form, from a foreign checkpoint whose tensors have been checked.
 
     Attributes:
