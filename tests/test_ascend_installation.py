@@ -184,7 +184,7 @@ def test_cann_of_another_release_than_mindspore_is_told_by_what_it_lacks(runtime
                              f"MindSpore's libmindspore_ascend.so.2 needs: this CANN ({found.cann}) is not of the "
                              "version that MindSpore is made for")
     monkeypatch.setattr(installation, "wanted", lambda: WANTED)
-    finding, = installation.card(device.Answer(why.partition("auto: ")[2]))
+    finding, = installation.card(device.CardAnswer(why.partition("auto: ")[2]))
     assert (finding.status, finding.fix) == ("fail", "Install CANN 9.0.0, or source its set_env.sh.")
 
 

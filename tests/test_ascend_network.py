@@ -121,7 +121,7 @@ def first_contact(monkeypatch):
         for fault in (device._library_fault("libge_runner.so: cannot open shared object file: No such file", "/cann"),
                       device._library_fault("/lib/libmindspore_ascend.so.2: undefined symbol: aclrtX", "/cann"),
                       "card 0 does not answer (aclrtSetDevice: error 507899)", "card 0 has not answered within 60 s"):
-            patch.setattr(device, "ask", lambda *_, fault=fault: device.Answer(fault))
+            patch.setattr(device, "ask", lambda *_, fault=fault: device.CardAnswer(fault))
             told += [_said(lambda: device.require("Ascend")), _said(lambda: check.main([]))]
         patch.setattr(device, "mindspore_folder", lambda: "/mindspore")
         patch.setattr(device, "foreign_libraries", functools.partial(device.foreign_libraries, machine="aarch64"))
