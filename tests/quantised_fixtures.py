@@ -53,6 +53,7 @@ class Form:
                 "symmetric": self.sym,
                 "strategy": "group" if self.group > 0 else "channel",
                 "group_size": self.group if self.group > 0 else None,
+                "actorder": "group" if self.desc_act else None,
             }
             return {
                 "quant_method": "compressed-tensors",

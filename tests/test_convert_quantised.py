@@ -252,6 +252,11 @@ DAMAGE = {
         "puts 128 columns into group 1, a group has 64",
     ),
     "mixed": (changed(f"{BASE}.weight", np.zeros((128, 192), np.float16)), {}, "the same weight twice"),
+    "desc_act without g_idx": (
+        without(f"{BASE}.g_idx"),
+        {"desc_act": True},
+        f"{BASE}.g_idx is missing, {BASE}.qweight is there",
+    ),
     "scales are integers": (changed(f"{BASE}.scales", np.zeros((3, 128), np.int32)), {}, "is I32"),
     "a bias that is not zero": (changed(f"{BASE}.bias", np.ones(128, np.float16)), {}, f"{BASE}.bias is not zero"),
     "tensors of another layout": (
@@ -285,6 +290,18 @@ OTHER_DAMAGE = {
         f"{BASE}.weight_shape says [192, 128], the model makes it [128, 192]",
     ),
     "compressed-tensors without integers": (COMPRESSED, without(f"{BASE}.weight_packed"), {}, "is missing"),
+    "compressed-tensors that are asymmetric without zero points": (
+        COMPRESSED,
+        without(f"{BASE}.weight_zero_point"),
+        {},
+        f"{BASE}.weight_zero_point is missing",
+    ),
+    "compressed-tensors with actorder without g_idx": (
+        Form(layout="compressed-tensors", desc_act=True),
+        without(f"{BASE}.weight_g_idx"),
+        {},
+        "config.json says actorder",
+    ),
     "compressed-tensors with scales of other groups": (
         COMPRESSED,
         changed(f"{BASE}.weight_scale", np.zeros((128, 6), np.float16)),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import convert_weight
 import numpy as np
 import pytest
 from conftest import random_model
+from quantized_fixtures import DIMS, Form, entry, write_quantised
 from qwen15 import naming
 from qwen15.checkpoint.quantised import dequantise
 from qwen15.config.load import load_config
@@ -43,6 +45,53 @@ def test_logits_and_greedy_tokens_equal_transformers_on_what_the_integers_mean(k
     with torch.no_grad():
         expected = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, -1].numpy()
     assert np.abs(logits[0] - expected).max() < 1e-4
+
+
+FOREIGN = {
+    "GPTQ, 4 bits, symmetric, zero biases": Form(biases=True),
+    "GPTQ, 4 bits, columns in another order": Form(sym=False, desc_act=True),
+    "GPTQ, 8 bits, version 2": Form(bits=8, sym=False, version=2),
+    "AWQ": Form("awq", sym=False),
+    "compressed-tensors, 4 bits, float32 scales": Form("compressed-tensors", sym=False, scale="F32"),
+}
+
+
+def sane(contents):
+    """Random bits make no network: norms near 1, small biases and tables instead, all of them float16 numbers."""
+    random = np.random.default_rng(3)
+    return {name: entry((random.standard_normal(shape) * 0.2 + ("norm" in name)).astype(np.float16))
+            if dtype == "F16" and not name.endswith(("scales", "weight_scale", "o_proj.bias", "gate_proj.bias",
+                                                     "up_proj.bias", "down_proj.bias")) else (dtype, shape, data)
+            for name, (dtype, shape, data) in contents.items()}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_checkpoints_of_other_tools_answer_as_transformers_does_with_what_they_mean(name, tmp_path):
+    """The way of a user, convert_weight.py first; and the folder as it is, converted nowhere."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    contents, meanings = write_quantised(tmp_path / "theirs", FOREIGN[name], change=sane)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=DIMS.vocab_size, hidden_size=DIMS.hidden_size, intermediate_size=DIMS.intermediate_size,
+        num_hidden_layers=DIMS.num_layers, num_attention_heads=DIMS.num_heads, num_key_value_heads=DIMS.num_kv_heads,
+        rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)).eval()
+    floats = {key: np.frombuffer(data, np.float16).reshape(shape).astype(np.float32)
+              for key, (dtype, shape, data) in contents.items() if dtype == "F16" and key in model.state_dict()}
+    model.load_state_dict({key: torch.from_numpy(values) for key, values in {**floats, **meanings}.items()})
+    assert convert_weight.main(["--torch_ckpt_dir", str(tmp_path / "theirs"), "--mindspore_ckpt_path",
+                                str(tmp_path / "ours")]) is None
+    prompts = random_prompts(DIMS.vocab_size, 20, longest=16)
+    for folder in ("ours", "theirs"):
+        config, network = open_network(tmp_path / folder, tmp_path, num_blocks=160)
+        ours = greedy(config, network, prompts, 8)
+        assert ours == [hf_greedy(model, prompt, tokens) for prompt, tokens in zip(prompts, ours)]
+        ids = np.array(prompts[0] + prompts[1], np.int32)
+        length = np.array([len(ids)], np.int32)
+        logits = network.prefill(ids, length, length, np.arange(160, dtype=np.int32)[None],
+                                 np.arange(len(ids), dtype=np.int32))
+        with torch.no_grad():
+            expected = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, -1].numpy()
+        assert np.abs(logits[0] - expected).max() < 1e-4
 
 
 TINY = {"num_hidden_layers": 1}

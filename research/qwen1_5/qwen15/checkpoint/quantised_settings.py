@@ -26,6 +26,8 @@ class QuantizationConfig:
         group_size: inputs of a group; 0 for whole rows.
         version: of GPTQ: 1 stores zero points less one, 2 as they are.
         where: the file that says so.
+        has_order: every linear says which group each column belongs to: without that it would be read in another order.
+        has_zero: every linear has zero points, in a layout that has none where they are the middle.
     """
 
     layout: str
@@ -33,6 +35,8 @@ class QuantizationConfig:
     group_size: int
     version: int
     where: str
+    has_order: bool = False
+    has_zero: bool = False
 
 
 def settings_of(folder: str) -> Optional[QuantizationConfig]:
@@ -100,8 +104,9 @@ def _gptq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
         raise UserError("GPTQ weights in marlin's layout are not supported", where, _FIX)
     if form not in ("gptq", "gptq_v2"):
         raise UserError(f"GPTQ weights in checkpoint_format {form!r} are not supported", where, _FIX)
-    return QuantizationConfig("gptq", _bits(found.get("bits"), (4, 8), "GPTQ", where),
-                              _group(found.get("group_size"), where), 2 if form == "gptq_v2" else 1, where)
+    group = _group(found.get("group_size"), where)
+    return QuantizationConfig("gptq", _bits(found.get("bits"), (4, 8), "GPTQ", where), group,
+                              2 if form == "gptq_v2" else 1, where, found.get("desc_act") is True and group > 0)
 
 
 def _awq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
@@ -134,7 +139,8 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantizationConfig:
         raise UserError(f"compressed-tensors with strategy {strategy!r} is not supported", where, _FIX)
     size = -1 if strategy == "channel" else weights.get("group_size")
     bits = _bits(weights.get("num_bits"), (4, 8), "compressed-tensors", where)
-    return QuantizationConfig("compressed-tensors", bits, _group(size, where), 2, where)
+    return QuantizationConfig("compressed-tensors", bits, _group(size, where), 2, where,
+                              weights.get("actorder") in ("group", "dynamic", True), weights.get("symmetric") is False)
 
 
 def _bits(value: Any, known: tuple[int, ...], method: str, where: str) -> int:

@@ -100,11 +100,15 @@ def _made(source: Checkpoint, settings: QuantizationConfig, linear: Linear, part
 def _scheme(source: Checkpoint, settings: QuantizationConfig, linear: Linear, parts: list[str]
             ) -> tuple[Scheme, Optional[np.ndarray]]:
     layout = settings.layout
-    required = [INTEGERS[layout], SCALES[layout]] + ([ZEROS[layout]] if layout != "compressed-tensors" else [])
-    for suffix in required:
+    required = {INTEGERS[layout]: layout, SCALES[layout]: layout}
+    if layout != "compressed-tensors" or settings.has_zero:
+        required[ZEROS[layout]] = "asymmetric" if layout == "compressed-tensors" else layout
+    if settings.has_order:
+        required[GROUP_INDEX[layout]] = "desc_act" if layout == "gptq" else "actorder"
+    for suffix, said in required.items():
         if suffix not in parts:
             raise UserError(f"{linear.base}.{suffix} is missing, {linear.base}.{parts[0]} is there "
-                            f"({settings.where} says {layout})", source.path, _FIX)
+                            f"({settings.where} says {said})", source.path, _FIX)
     group_size = settings.group_size or linear.inputs
     if linear.inputs % BLOCK or linear.inputs % group_size:
         raise UserError(f"{linear.weight} has {linear.inputs} inputs, not a multiple of "
