@@ -1,10 +1,14 @@
 """Runs the converters and a save in forked children, to be killed, starved of disk or fed with damaged files.
 
-The parent imports them once, so that a case costs the work itself. A line of JSON on stdin is a case, a line on stdout
-its end: {"argv": [script or "save", ...], "kill_after_s": number or null, "limit_s": number, "hide_full_disk": true}.
+    python attack_worker.py MODULE_FOLDER [MODULE]...
+
+The parent imports them once, and the modules that are named, so that a case costs the work itself. A line of JSON on
+stdin is a case, a line on stdout its end: {"argv": [script or "save", ...], "kill_after_s": number or null, "limit_s":
+number, "hide_full_disk": true}.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -23,6 +27,9 @@ import transform_ckpt  # noqa: E402
 from qwen15.commands.saved_chat import SavedChats  # noqa: E402
 from qwen15.conversion import hugging_face, reslice, run  # noqa: E402, F401
 from qwen15.errors import run_main  # noqa: E402
+
+for name in sys.argv[2:]:
+    importlib.import_module(name)
 
 
 def save(argv):

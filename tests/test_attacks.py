@@ -18,7 +18,10 @@ import pytest
 from checkpoint_fixtures import dims, model_contents, write_model
 from command_fixtures import make_random
 from conftest import MODULE
+from quantised_fixtures import Form, write_quantised
 from qwen15 import naming
+from qwen15.checkpoint.quantised import SCALE, dequantise
+from qwen15.text.bpe import byte_alphabet
 
 SIZES = dims(hidden=128, intermediate=384, layers=3, heads=8, kv_heads=4, head_dim=16, vocab=4000)
 LIMIT_S = 60
@@ -32,11 +35,11 @@ def cases(some, all_of_them):
 
 
 class Worker:
-    """attack_worker.py, started once."""
+    """attack_worker.py, started once, with modules that it imports before its first case."""
 
-    def __init__(self):
+    def __init__(self, *modules):
         script = str(Path(__file__).with_name("attack_worker.py"))
-        self._process = subprocess.Popen([sys.executable, script, str(MODULE)], stdin=subprocess.PIPE,
+        self._process = subprocess.Popen([sys.executable, script, str(MODULE), *modules], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, text=True)
 
     def __call__(self, *argv, kill_after_s=None, hide_full_disk=False, limit_s=LIMIT_S):
@@ -59,6 +62,15 @@ def worker():
     made = Worker()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def workers(worker):
+    """By kind of work: calibrating runs the layers, so MindSpore is there before the first case."""
+    pytest.importorskip("mindspore")
+    calibrating = Worker("mindspore")
+    yield {kind: calibrating if kind == "calibrate" else worker for kind in WORK}
+    calibrating.close()
 
 
 def tree(path):
@@ -86,6 +98,8 @@ WORK = {
     "slice": ("convert_weight.py", "m", ["--torch_ckpt_dir", "{hf}", "--model_parallel", "2", "--mindspore_ckpt_path"]),
     "quantise": ("convert_weight.py", "m", ["--torch_ckpt_dir", "{hf}", "--quantize", "int8", "--format", "folder",
                                             "--max_shard_size", "1MB", "--mindspore_ckpt_path"]),
+    "calibrate": ("convert_weight.py", "m", ["--torch_ckpt_dir", "{hf}", "--quantize", "int4", "--format", "folder",
+                                             "--calibrate", "{text}", "--mindspore_ckpt_path"]),
     "reverse": ("convert_reversed.py", "m", ["--mindspore_ckpt_path", "{ms}", "--torch_ckpt_path"]),
     "merge": ("transform_ckpt.py", "m.safetensors", ["--src_ckpt_dir", "{slices}", "--dst_ckpt_dir"]),
 }
@@ -106,15 +120,26 @@ def models(tmp_path_factory, worker):
     """A Hugging Face folder, converted and sliced."""
     folder = tmp_path_factory.mktemp("attacks")
     write_model(folder / "hf", SIZES, usual_weights())
+    write_bytes_tokenizer(folder / "hf")
+    (folder / "text.txt").write_text(" ".join(f"{number * number} is the square of {number}." for number in range(70)))
     for name, more in (("ms/model.safetensors", []), ("slices", ["--model_parallel", "2"])):
         done = worker("convert_weight.py", "--torch_ckpt_dir", folder / "hf", "--mindspore_ckpt_path", folder / name,
                       *more)
         assert done["code"] == 0, done["err"]
-    return {name: folder / name for name in ("hf", "ms", "slices")}
+    return {name.split(".")[0]: folder / name for name in ("hf", "ms", "slices", "text.txt")}
+
+
+def write_bytes_tokenizer(folder):
+    """A tokenizer whose tokens are the bytes, and one pair."""
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate([*byte_alphabet(), "zz"])}),
+                                       encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\nz z\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": null, '
+                                                  '"pad_token": null, "unk_token": null}')
 
 
 @pytest.fixture(scope="module")
-def known(models, worker, tmp_path_factory):
+def known(models, workers, tmp_path_factory):
     """Of each kind of work: its command for a target, its undisturbed result, and how long it takes."""
     folder = tmp_path_factory.mktemp("known")
 
@@ -123,7 +148,7 @@ def known(models, worker, tmp_path_factory):
         flags = [flag.format(**models) for flag in flags]
         target = folder / kind.replace(" ", "_") / name
         target.parent.mkdir()
-        done = worker(script, *flags, target)
+        done = workers[kind](script, *flags, target)
         assert done["code"] == 0, done["err"]
         return (script, *flags), name, tree(target), done["seconds"]
 
@@ -132,9 +157,10 @@ def known(models, worker, tmp_path_factory):
 
 @cases(1, 34)
 @pytest.mark.parametrize("kind", WORK)
-def test_a_killed_conversion_leaves_a_whole_result_or_none_and_the_same_command_finishes_it(kind, count, known, worker,
+def test_a_killed_conversion_leaves_a_whole_result_or_none_and_the_same_command_finishes_it(kind, count, known, workers,
                                                                                               models, tmp_path):
     command, name, expected, seconds = known[kind]
+    worker = workers[kind]
     rng = random.Random(f"{SEED} {kind}")
     before = tree(models["hf"].parent)
     for number in range(count):
@@ -195,8 +221,9 @@ def disk(tmp_path):
 
 @cases(1, 9)
 @pytest.mark.parametrize("kind", WORK)
-def test_a_full_disk_is_one_line_and_with_more_room_the_same_command_finishes(kind, count, known, worker, disk):
+def test_a_full_disk_is_one_line_and_with_more_room_the_same_command_finishes(kind, count, known, workers, disk):
     command, name, expected, _ = known[kind]
+    worker = workers[kind]
     rng = random.Random(f"{SEED} {kind}")
     whole = disk(2 ** 20)
     assert worker(*command, whole / name)["code"] == 0
@@ -218,57 +245,159 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_same_command_finishes(ki
 # -- flipped bits -----------------------------------------------------------------------------------------------------
 
 FLIPPED = dims(hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, head_dim=8, vocab=60)
+IN_INTEGERS = dims(hidden=64, intermediate=96, layers=1, heads=2, kv_heads=1, head_dim=32, vocab=64)
+LAYOUTS = {"gptq": Form(group=32), "awq": Form("awq", sym=False, group=32),
+           "compressed-tensors": Form("compressed-tensors", group=32)}
+FROM_HF, TO_HF = ("convert_weight.py", "--torch_ckpt_dir", "--mindspore_ckpt_path"), ("convert_reversed.py",
+                                                                                      "--mindspore_ckpt_path",
+                                                                                      "--torch_ckpt_path")
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, worker):
-    """The same float32 model in each format: (folder, weight file, script with flags)."""
+    """A model in each format: (folder, weight file, what a converter is given, how it is called)."""
     folder = tmp_path_factory.mktemp("flipped")
+
+    def convert(command, source, target, *flags):
+        (folder / target).parent.mkdir()
+        done = worker(command[0], command[1], folder / source, command[2], folder / target, *flags)
+        return done["code"] == 0
+
     write_model(folder / "safetensors", FLIPPED, model_contents(FLIPPED, "F32"), torch_dtype="float32")
-    there = ("convert_weight.py", "--mindspore_ckpt_path")
-    made = {"safetensors": (folder / "safetensors", "model.safetensors", there)}
-    (folder / "ckpt").mkdir()
-    worker(*there, folder / "ckpt" / "model.ckpt", "--torch_ckpt_dir", folder / "safetensors")
-    made["ckpt"] = (folder / "ckpt", "model.ckpt", ("convert_reversed.py", "--torch_ckpt_path"))
-    (folder / "bin").mkdir()
-    worker("convert_reversed.py", "--mindspore_ckpt_path", folder / "ckpt" / "model.ckpt", "--torch_ckpt_path",
-           folder / "bin" / "pytorch_model.bin")
-    made["bin"] = (folder / "bin", "pytorch_model.bin", there)
+    made = {"safetensors": (folder / "safetensors", "model.safetensors", FROM_HF)}
+    assert convert(FROM_HF, "safetensors", "ckpt/model.ckpt")
+    made["ckpt"] = (folder / "ckpt", "model.ckpt", TO_HF)
+    if convert(TO_HF, "ckpt/model.ckpt", "bin/pytorch_model.bin"):
+        made["bin"] = (folder / "bin", "pytorch_model.bin", FROM_HF)
+    for name, form in LAYOUTS.items():
+        write_quantised(folder / name, form, IN_INTEGERS)
+        made[name] = (folder / name, "model.safetensors", FROM_HF)
+    assert convert(FROM_HF, "gptq", "own/model.safetensors")
+    (folder / "own" / "source_layout.json").unlink()  # so that going back is to say what the integers mean
+    made["own"] = (folder / "own", "model.safetensors", TO_HF)
+    (folder / "gguf").mkdir()
+    if write_gguf(folder / "gguf" / "model.gguf"):
+        made["gguf"] = (folder / "gguf", "model.gguf", FROM_HF)
     return made
+
+
+def write_gguf(path):
+    """A file with metadata of every type, in blocks of 32; False where the package gguf is not."""
+    try:
+        import gguf
+    except ImportError:
+        return False
+    writer = gguf.GGUFWriter(str(path), "qwen2")
+    for name, value in {"block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 96,
+                        "attention.head_count": 2, "attention.head_count_kv": 1}.items():
+        writer.add_uint32(f"qwen2.{name}", value)
+    writer.add_float32("qwen2.rope.freq_base", 1e6)
+    writer.add_float32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_bool("general.odd", True)
+    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(64)])
+    writer.add_array("tokenizer.ggml.token_type", [1] * 64)
+    writer.add_array("tokenizer.ggml.scores", [0.5] * 64)
+    rng = np.random.default_rng(0)
+    for weight in naming.weights(IN_INTEGERS):
+        values = rng.standard_normal(weight.shape).astype(np.float32)
+        if values.ndim == 1:
+            writer.add_tensor(gguf_name(weight.hf), values)
+            continue
+        kind = gguf.GGMLQuantizationType.Q4_0 if "mlp" in weight.hf else gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(gguf_name(weight.hf), gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return True
+
+
+def gguf_name(name):
+    """llama.cpp's name of a weight."""
+    for theirs, ours in (("model.layers", "blk"), ("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"),
+                         ("lm_head", "output"), ("input_layernorm", "attn_norm"), ("self_attn.q_proj", "attn_q"),
+                         ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"),
+                         ("self_attn.o_proj", "attn_output"), ("post_attention_layernorm", "ffn_norm"),
+                         ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down")):
+        name = name.replace(theirs, ours)
+    return name
 
 
 def read_by_others(kind, path):
     """Arrays by name, as the format's own library reads them."""
-    if kind == "safetensors":
-        from safetensors.numpy import load_file
-
-        return load_file(path)
     if kind == "ckpt":
         mindspore = pytest.importorskip("mindspore")
         return {name: value.asnumpy() for name, value in mindspore.load_checkpoint(str(path)).items()}
-    torch = pytest.importorskip("torch")
-    return {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
+    if kind == "bin":
+        torch = pytest.importorskip("torch")
+        return {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
+    if kind == "gguf":
+        import gguf
+
+        return {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+                for tensor in gguf.GGUFReader(path).tensors}
+    from safetensors.numpy import load_file
+
+    return load_file(path)
 
 
-def contents(arrays):
-    """The bytes of every array, whatever it is called."""
-    return sorted(array.tobytes() for array in arrays.values())
+def same_bytes(found, expected):
+    """Whether the arrays' bytes are the same, whatever their names are."""
+    return sorted(array.tobytes() for array in found.values()) == sorted(array.tobytes() for array in expected.values())
 
 
-@cases(15, 1000)
-@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "bin"])
+def same_meaning(found, expected):
+    """Whether two sets of float32 arrays say the same, names included."""
+    return found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name], equal_nan=True)
+                                                   for name in found)
+
+
+def meanings(arrays, names):
+    """float32 array of every weight of a checkpoint in our stored form, under other names."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return {names[name]: dequantise(array, arrays[name + SCALE], scale_dtype(arrays[name + SCALE]))
+                if name + SCALE in arrays else array.astype(np.float32)
+                for name, array in arrays.items() if name in names}
+
+
+def scale_dtype(scale):
+    return {np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}[scale.dtype]
+
+
+MS_TO_HF = {weight.ms: weight.hf for weight in naming.weights(IN_INTEGERS)}
+
+
+def arrived(kind, result, damaged, worker, folder):
+    """Whether a conversion's result says what is in the damaged file."""
+    found, given = read_by_others("safetensors", result), read_by_others(kind, damaged)
+    if kind == "gguf":
+        return same_meaning({gguf_name(name): array for name, array in meanings(found, MS_TO_HF).items()}, given)
+    if kind == "own":
+        return same_meaning({name: array.astype(np.float32) for name, array in found.items()},
+                            meanings(given, MS_TO_HF))
+    if kind in LAYOUTS:
+        back = folder / "back.safetensors"
+        done = worker(TO_HF[0], TO_HF[1], result, TO_HF[2], back)
+        assert done["code"] == 0, done["err"]
+        found = read_by_others("safetensors", back)
+        back.unlink()
+    return same_bytes(found, given)
+
+
+@cases(12, 1000)
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "bin", "gguf", *LAYOUTS, "own"])
 def test_a_flipped_bit_is_refused_in_one_line_or_arrives_as_it_is(kind, count, sources, worker, tmp_path):
+    if kind not in sources:
+        pytest.skip("no torch, or no gguf: their files need them")
     folder, name, command = sources[kind]
-    if not (folder / name).exists():
-        pytest.skip("no torch: .bin files need it")
     rng = random.Random(f"{SEED} {kind}")
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged)
     whole = (folder / name).read_bytes()
-    given = "--mindspore_ckpt_path" if kind == "ckpt" else "--torch_ckpt_dir"
-    undamaged = contents(read_by_others(kind, folder / name))
-    headers = [found.start() for found in re.finditer(rb"model\.|PK", whole)]
-    taken = 0
+    given = damaged if command is FROM_HF and kind != "gguf" else damaged / name
+    flags = ["--dtype", "float32"] if kind == "own" else []
+    headers = [found.start() for found in re.finditer(rb"model\.|PK|GGUF|qwen2\.|tokenizer\.|blk\.", whole)]
+    undamaged, taken = read_by_others(kind, folder / name), 0
     for number in range(count):
         # Half of them about names and lengths, which is where a reader can be led astray.
         near = min(len(whole) - 1, max(0, rng.choice(headers) + rng.randrange(-40, 60)))
@@ -277,17 +406,17 @@ def test_a_flipped_bit_is_refused_in_one_line_or_arrives_as_it_is(kind, count, s
         data[place] ^= 1 << rng.randrange(8)
         (damaged / name).write_bytes(data)
         result = tmp_path / f"{number}.safetensors"
-        done = worker(*command, result, given, damaged / name if kind == "ckpt" else damaged, limit_s=20)
+        done = worker(command[0], command[1], given, command[2], result, *flags, limit_s=20)
         if done["code"]:
             one_clear_line(done, (1, 2))
             assert not result.exists()
             continue
         taken += 1
-        ours = contents(read_by_others("safetensors", result))
         # A flip in what no reader needs is borne; one among the numbers arrives as it is, where nothing tells it.
-        assert ours == undamaged or ours == contents(read_by_others(kind, damaged / name)), f"byte {place}"
+        assert (same_bytes(read_by_others("safetensors", result), undamaged)
+                or arrived(kind, result, damaged / name, worker, tmp_path)), f"byte {place}"
         result.unlink()
-    assert taken < count
+    assert 0 < taken < count
 
 
 # -- many prompts -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from checkpoint_fixtures import run_script
 from conftest import random_model
 from qwen15 import naming
 from qwen15.calibration.gptq import Moments, compensated
-from qwen15.calibration.run import Calibration
+from qwen15.calibration.run import Calibration, _first_ids
 from qwen15.checkpoint.quantised import SCALE, ZERO, Scheme, dequantise, pack
 from qwen15.checkpoint.reader import open_checkpoint
 from qwen15.config.hf_config import dims_from_hf_config
@@ -210,6 +210,9 @@ def test_layers_that_are_done_are_not_calibrated_again(tiny, tmp_path, monkeypat
     (["--calibrate", "text.txt"], "--calibrate: means nothing without --quantize"),
     (["--quantize", "int4", "--calibration_tokens", "9"], "--calibration_tokens: means nothing without --calibrate"),
     (["--quantize", "int4", "--calibrate", "nothing.txt"], "nothing.txt: cannot be read: No such file"),
+    (["--quantize", "int4", "--calibrate", "short.txt", "--calibration_tokens", "-1"],
+     "--calibration_tokens: -1 tokens are too few to calibrate with, 64 are the least. 4096 are usual."),
+    (["--quantize", "int4", "--calibrate", "/dev/zero"], "/dev/zero: has more than 268435456 bytes. Give a part"),
     (["--quantize", "int4", "--calibrate", "short.txt"], "short.txt: 5 tokens are too few to calibrate with, 64 are"),
     (["--quantize", "int4", "--calibrate", "latin.txt"], "latin.txt: is not UTF-8 at byte 3"),
 ])
@@ -220,6 +223,13 @@ def test_a_mistake_with_the_text_is_one_line(tiny, tmp_path, module_dir, flags, 
                       *flags, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert sorted(os.listdir(tmp_path)) == ["latin.txt", "short.txt"]
+
+
+@pytest.mark.parametrize("text", [TEXT * 9, "z" * 9000, " " * 9000, "é" * 3000, "zz" * 40])
+def test_the_first_tokens_of_a_text_are_those_of_the_whole(tiny, text):
+    tokenizer = Qwen2Tokenizer.from_pretrained(tiny[0])
+    for count in (64, 500, 4096):
+        assert _first_ids(tokenizer, text, count) == tokenizer.encode(text)[:count]
 
 
 def test_a_dry_run_says_what_calibrating_needs_and_writes_nothing(tiny, tmp_path, module_dir):

@@ -46,6 +46,11 @@ MISTAKES = [
     ("doctor --port x", "--port: wants a whole number, not 'x'"),
     ("memory --config", "--config: a value is missing. "
                         "One that begins with a hyphen is written with an equals sign: --config=-..."),
+    ("convert", "--torch_ckpt_dir: is not given, and ./config.json is not there. Give the model that is to be "
+                "converted."),
+    ("convert-reversed", "--mindspore_ckpt_path: is not given, and transform.ckpt is not there. Give the model that is "
+                         "to be converted."),
+    ("bench", "qwen15 bench: WHAT is missing. qwen15 bench --help shows what it is."),
     ("bench decdoe", "Did you mean decode?"),
     ("bench decode --batch 0", "--batch: wants at least 1, not 0"),
     ("bench decode --batch x", "--batch: wants a whole number, not 'x'"),

@@ -73,5 +73,7 @@ def test_a_text_that_is_not_utf_8_or_too_short(small_model, tmp_path):
     (tmp_path / "text.txt").write_text("a")
     with pytest.raises(UserError, match="too few to predict any"):
         perplexity.main([str(tmp_path / "text.txt"), "--load_checkpoint", str(small_model)])
+    with pytest.raises(UserError, match="/dev/zero: has more than 268435456 bytes"):
+        perplexity.main(["/dev/zero", "--load_checkpoint", str(small_model)])
     with pytest.raises(UserError, match="nothing.txt: cannot be read: No such file"):
         perplexity.main([str(tmp_path / "nothing.txt"), "--load_checkpoint", str(small_model)])

@@ -13,7 +13,7 @@ import convert_weight
 import numpy as np
 import pytest
 from checkpoint_fixtures import LIBRARY_DTYPES, read_contents, write_safetensors
-from quantized_fixtures import Form, write_quantised
+from quantised_fixtures import Form, write_quantised
 from qwen15.errors import run_main
 
 FORMS = {

@@ -6,7 +6,7 @@ import convert_weight
 import numpy as np
 import pytest
 from conftest import random_model
-from quantized_fixtures import DIMS, Form, entry, write_quantised
+from quantised_fixtures import DIMS, Form, entry, write_quantised
 from qwen15 import naming
 from qwen15.checkpoint.quantised import dequantise
 from qwen15.config.load import load_config

@@ -6,7 +6,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from qwen15.command_line import Parser, boolean, program  # noqa: E402
-from qwen15.conversion.cli import add_common_flags, carry_out, options_from  # noqa: E402
+from qwen15.conversion.cli import add_common_flags, carry_out, options_from, require_source  # noqa: E402
 from qwen15.errors import run_main  # noqa: E402
 
 
@@ -32,6 +32,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    require_source("--mindspore_ckpt_path", args.mindspore_ckpt_path, "transform.ckpt", "transform.ckpt")
     from qwen15.conversion.hugging_face import plan_to_hugging_face
 
     plan = plan_to_hugging_face(args.mindspore_ckpt_path, options_from(args, args.torch_ckpt_path), args.config_path,

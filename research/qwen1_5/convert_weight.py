@@ -6,7 +6,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from qwen15.command_line import Parser, boolean, program, whole  # noqa: E402
-from qwen15.conversion.cli import add_common_flags, add_hub_flag, carry_out, options_from  # noqa: E402
+from qwen15.conversion.cli import add_common_flags, add_hub_flag, carry_out, options_from, require_source  # noqa: E402
 from qwen15.errors import UserError, run_main  # noqa: E402
 
 
@@ -57,6 +57,7 @@ def calibration(args, folder):
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    require_source("--torch_ckpt_dir", args.torch_ckpt_dir, "./", "./config.json")
     from qwen15.conversion.hugging_face import plan_to_mindspore, yaml_lines
     from qwen15.hub.resolve import resolve
 

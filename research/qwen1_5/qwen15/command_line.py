@@ -73,7 +73,8 @@ class Parser(argparse.ArgumentParser):
             for word in self._words:  # a flag that is misspelt is missing, and is better named as it was written
                 if word.startswith("--") and word != "--" and word.split("=", 1)[0] not in flags:
                     raise self._unknown(word)
-            names = missing[1].split(", ")
+            hidden = {action.dest for action in self._actions if action.help == argparse.SUPPRESS}
+            names = [name for name in missing[1].split(", ") if name not in hidden]
             raise UserError(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing", self.prog,
                             f"{self.prog} --help shows what they are." if len(names) > 1 else
                             f"{self.prog} --help shows what it is.")

@@ -28,6 +28,7 @@ from ..conversion.quantise import Recipe, unfit
 from ..errors import EXIT_FAILED, UserError
 from ..naming import Weight
 from ..text.tokenizer import Qwen2Tokenizer
+from ..text_file import read_text
 from .gptq import Moments, compensated
 from .layer import Steps
 
@@ -35,6 +36,7 @@ SEQUENCE_TOKENS = 512
 """Tokens of a text that see one another; what a layer's columns do does not depend on longer reaches."""
 DEFAULT_TOKENS = 4096
 LEAST_TOKENS = 64
+_USUAL_MOST_CHARACTERS = 32  # of a token, on average
 _RECORD = ".record.json"
 _STAGES = (("attention.wq.weight", "attention.wk.weight", "attention.wv.weight"), ("attention.wo.weight",),
            ("feed_forward.w1.weight", "feed_forward.w3.weight"), ("feed_forward.w2.weight",))
@@ -56,12 +58,15 @@ class Calibration:
 
     def __init__(self, text_path: str, folder: str, target: str, tokens: int = DEFAULT_TOKENS):
         self._where = text_path
-        text = _read(text_path)
+        if tokens < LEAST_TOKENS:
+            raise UserError(f"{tokens} tokens are too few to calibrate with, {LEAST_TOKENS} are the least",
+                            "--calibration_tokens", f"{DEFAULT_TOKENS} are usual.")
+        text = read_text(text_path)
         missing = [name for name in ("vocab.json", "merges.txt") if not os.path.isfile(os.path.join(folder, name))]
         if missing:
             raise UserError(f"has no {missing[0]}, and --calibrate needs the model's tokenizer", folder,
                             "Copy the tokenizer's files into it.")
-        self.ids = np.array(Qwen2Tokenizer.from_pretrained(folder).encode(text)[:tokens], np.int64)
+        self.ids = np.array(_first_ids(Qwen2Tokenizer.from_pretrained(folder), text, tokens), np.int64)
         if len(self.ids) < LEAST_TOKENS:
             raise UserError(f"{len(self.ids)} tokens are too few to calibrate with, {LEAST_TOKENS} are the least and "
                             f"some thousand are usual", text_path, "Give a longer text.")
@@ -204,14 +209,12 @@ def _hidden(number: int) -> str:
     return f"hidden-{number:05d}.safetensors"
 
 
-def _read(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return file.read().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", path, "--calibrate wants a text file.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 at byte {error.start}", path, "Convert it: iconv -f GB18030 -t UTF-8.") from None
+def _first_ids(tokenizer: Qwen2Tokenizer, text: str, count: int) -> List[int]:
+    """The first token ids of a text, which is not read further than it has to be."""
+    ids = tokenizer.encode(text[:_USUAL_MOST_CHARACTERS * count])
+    if len(ids) <= count:
+        ids = tokenizer.encode(text)
+    return ids[:count]
 
 
 def _rows(source: Checkpoint, table: TensorInfo, ids: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""GGUF files (llama.cpp's) of Qwen2 and Llama models, seen as Hugging Face checkpoints; `gguf` reads the headers.
+"""GGUF files (llama.cpp's) of Qwen2 and Llama models, seen as Hugging Face checkpoints.
 
 Q8_0 (34 bytes: a float16 scale d, 32 signed bytes q, w = d q) and Q4_0 (18 bytes: d, 16 bytes whose low nibbles are
 values 0 to 15 and whose high nibbles are 16 to 31, w = d (q - 8)) keep their integers, in groups of 32. All other kinds
-of blocks are dequantised by the package.
+of blocks are dequantised by the package gguf.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import EXIT_FAILED, UserError
 from .casting import from_float32
+from .gguf_header import Header, Place, read_header
 from .quantised import SCALE, Scheme, pack
 from .reader import Checkpoint
 from .tensors import LONG_NAMES, NUMPY_DTYPES, TensorInfo
@@ -63,39 +64,26 @@ class GgufFile(Checkpoint):
             UserError: no such file, damaged, of another architecture, one of several parts, or the package is missing.
         """
         try:
-            from gguf import GGUFReader
+            import gguf  # noqa: F401
         except ImportError:
             raise UserError("reading .gguf needs the Python package gguf", path, "Run: pip install gguf") from None
         self.path, self.others, self.notes = path, {}, []
         self.files: list[Any] = [self]
         try:
-            reader = GGUFReader(path)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as error:
+            header = read_header(path)
+        except (ValueError, OSError) as error:
             raise UserError(f"is not a complete GGUF file: {error}", path, _DAMAGED) from None
-        self.config = _config(reader, path)
+        self.config = _config(header, path)
         self.is_llama = bool(self.config.pop("_is_llama"))
-        self.infos: dict[str, TensorInfo] = {}
-        self.kinds: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._offsets: dict[str, int] = {}
-        size = os.path.getsize(path)
-        for tensor in reader.tensors:
-            self._add(tensor, size)
+        for name, place in header.tensors.items():
+            if place.kind not in _FLOATS and len(place.shape) != 2:
+                raise UserError(f"{name} is {place.kind} of shape {list(place.shape)}: only matrices are in blocks",
+                                path, _DAMAGED)
+        self.kinds = {name: place.kind for name, place in header.tensors.items()}
+        self.shapes = {name: place.shape for name, place in header.tensors.items()}
+        self.infos = {name: _info(name, place) for name, place in header.tensors.items()}
+        self._offsets = {name: place.offset for name, place in header.tensors.items()}
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def _add(self, tensor: Any, size: int) -> None:
-        name, kind = str(tensor.name), str(tensor.tensor_type.name)
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        nbytes, offset = int(tensor.n_bytes), int(tensor.data_offset)
-        if offset + nbytes > size:
-            raise UserError(f"{name} ends at byte {offset + nbytes}, the file has {size}: truncated", self.path,
-                            _DAMAGED)
-        self.kinds[name], self.shapes[name], self._offsets[name] = kind, shape, offset
-        if kind in _FLOATS:
-            self.infos[name] = TensorInfo.of(name, kind, shape)
-        else:
-            rows = shape[0] if len(shape) > 1 else 1
-            self.infos[name] = TensorInfo.of(name, "U8", (rows, nbytes // rows))
 
     def file_of(self, name: str) -> Any:
         return self
@@ -124,12 +112,24 @@ class GgufFile(Checkpoint):
             self._fd = -1
 
 
-def _config(reader: Any, path: str) -> dict[str, Any]:
+def _info(name: str, place: Place) -> TensorInfo:
+    """A tensor as it is read: blocks are bytes, a row of them for each row of values."""
+    if place.kind in _FLOATS:
+        return TensorInfo.of(name, place.kind, place.shape)
+    rows = place.shape[0] if len(place.shape) > 1 else 1
+    return TensorInfo.of(name, "U8", (rows, place.nbytes // rows))
+
+
+def _config(header: Header, path: str) -> dict[str, Any]:
     """What config.json would say, from the file's metadata."""
     def value(key: str, default: Any = None) -> Any:
-        return reader.fields[key].contents() if key in reader.fields else default
+        found = header.fields.get(key, default)
+        wanted = (str,) if isinstance(default, str) else (int,) if isinstance(default, int) else (int, float)
+        if found is not None and not isinstance(found, wanted):
+            raise UserError(f"{key} is {found!r}, which is no {'text' if str in wanted else 'number'}", path, _DAMAGED)
+        return found
 
-    name = value("general.architecture")
+    name = value("general.architecture", "")
     if name not in ("qwen2", "llama"):
         raise UserError(f"architecture {name!r} is not supported, only qwen2 and llama", path,
                         "Mixture-of-experts, vision and other models need another network.")
@@ -137,13 +137,13 @@ def _config(reader: Any, path: str) -> dict[str, Any]:
         raise UserError(f"is one of {value('split.count')} parts", path,
                         "Join them with llama.cpp's llama-gguf-split --merge.")
     scaling = value(f"{name}.rope.scaling.type", "none")
-    if scaling != "none" or any(tensor.name.startswith("rope_f") for tensor in reader.tensors):
+    if scaling != "none" or any(tensor.startswith("rope_f") for tensor in header.tensors):
         raise UserError(f"RoPE scaling {scaling!r} is not supported", path, "Use the model without context extension.")
     if value(f"{name}.expert_count"):
         raise UserError("mixture-of-experts models are not supported", path, "Use a dense model.")
-    names = {str(tensor.name): tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in names:
-        raise UserError("token_embd.weight is missing", path, _DAMAGED)
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError("token_embd.weight is missing, or is no matrix", path, _DAMAGED)
     keys = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
             "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
             "num_key_value_heads": "attention.head_count_kv",
@@ -155,7 +155,7 @@ def _config(reader: Any, path: str) -> dict[str, Any]:
         if key in config:
             config[key] = float(f"{config[key]:.6g}")  # stored in float32: 9.99999974e-06 was written as 1e-06
     config.update(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", torch_dtype="bfloat16",
-                  vocab_size=int(names["token_embd.weight"].shape[1]), tie_word_embeddings="output.weight" not in names,
+                  vocab_size=embedding.shape[0], tie_word_embeddings="output.weight" not in header.tensors,
                   bos_token_id=value("tokenizer.ggml.bos_token_id"), eos_token_id=value("tokenizer.ggml.eos_token_id"))
     config["_is_llama"] = name == "llama"
     return config

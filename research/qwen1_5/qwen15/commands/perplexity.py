@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -17,6 +16,7 @@ from ..errors import EXIT_OK, UserError
 from ..generation.request import Request
 from ..generation.session import Session
 from ..reporting import LEVELS, Reporter, quiet_frameworks, set_encoding
+from ..text_file import read_text
 
 LONGEST_WINDOW = 1024
 """Tokens of a window when nothing is said, or seq_length where that is less."""
@@ -127,7 +127,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         report.warning(note)
     quiet_frameworks(args.log_level)
     set_encoding(json=args.json)
-    text = _read(args.text_file)
+    text = read_text(args.text_file)
     size, stride = _sizes(args.window, args.stride, config.model.seq_length)
     session = Session.prepare(config)
     ids = session.tokenizer.encode(text)
@@ -153,20 +153,6 @@ def _as_json(text: str, measured: Measured, tokens: int, count: int, size: int, 
              note: str) -> Dict[str, object]:
     return {"perplexity": measured.perplexity, "nats_per_token": measured.nats, "text": text, "tokens": tokens,
             "windows": count, "window": size, "stride": stride, "seconds": round(seconds, 3), "network": note}
-
-
-def _read(path: str) -> str:
-    try:
-        if path == "-":
-            contents = sys.stdin.buffer.read()
-        else:
-            with open(path, "rb") as file:
-                contents = file.read()
-        return contents.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", path) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 at byte {error.start}", path, "Convert it: iconv -f GB18030 -t UTF-8.") from None
 
 
 def _sizes(window: Optional[int], stride: Optional[int], seq_length: int) -> Tuple[int, int]:

@@ -13,10 +13,29 @@ from ..errors import UserError, did_you_mean
 from ..json_file import decoded
 
 _DEEPEST = 32
+_DEEPEST_NODE = 100  # brackets and sections together
 _MOST_SECTIONS = 10000
 _LARGEST_FILE_BYTES = 4 * 2 ** 20
 _MERGE = "tag:yaml.org,2002:merge"
 _WORD = "tag:yaml.org,2002:str"
+
+
+class _Loader(yaml.SafeLoader):
+    """Gives up at a depth, instead of at Python's own limit: PyYAML's time grows with the square of the depth, and
+    MindSpore raises the limit tenfold."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > _DEEPEST_NODE:
+            raise RecursionError
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +109,7 @@ def parse(text: str, path: str) -> Document:
 
 
 def _parse(text: str, path: str) -> Document:
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         root = loader.get_single_node()
         if root is None:
@@ -112,7 +131,7 @@ def scalar(text: str) -> Tuple[Any, bool]:
         ValueError: `text` is not YAML, or is a mapping.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, True

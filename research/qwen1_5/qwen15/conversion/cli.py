@@ -1,6 +1,7 @@
 """What the three converters' command lines share: their flags, and the account they give on stderr."""
 
 import argparse
+import os
 import sys
 from typing import Any, Optional
 
@@ -29,6 +30,19 @@ def add_hub_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hub", choices=HUBS, default="hf",
                         help="where a name OWNER/NAME[@REVISION] is looked up: hf (Hugging Face, or HF_ENDPOINT; "
                              "default) or modelscope")
+
+
+def require_source(flag: str, given: str, default: str, holds: str) -> None:
+    """Tell that a flag is not given, where its default has nothing to convert.
+
+    Args:
+        flag: the source's.
+        given: its value.
+        default: what that is when the flag is not given.
+        holds: the file or folder that has to be there then.
+    """
+    if given == default and not os.path.exists(holds):
+        raise UserError(f"is not given, and {holds} is not there", flag, "Give the model that is to be converted.")
 
 
 def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True,
