@@ -106,7 +106,7 @@ def test_max_batch_bounds_what_runs_together():
 
 
 def test_long_prompts_are_prefilled_in_bounded_calls(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(scheduler_module, "PIECE_TOKENS", 5)
     network = Recalling()
     tokens, _ = collect(Engine(network, limits()), [Request(p, len(p) + 4) for p in PROMPTS])
     assert tokens == [expected(p, 4) for p in PROMPTS]
@@ -114,7 +114,7 @@ def test_long_prompts_are_prefilled_in_bounded_calls(monkeypatch):
 
 
 def test_a_network_without_cached_prefill_gets_whole_prompts(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(scheduler_module, "WHOLE_PROMPTS_TOKENS", 5)
     network = Recalling(cached_prefill=False)
     tokens, _ = collect(Engine(network, limits()), [Request(p, len(p) + 4) for p in PROMPTS])
     assert tokens == [expected(p, 4) for p in PROMPTS]
@@ -370,7 +370,7 @@ def drain_one(engine):
 
 
 def test_streams_go_on_while_a_long_prompt_is_prefilled(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "PIECE_BESIDE_STREAMS_TOKENS", 8)
+    monkeypatch.setattr(scheduler_module, "PIECE_TOKENS", 8)
     network = Recalling(64)
     engine = Engine(network, Limits(VOCABULARY, 200, 64, 4))
     stream = engine.add(Request((1,), 60))
@@ -389,12 +389,31 @@ def test_streams_go_on_while_a_long_prompt_is_prefilled(monkeypatch):
 
 
 def test_a_short_prompt_does_not_wait_for_the_long_one_before_it(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(scheduler_module, "PIECE_TOKENS", 8)
     engine = Engine(Recalling(64), Limits(VOCABULARY, 200, 64, 4))
     long, short = engine.add(Request(tuple(range(90)), 95)), engine.add(Request((5, 6, 7), 9))
     assert of(engine.step(), short) == expected((5, 6, 7), 2)
     steps = drain(engine)
     assert of(steps, long) == expected(tuple(range(90)), 5)
+
+
+def test_a_piece_that_is_somebodys_last_is_not_filled_up_with_the_long_prompt(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "PIECE_TOKENS", 8)
+    network = Recalling(64)
+    engine = Engine(network, Limits(VOCABULARY, 200, 64, 4))
+    engine.add(Request(tuple(range(90)), 95))
+    engine.step()
+    engine.add(Request((5, 6), 4))
+    engine.step()
+    engine.step()
+    prefills = [lens for lens, context in network.calls if lens != [1]]
+    assert prefills == [[8], [4, 2], [8]]  # all of a piece, half of one, and all again
+    other = engine.add(Request(tuple(range(50, 70)), 75))
+    network.calls.clear()
+    engine.step()
+    assert network.calls[0][0] == [4, 4]  # neither ends: the piece is full
+    engine.cancel(other)
+    drain(engine)
 
 
 def test_more_requests_run_than_their_longest_results_would_allow():
@@ -419,6 +438,28 @@ def test_when_blocks_run_out_the_youngest_goes_back_and_nothing_is_lost():
     for request, made in zip(requests, tokens):
         assert made == collect(Engine(Recalling(), limits()), [request])[0][0]
     assert engine.pool.free_blocks == 8
+
+
+def test_a_request_starts_only_when_those_that_run_can_have_their_next_block_too():
+    """Else it would be put back a few tokens later, and its prompt computed for nothing."""
+    network = Recalling(8)
+    engine = Engine(network, limits(8))
+    first = engine.add(Request((1,), 20))  # holds one block and may grow to five
+    engine.step()
+    long = engine.add(Request(tuple(range(26)), 28))  # seven blocks: all that are free
+    network.calls.clear()
+    steps = []
+    while not any(step.request == first and step.finish_reason for step in steps):
+        steps += engine.step()
+    assert max(len(lens) for lens, _ in network.calls) == 1 and sum(sum(lens) for lens, _ in network.calls) == 17
+    steps += drain(engine)
+    assert of(steps, long) == expected(tuple(range(26)), 2) and engine.scheduler.put_back == 0
+    # a block less, and it starts at once
+    first = engine.add(Request((2,), 9))
+    engine.step()
+    short = engine.add(Request(tuple(range(60, 83)), 24))
+    assert of(engine.step(), short) == expected(tuple(range(60, 83)), 1)
+    drain(engine)
 
 
 def test_waiting_is_first_come_first_served():

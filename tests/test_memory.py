@@ -77,7 +77,7 @@ def test_reference_operators_need_twice_the_weights():
     plain = memory.need(config.model, config.parallel, device.CPU, memory.REFERENCE)
     assert plain.cache_bytes == 2 * fused.cache_bytes
     assert plain.weight_bytes > 1.99 * fused.weight_bytes
-    assert plain.workspace_bytes - fused.workspace_bytes == 3 * 16 * 2048 * 8192 * 8 + 151936 * 1024 * 8
+    assert plain.workspace_bytes - fused.workspace_bytes == 3 * 16 * 512 * 8192 * 8 + 151936 * 1024 * 8
 
 
 # --- what there is

@@ -16,7 +16,7 @@ from serve_fixtures import serving
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-QUESTION = [{"role": "user", "content": "Name the capital of France in one word."}]
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TOOL = {"type": "function", "function": {"name": "weather", "description": "the weather", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
 MODEL = "small"
@@ -110,6 +110,7 @@ def last_words(count):
 @pytest.mark.slow
 def test_lm_evaluation_harness_finds_what_it_finds_with_transformers(server, small_model, tmp_path):
     pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")  # its Hugging Face backend wants it
     items = last_words(30)
     assert len(items) == 30
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))

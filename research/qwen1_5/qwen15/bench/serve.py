@@ -24,6 +24,7 @@ from .report import Column, number, text
 from .start import start
 
 WHAT = "serve"
+PARTS = ("throughput", "first_token", "shared")
 _SHARED_TOKENS = 1000
 _PIECE_TOKENS = 512
 """What the scheduler takes of a prompt between two steps of those that decode."""
@@ -47,6 +48,8 @@ def parser() -> Parser:
                       help="tokens of the long prompt (default 4096)")
     made.add_argument("--dtype", choices=options.DTYPES, default="bfloat16",
                       help="of weights and KV cache (default bfloat16)")
+    made.add_argument("--measure", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+                      help=f"what to measure, of {', '.join(PARTS)} (default: all)")
     options.add_run(made, WHAT, rounds=3, against=False)
     return made
 
@@ -63,11 +66,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     jobs = _jobs(args.requests, vocab_size)
     longest = -(-max(args.long, _SHARED_TOKENS) // 128) * 128 + 128
     with _server(args.checkpoint, args.dtype, longest, args.clients, args.threads) as port:
-        rows = _throughput(own, port, jobs, args.clients, args.rounds, args.threads)
-        rows += _first_token(port, args.long, vocab_size, args.rounds)
-        rows += _shared_beginning(port, vocab_size, args.rounds)
+        measured = {
+            "throughput": lambda: _throughput(own, port, jobs, args.clients, args.rounds, args.threads),
+            "first_token": lambda: _first_token(port, args.long, vocab_size, args.rounds),
+            "shared": lambda: _shared_beginning(port, vocab_size, args.rounds)}
+        parts = [part for part in PARTS if part in args.measure]
+        rows = []
+        for part in parts:
+            print(f"{part}: rounds {args.rounds}", file=sys.stderr)
+            rows.append(measured[part]())
     report.show(WHAT, argv, {"model": own.label, "dtype": args.dtype, "rounds": args.rounds}, COLUMNS, rows,
-                _bars(own, rows), plot)
+                _bars(own, parts, rows), plot)
     return 0
 
 
@@ -137,7 +146,7 @@ def _ask(port: int, job: ClientRequest, stream: bool = False) -> float:
 
 def _throughput(own: options.BenchCheckpoint, port: int, jobs: Sequence[ClientRequest], clients: int, rounds: int,
                 threads: Optional[int]
-                ) -> List[Dict[str, Any]]:
+                ) -> Dict[str, Any]:
     """Tokens per second of so many clients, each asking when its last answer has come; beside the engine alone on the
     same."""
     from ..generation.request import Request
@@ -159,10 +168,10 @@ def _throughput(own: options.BenchCheckpoint, port: int, jobs: Sequence[ClientRe
         # Each round's prompts start with a different token, or the server's prefix cache would hold them.
         fresh = [ClientRequest([100 + len(served), *job.prompt[1:]], job.new_tokens) for job in jobs]
         served.append(made / _closed_loop(port, fresh, clients))
-    return [{"what": f"{clients} clients, {len(jobs)} requests; beside: the engine alone", "unit": "tokens/s",
+    return {"what": f"{clients} clients, {len(jobs)} requests; beside: the engine alone", "unit": "tokens/s",
              "server": statistics.median(served), "beside": statistics.median(alone),
              "ratio": statistics.median(s / a for s, a in zip(served, alone)),
-             "samples": {"server": served, "beside": alone}}]
+             "samples": {"server": served, "beside": alone}}
 
 
 def _closed_loop(port: int, jobs: Sequence[ClientRequest], clients: int) -> float:
@@ -191,7 +200,7 @@ def _closed_loop(port: int, jobs: Sequence[ClientRequest], clients: int) -> floa
     return time.perf_counter() - start_s
 
 
-def _first_token(port: int, long: int, vocab_size: int, rounds: int) -> List[Dict[str, Any]]:
+def _first_token(port: int, long: int, vocab_size: int, rounds: int) -> Dict[str, Any]:
     """Seconds to a short prompt's first token while a long prompt is taken in; beside one piece of such a prompt
     alone."""
     random = np.random.default_rng(11)
@@ -205,13 +214,13 @@ def _first_token(port: int, long: int, vocab_size: int, rounds: int) -> List[Dic
         time.sleep(piece[-1] * 1.5)  # the prompt is being prefilled
         beside.append(_ask(port, ClientRequest(random.integers(100, vocab_size, 8).tolist(), 2), stream=True))
         other.join()
-    return [{"what": f"first token beside a prompt of {long} tokens; beside: {_PIECE_TOKENS} tokens alone", "unit": "s",
+    return {"what": f"first token beside a prompt of {long} tokens; beside: {_PIECE_TOKENS} tokens alone", "unit": "s",
              "server": statistics.median(beside), "beside": statistics.median(piece),
              "ratio": statistics.median(b / p for b, p in zip(beside, piece)),
-             "samples": {"server": beside, "beside": piece}}]
+             "samples": {"server": beside, "beside": piece}}
 
 
-def _shared_beginning(port: int, vocab_size: int, rounds: int) -> List[Dict[str, Any]]:
+def _shared_beginning(port: int, vocab_size: int, rounds: int) -> Dict[str, Any]:
     """Seconds to the first token where the server knows the first 1000 tokens already; beside a prompt that it does
     not."""
     random = np.random.default_rng(13)
@@ -221,13 +230,13 @@ def _shared_beginning(port: int, vocab_size: int, rounds: int) -> List[Dict[str,
         shared = random.integers(100, vocab_size, _SHARED_TOKENS).tolist()
         first.append(_ask(port, ClientRequest([*shared, 101, 102], 2), stream=True))
         again.append(_ask(port, ClientRequest([*shared, 103, 104], 2), stream=True))
-    return [{"what": f"first token, {_SHARED_TOKENS} shared tokens known; beside: not known", "unit": "s",
+    return {"what": f"first token, {_SHARED_TOKENS} shared tokens known; beside: not known", "unit": "s",
              "server": statistics.median(again), "beside": statistics.median(first),
              "ratio": statistics.median(a / f for a, f in zip(again, first)),
-             "samples": {"server": again, "beside": first}}]
+             "samples": {"server": again, "beside": first}}
 
 
-def _bars(own: options.BenchCheckpoint, rows: Sequence[Dict[str, Any]]) -> report.Bars:
-    return report.Bars(f"Server, {own.label}, {own.dtype}", "ratio",
-                       ["clients : engine", "first token : piece", "known : unknown"],
+def _bars(own: options.BenchCheckpoint, parts: Sequence[str], rows: Sequence[Dict[str, Any]]) -> report.Bars:
+    names = dict(zip(PARTS, ("clients : engine", "first token : piece", "known : unknown")))
+    return report.Bars(f"Server, {own.label}, {own.dtype}", "ratio", [names[part] for part in parts],
                        {"qwen15": [row["ratio"] for row in rows]}, {})

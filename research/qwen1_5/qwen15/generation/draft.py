@@ -16,7 +16,7 @@ from ..network.base import Network
 from . import memory, memory_check, sampling
 from .blocks import BlockPool, BlockTable, OutOfBlocks, name_blocks, table_array
 from .sampling import NonFiniteLogits, Sampler, Selection
-from .scheduler import PIECE_BESIDE_STREAMS_TOKENS, PREFILL_CHUNK_TOKENS, Continuation
+from .scheduler import PIECE_TOKENS, Continuation
 from .speculate import Speculation, SuccessRate, most_streams, worth
 
 _PRIOR = 0.6
@@ -88,7 +88,7 @@ class DraftModel(Speculation):
                 running.append(_Guessing(continuation, track, count, guesses))
             elif track is not None and chance:
                 track.record.rest()
-        running = self._caught_up(running, alone=len(streams) == 1)
+        running = self._caught_up(running)
         while running:
             running = [each for each in running if len(each.made) < each.count]
             running = self._fed(running)
@@ -129,10 +129,10 @@ class DraftModel(Speculation):
             self.pool.publish(track.table.blocks[track.published], track.digests[track.published])
             track.published += 1
 
-    def _caught_up(self, wanted: List["_Guessing"], alone: bool) -> List["_Guessing"]:
+    def _caught_up(self, wanted: List["_Guessing"]) -> List["_Guessing"]:
         """Bring each stream's text into the cache and make its first guess; those that are not there yet are left
         out."""
-        room = PREFILL_CHUNK_TOKENS if alone else PIECE_BESIDE_STREAMS_TOKENS
+        room = PIECE_TOKENS
         parts: List[Tuple[_Guessing, int]] = []
         for each in wanted:
             each.track.settle(each.ids)

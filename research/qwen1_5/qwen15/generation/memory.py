@@ -10,7 +10,7 @@ from .. import device, naming
 from ..config.schema import Config, ModelConfig, ParallelConfig
 from ..errors import UserError
 from ..machine import Available
-from .scheduler import PREFILL_CHUNK_TOKENS
+from .scheduler import PIECE_TOKENS, WHOLE_PROMPTS_TOKENS
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GIB = 2 ** 30
@@ -118,15 +118,17 @@ def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, referenc
     """Bytes of activations at the largest prefill, an upper estimate.
 
     T x (4 E + (H + 2 K) D / n + 3 F / n) x item + 2 B V x 4, where T is the most tokens of one prefill call (the engine
-    feeds 2048 at a time; on Ascend a prompt is not divided), n the ranks, and item 4 bytes on CPU (float32 between
-    operators) or compute_dtype's on Ascend. 4 E: residual, normalised input, attention output and the sum being formed;
-    3 F: gate, up and their product. Where param_init_type is not compute_dtype, Ascend also casts one weight at a time.
+    feeds 512 at a time; on Ascend 2048, and a prompt is not divided), n the ranks, and item 4 bytes on CPU (float32
+    between operators) or compute_dtype's on Ascend. 4 E: residual, normalised input, attention output and the sum being
+    formed; 3 F: gate, up and their product. Where param_init_type is not compute_dtype, Ascend also casts one weight at
+    a time.
     `reference` adds the scores, 3 x H / n x T x C x 8, of T tokens over C = seq_length cached ones, and the largest
     matrices in float64, max(2 F / n, V) x E x 8: gate and up of a layer, or the head.
     """
     dims = model.dims
     on_cpu = device_target == device.CPU
-    tokens = min(PREFILL_CHUNK_TOKENS + (0 if on_cpu else model.seq_length), model.seq_length * model.batch_size)
+    most = PIECE_TOKENS if on_cpu else WHOLE_PROMPTS_TOKENS + model.seq_length
+    tokens = min(most, model.seq_length * model.batch_size)
     item = 4 if on_cpu else ITEM_BYTES[model.compute_dtype]
     width = 4 * dims.hidden_size + (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim // ranks \
         + 3 * dims.intermediate_size // ranks

@@ -12,10 +12,11 @@ from .blocks import BlockPool, BlockTable, OutOfBlocks, name_blocks
 from .request import LogProbs, Request
 from .sampling import Sampler
 
-PREFILL_CHUNK_TOKENS = 2048
-"""Most tokens in one prefill call: bounds the activations whatever the prompts' lengths."""
-PIECE_BESIDE_STREAMS_TOKENS = 512
-"""Most tokens in one prefill call while others decode: how long their streams pause."""
+PIECE_TOKENS = 512
+"""Most tokens in one prefill call: bounds the activations whatever the prompts' lengths, and how long those that decode
+pause and those that have just come wait. Longer calls are not faster on a CPU."""
+WHOLE_PROMPTS_TOKENS = 2048
+"""The same where prompts are not divided and nobody decodes; a single prompt may be longer."""
 SCORED_ROWS = 64
 """Tokens of prompts whose log probabilities are wanted in one call: bounds the logits, (rows, V)."""
 _LOOK_AHEAD = 32
@@ -159,22 +160,24 @@ class Scheduler:
         """The next piece of prefill: for each request in it, how many of its tokens will be in the cache afterwards.
 
         Half of a piece is for the request that has run longest; the others have equal parts of the rest, and what one
-        does not need goes to the oldest that does. So a short prompt does not wait for a long one in front of it.
+        does not need goes to the oldest that does, unless the piece is the last for somebody else, who then waits no
+        longer than for that half. So a short prompt does not wait for a long one in front of it.
         """
         pending = [c for c in self.running if c.prefilling and not c.scores_prompt]
         if not pending:
             return []
-        streams = any(not c.prefilling for c in self.running)
-        room = min(PREFILL_CHUNK_TOKENS, PIECE_BESIDE_STREAMS_TOKENS) if streams else PREFILL_CHUNK_TOKENS
         if self.whole_prompts:
-            return self._whole(pending, room)
+            streams = any(not c.prefilling for c in self.running)
+            return self._whole(pending, PIECE_TOKENS if streams else WHOLE_PROMPTS_TOKENS)
+        room = PIECE_TOKENS
         parts = [0] * len(pending)
         if len(pending) > 1:
             parts[0] = min(pending[0].missing, room // 2)
             equal = (room - parts[0]) // (len(pending) - 1)
             for place in range(1, len(pending)):
                 parts[place] = min(pending[place].missing, equal)
-        left = room - sum(parts)
+        ends = any(part == continuation.missing for part, continuation in zip(parts[1:], pending[1:]))
+        left = 0 if ends else room - sum(parts)
         for place, continuation in enumerate(pending):
             more = min(continuation.missing - parts[place], left)
             parts[place] += more
