@@ -491,6 +491,132 @@ def test_a_link_where_the_scratch_file_goes_is_not_followed(tmp_path, module_dir
     assert done.returncode == 1 and "Traceback" not in done.stderr and (tmp_path / "precious").read_text() == "mine"
 
 
+@pytest.mark.parametrize("place", ["", "rank_0", "rank_0/checkpoint_0.safetensors"])
+def test_a_link_where_the_scratch_folder_goes_is_not_followed(tmp_path, place):
+    write_model(tmp_path / "hf", dims())
+    precious = tmp_path / "precious"
+    (precious / "sub").mkdir(parents=True)
+    (precious / "thesis.txt").write_text("mine")
+    (precious / "sub" / "config.json").write_text("mine")
+    link = os.path.join(partial_path(str(tmp_path / "x")), place).rstrip("/")
+    os.makedirs(os.path.dirname(link), exist_ok=True)
+    os.symlink(precious / "thesis.txt" if place.endswith("safetensors") else precious, link)
+    with pytest.raises(UserError, match="is a symbolic link") as error:
+        convert("ranks", tmp_path / "hf", tmp_path / "x")
+    assert error.value.exit_code == 2 and not (tmp_path / "x").exists()
+    assert sorted(os.listdir(precious)) == ["sub", "thesis.txt"] and os.listdir(precious / "sub") == ["config.json"]
+
+
+def test_what_others_have_in_the_scratch_folder_s_place_stays(tmp_path):
+    write_model(tmp_path / "hf", dims())
+    scratch = partial_path(str(tmp_path / "x"))
+    os.makedirs(scratch)
+    with open(os.path.join(scratch, "thesis.txt"), "w") as file:
+        file.write("mine")
+    with pytest.raises(UserError, match="holds thesis.txt, which this program did not write"):
+        convert("ranks", tmp_path / "hf", tmp_path / "x")
+    assert open(os.path.join(scratch, "thesis.txt")).read() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_to_a_folder_is_no_target(tmp_path, overwrite):
+    write_model(tmp_path / "hf", dims())
+    convert("ranks", tmp_path / "hf", tmp_path / "old")
+    before = sorted((tmp_path / "old").rglob("*"))
+    os.symlink(tmp_path / "old", tmp_path / "x")
+    plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x"), slicing=Slicing(2, False)))
+    with closing(plan), pytest.raises(UserError, match=f"is a symbolic link to {tmp_path}/old. Give that folder"):
+        run(plan, overwrite=overwrite)
+    assert sorted((tmp_path / "old").rglob("*")) == before and (tmp_path / "x").is_symlink()
+
+
+def test_slices_of_another_program_are_not_overwritten(tmp_path):
+    write_model(tmp_path / "hf", dims())
+    work = tmp_path / "x" / "rank_0" / "my-training_rank_0-5000_4.ckpt"
+    work.parent.mkdir(parents=True)
+    work.write_text("weeks")
+    plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x"), slicing=Slicing(2, False)))
+    with closing(plan), pytest.raises(UserError, match="holds rank_0/my-training_rank_0-5000_4.ckpt, which this"):
+        run(plan, overwrite=True)
+    assert work.read_text() == "weeks"
+    work.unlink()
+    for prefix in ("mine_", "checkpoint_", "mine_"):  # those of a prefix that was given are this program's
+        plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "y"), slicing=Slicing(2, False),
+                                                              prefix=prefix))
+        with closing(plan):
+            if prefix == "mine_":
+                run(plan, overwrite=True)
+            else:
+                with pytest.raises(UserError, match="holds rank_0/mine_0"):
+                    run(plan, overwrite=True)
+
+
+def at_the_end_of_moving(monkeypatch, act):
+    """Do something just before a conversion puts its result in place."""
+    moved = running.transfer
+
+    def transfer(*arguments):
+        moved(*arguments)
+        act()
+
+    monkeypatch.setattr(running, "transfer", transfer)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_under_the_target_s_name_meanwhile_stays(tmp_path, monkeypatch, form, overwrite):
+    write_model(tmp_path / "hf", dims())
+    source = tmp_path / "hf"
+    if form == "bin":
+        to_mindspore(tmp_path / "hf", tmp_path / "ms")
+        source = tmp_path / "ms"
+    target = target_of(form, tmp_path / "o")
+    mine = target if form in ("file", "bin") else target / "thesis.txt"
+    if overwrite and mine == target:
+        pytest.skip("a file of that name is what was to be overwritten")
+
+    def act():
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        mine.write_text("mine")
+
+    at_the_end_of_moving(monkeypatch, act)
+    with pytest.raises(UserError, match="thesis.txt, which this" if overwrite else "has come into being while"):
+        convert(form, source, target, overwrite=overwrite)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("form", ["file", "ranks"])
+def test_a_source_that_is_written_to_meanwhile_gives_no_result(tmp_path, monkeypatch, form):
+    write_model(tmp_path / "hf", dims())
+    weights = tmp_path / "hf" / "model.safetensors"
+    content = weights.read_bytes()
+    os.utime(weights, ns=(1, 1))
+
+    def act():
+        with open(weights, "r+b") as file:
+            file.seek(len(content) - 8)
+            file.write(b"\0" * 8)
+
+    at_the_end_of_moving(monkeypatch, act)
+    with pytest.raises(UserError, match="has been written to while it was converted") as error:
+        convert(form, tmp_path / "hf", target_of(form, tmp_path / "o"))
+    assert error.value.exit_code == 1 and not target_of(form, tmp_path / "o").exists()
+    monkeypatch.undo()
+    at_the_end_of_moving(monkeypatch, lambda: weights.exists() and weights.unlink())  # what is open is read whole
+    convert(form, tmp_path / "hf", target_of(form, tmp_path / "o"))
+
+
+def test_a_file_where_a_folder_is_to_be_made_and_the_other_way_round(tmp_path):
+    write_model(tmp_path / "hf", dims())
+    (tmp_path / "out").write_text("mine")
+    (tmp_path / "out.ckpt").mkdir()
+    for form, said in (("ranks", "is a file, and a folder"), ("file", "is a folder, and a file")):
+        plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(target_of(form, tmp_path)), **FORMS[form]))
+        with closing(plan), pytest.raises(UserError, match=said):
+            run(plan, overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 # ---- memory ----
 
 def test_memory_does_not_grow_with_the_model(tmp_path, module_dir):

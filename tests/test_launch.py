@@ -19,7 +19,7 @@ from launch_runs import LAUNCHER, WORKER, Launch, free_port, worker
 from qwen15 import cluster
 from qwen15.errors import UserError
 from qwen15.launch import plan as launch
-from qwen15.launch import ports, secret
+from qwen15.launch import ports, secret, supervise
 from qwen15.launch.rank_process import _WithoutNotices
 
 SCRIPT = str(WORKER)
@@ -531,6 +531,23 @@ def test_a_log_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="LOG_DIR .*/file/logs: logs cannot be written there"):
         launch.open_log_dir(str(tmp_path / "file" / "logs"))
+
+
+@pytest.mark.parametrize("name", ["worker_0.log", "worker_17.log", "scheduler.log", "launcher.log"])
+def test_a_log_that_leads_elsewhere_is_refused(tmp_path, name):
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "logs").mkdir()
+    os.symlink(tmp_path / "thesis", tmp_path / "logs" / name)
+    with pytest.raises(UserError, match=f"logs/{name}: is a symbolic link"):
+        launch.open_log_dir(str(tmp_path / "logs"))
+    assert (tmp_path / "thesis").read_text() == "mine"
+    os.rename(tmp_path / "logs" / name, tmp_path / "logs" / "mine.log")  # a name that no log of ours has
+    os.close(launch.open_log_dir(str(tmp_path / "logs"))[1])
+
+
+def test_what_the_launcher_says_of_odd_names_steers_no_terminal(capsys):
+    supervise.say("logs in /tmp/a\x1b[2Jb\u202e")
+    assert capsys.readouterr().err == "launcher: logs in /tmp/a\\x1b[2Jb\\u202e\n"
 
 
 def test_help_is_quick_and_needs_no_mindspore(tmp_path):

@@ -103,7 +103,7 @@ class Calibration:
         """
         from tqdm import tqdm
 
-        self._folder = AtomicFolder(self._scratch)
+        self._folder = AtomicFolder(self._scratch, [_layer(0), _hidden(0)])
         done, x = self._take_up(source, config, recipe)
         layers = config.dims.num_layers
         if done == layers:

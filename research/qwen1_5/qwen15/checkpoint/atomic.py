@@ -1,11 +1,12 @@
 """Write files that are either whole or not there: beside the target under a name of our own, then renamed."""
 
 import ctypes
+import errno
 import fcntl
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, Iterator, List, Sequence, Tuple
 
 from ..errors import EXIT_FAILED, UserError
@@ -13,15 +14,19 @@ from ..progress import human_bytes
 from .file_writer import Blocks, FileWriter, told
 
 LOCK_FILE = ".lock"
-_RENAME_EXCHANGE = 2
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _OURS = re.compile(r"^(model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json|"
                    r"generation_config\.json|vocab\.json|merges\.txt|tokenizer_config\.json|tokenizer\.json|"
                    r"special_tokens_map\.json|added_tokens\.json|quantize_config\.json|quant_config\.json|source_layout\.json|chat_template\.jinja|"
-                   r"rank_\d+/[^/]+\.(ckpt|safetensors)|strategy/ckpt_strategy_rank_\d+\.ckpt|\.lock)$")
-"""What a folder that this program wrote can hold; only such a folder is replaced by `--overwrite`."""
+                   r"rank_\d+/checkpoint_\d+\.(ckpt|safetensors)|strategy/ckpt_strategy_rank_\d+\.ckpt|\.lock)$")
+"""What a folder that this program wrote can hold, unless it was given other names; only such a folder is replaced by
+`--overwrite`."""
+
+_SLICE = re.compile(r"rank_\d+/[^/]*\d\.(ckpt|safetensors)")
+"""A slice under whatever prefix; enough of a sign in a folder that has our scratch name."""
 
 
 def partial_path(target: str) -> str:
@@ -30,13 +35,24 @@ def partial_path(target: str) -> str:
     return os.path.join(folder, f".{name}.qwen15-partial")
 
 
-def check_target(target: str, sources: Sequence[str], overwrite: bool) -> None:
+def is_ours(name: str, made: Sequence[str] = ()) -> bool:
+    """Whether a file of a folder (relative to it) is named as this program names its own.
+
+    Args:
+        name: the file.
+        made: names that are about to be written; the same with other numbers are this program's too.
+    """
+    return bool(_OURS.match(name)) or any(re.fullmatch(re.sub(r"\d+", r"\\d+", re.escape(one)), name) for one in made)
+
+
+def check_target(target: str, sources: Sequence[str], overwrite: bool, made: Sequence[str] = ()) -> None:
     """Refuse, before anything is written, a target that is in the way of something.
 
     Args:
         target: the file or folder to be made.
         sources: files and folders that are read for it.
         overwrite: replace what is there, if it is what this program writes.
+        made: the files of a folder that is to be made, relative to it.
 
     Raises:
         UserError: it is a source or holds one, it exists and may not be replaced, or its parent is no folder.
@@ -47,15 +63,22 @@ def check_target(target: str, sources: Sequence[str], overwrite: bool) -> None:
         if inner == real or (os.path.isdir(real) and os.path.commonpath([inner, real]) == real):
             what = "is what is being converted" if inner == real else f"holds what is being converted: {source}"
             raise UserError(what, target, "Write somewhere else.")
+    if os.path.islink(target) and os.path.isdir(target):
+        raise UserError(f"is a symbolic link to {os.path.realpath(target)}", target, "Give that folder itself.")
     if not os.path.lexists(target) or (os.path.isdir(target) and not os.listdir(target)):
         return
     if not overwrite:
         raise UserError("exists already", target, "Give another path, or --overwrite to replace it.")
     if os.path.isdir(target):
-        foreign = next((name for name in _files_below(target) if not _OURS.match(name)), None)
-        if foreign is not None:
-            raise UserError(f"holds {foreign}, which this program did not write, so the folder is not replaced", target,
-                            "Give another path, or take that file out first.")
+        _check_replaceable(target, made)
+
+
+def _check_replaceable(folder: str, made: Sequence[str]) -> None:
+    """Refuse to replace a folder that holds what this program did not write."""
+    foreign = next((name for name in _files_below(folder) if not is_ours(name, made)), None)
+    if foreign is not None:
+        raise UserError(f"holds {foreign}, which this program did not write, so the folder is not replaced", folder,
+                        "Give another path, or take that file out first.")
 
 
 def check_space(target: str, needed_bytes: int) -> None:
@@ -113,10 +136,17 @@ def _sync_folder(path: str) -> None:
 
 
 @contextmanager
-def atomic_file(target: str) -> Iterator[Tuple[int, str]]:
+def atomic_file(target: str, replace: bool = True) -> Iterator[Tuple[int, str]]:
     """Give (descriptor, path) of a scratch file that becomes `target` when the block ends well, and is removed if not.
 
     A killed process leaves the scratch file, never the target; the next run takes it over.
+
+    Args:
+        target: the file.
+        replace: take the place of a file that is there; without, one that has come meanwhile stays.
+
+    Raises:
+        UserError: `target` cannot be written, or is there and is not to be replaced.
     """
     partial = partial_path(target)
     fd = -1
@@ -127,7 +157,10 @@ def atomic_file(target: str) -> Iterator[Tuple[int, str]]:
         yield fd, partial
         with told(target):
             os.fsync(fd)
-            os.rename(partial, target)
+            if replace:
+                os.rename(partial, target)
+            else:
+                _rename_to_new(partial, target)
             _sync_folder(os.path.dirname(partial))
     except BaseException:
         _discard(partial, fd)
@@ -154,9 +187,9 @@ def _discard(partial: str, fd: int) -> None:
         pass  # not there, or another conversion's
 
 
-def write_small(target: str, content: bytes) -> None:
-    """Write a small file atomically."""
-    with atomic_file(target) as (fd, path), Blocks() as blocks:
+def write_small(target: str, content: bytes, replace: bool = True) -> None:
+    """Write a small file atomically; `replace` as for `atomic_file`."""
+    with atomic_file(target, replace) as (fd, path), Blocks() as blocks:
         FileWriter(fd, path, [content], blocks).finish()
 
 
@@ -168,14 +201,40 @@ class AtomicFolder:
 
     Args:
         target: the folder to make.
+        made: the files that it will hold, relative to it, beside those that `is_ours` knows.
+
+    Raises:
+        UserError: another run is at work, or what is in the scratch folder's place is none of this program's.
     """
 
-    def __init__(self, target: str):
+    def __init__(self, target: str, made: Sequence[str] = ()):
         self.target = os.path.abspath(target)
         self.path = partial_path(target)
+        self._made = made
+        if os.path.islink(self.path):
+            raise UserError("is a symbolic link, where a folder of what is not whole yet has its place", self.path,
+                            "Remove the link.")
         with told(target):
             os.makedirs(self.path, exist_ok=True)
             self._lock = _take(os.path.join(self.path, LOCK_FILE))
+        try:
+            self._check_own()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _check_own(self) -> None:
+        """Refuse to work in a folder with links, or with files of others."""
+        for root, folders, files in os.walk(self.path):
+            for name in folders + files:
+                path = os.path.join(root, name)
+                if os.path.islink(path):
+                    raise UserError("is a symbolic link among files that are not whole yet", path, "Remove the link.")
+        foreign = next((name for name in self.existing()
+                        if not is_ours(name, self._made) and not _SLICE.fullmatch(name)), None)
+        if foreign is not None:
+            raise UserError(f"holds {foreign}, which this program did not write, where what is not whole yet has its "
+                            "place", self.path, "Move that file away.")
 
     def existing(self) -> List[str]:
         """Files in the scratch folder, relative to it, the lock and halves of files left out."""
@@ -195,10 +254,12 @@ class AtomicFolder:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             yield fd, path
-            _sync_folder(os.path.dirname(path))
+            with told(path):
+                _sync_folder(os.path.dirname(path))
         except BaseException:
             if not kept(name):
-                os.unlink(path)
+                with suppress(FileNotFoundError):  # the folder was moved away
+                    os.unlink(path)
             raise
         finally:
             os.close(fd)
@@ -209,19 +270,33 @@ class AtomicFolder:
             if name != LOCK_FILE:
                 os.unlink(os.path.join(self.path, name))
 
-    def publish(self) -> None:
-        """Give the folder its name, replacing what is there (see `check_target`)."""
+    def publish(self, replace: bool = True) -> None:
+        """Give the folder its name.
+
+        Args:
+            replace: take the place of a folder of this program's own (see `check_target`); without, whatever has come
+                meanwhile stays.
+
+        Raises:
+            UserError: what is there may not be replaced, or the disk refuses.
+        """
         with told(self.target):
             for name in _files_below(self.path):
                 if os.path.basename(name).startswith(".") and name != LOCK_FILE:
                     os.unlink(os.path.join(self.path, name))
             for root, _, _ in os.walk(self.path):
                 _sync_folder(root)
-            if os.path.isdir(self.target) and os.listdir(self.target):
+            if replace and os.path.isdir(self.target) and os.listdir(self.target):
+                _check_replaceable(self.target, self._made)
                 _exchange(self.path, self.target)
-                _remove_ours(self.path)
+                self._remove()
             else:
-                os.rename(self.path, self.target)
+                try:
+                    os.rename(self.path, self.target)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                    raise _came_meanwhile(self.target) from None
             # The lock goes last: whoever starts now finds either the scratch folder locked or no scratch folder.
             os.unlink(os.path.join(self.target, LOCK_FILE))
             _sync_folder(os.path.dirname(self.target))
@@ -231,9 +306,39 @@ class AtomicFolder:
         os.close(self._lock)
         try:
             if os.path.isdir(self.path) and not self.existing():
-                _remove_ours(self.path)
+                self._remove()
         except OSError:
             pass
+
+    def _remove(self) -> None:
+        """Remove what is under the scratch folder's name: our own files, and not what came into it since."""
+        for name in _files_below(self.path):
+            if is_ours(name, self._made) or os.path.basename(name).startswith("."):
+                os.unlink(os.path.join(self.path, name))
+        for root, _, _ in os.walk(self.path, topdown=False):
+            if not os.listdir(root):
+                os.rmdir(root)
+
+
+def _came_meanwhile(target: str) -> UserError:
+    return UserError("has come into being while this was written, and is left as it is", target,
+                     "Give another path, or --overwrite.", exit_code=EXIT_FAILED)
+
+
+def _rename_to_new(one: str, other: str) -> None:
+    """Rename a file to a name that nothing has, in one step."""
+    if hasattr(_libc, "renameat2"):
+        done = _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_NOREPLACE)
+        code = ctypes.get_errno()
+        if done == 0:
+            return
+        if code == errno.EEXIST:
+            raise _came_meanwhile(other)
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OSError(code, os.strerror(code))
+    if os.path.lexists(other):  # a file system that cannot ask and rename in one step
+        raise _came_meanwhile(other)
+    os.rename(one, other)
 
 
 def _exchange(one: str, other: str) -> None:
@@ -246,13 +351,3 @@ def _exchange(one: str, other: str) -> None:
         os.rename(other, aside)
         os.rename(one, other)
         os.rename(aside, one)
-
-
-def _remove_ours(folder: str) -> None:
-    """Remove a folder of our own files: not through links, and not what came into it since."""
-    for name in _files_below(folder):
-        if _OURS.match(name) or os.path.basename(name).startswith("."):
-            os.unlink(os.path.join(folder, name))
-    for root, _, _ in os.walk(folder, topdown=False):
-        if not os.listdir(root):
-            os.rmdir(root)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
-from .. import device
+from .. import device, terminal
 from ..ascend import mcore_yaml
 from ..command_line import Parser, whole
 from ..config.hf_config import dims_from_hf_config
@@ -320,7 +320,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(text, end="")
     else:
         _write_new(args.output, text)
-    print(f"{args.output or 'stdout'}: {needs}", file=sys.stderr)
+    print(terminal.line(f"{args.output or 'stdout'}: {needs}"), file=sys.stderr)
     return 0
 
 

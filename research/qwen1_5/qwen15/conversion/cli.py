@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Any, Optional
 
+from .. import terminal
 from ..errors import UserError
 from ..hub.names import HUBS
 
@@ -128,4 +129,4 @@ def carry_out(plan: Any, args: argparse.Namespace, chosen: Any = None) -> bool:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(terminal.line(line), file=sys.stderr)

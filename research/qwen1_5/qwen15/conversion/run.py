@@ -17,7 +17,7 @@ from ..checkpoint.atomic import (
 )
 from ..checkpoint.file_writer import Blocks, FileWriter
 from ..checkpoint.reader import Checkpoint, TensorFile
-from ..errors import UserError
+from ..errors import EXIT_FAILED, UserError
 from ..progress import byte_bar, skip
 from .plan import Plan, groups
 from .resume import RECORD_FILE, Record
@@ -61,14 +61,18 @@ def run(plan: Plan, verify: bool = False, overwrite: bool = False, allow_overflo
             comparing failed (nothing was put in place then).
     """
     check_plan(plan, overwrite)
+    sources = _states(plan)
     plan.prepare()
-    return (_run_folder if plan.is_folder else _run_file)(plan, verify, allow_overflow)
+    return (_run_folder if plan.is_folder else _run_file)(plan, verify, allow_overflow, overwrite, sources)
 
 
 def check_plan(plan: Plan, overwrite: bool) -> None:
     """What `run` refuses before it writes anything; a dry run asks the same."""
     sources = [file.path for source in plan.sources for file in source.files]
-    check_target(plan.target, sources, overwrite)
+    check_target(plan.target, sources, overwrite, [file.name for file in plan.files])
+    if os.path.lexists(plan.target) and os.path.isdir(plan.target) != plan.is_folder:
+        raise UserError("is a file, and a folder is to be made" if plan.is_folder else
+                        "is a folder, and a file is to be made", plan.target, "Give another path, or --format.")
     # What an interrupted run left is reused or overwritten: either way its space counts as free.
     check_space(plan.target, plan.write_bytes - disk_bytes(partial_path(plan.target)))
     if not plan.is_folder:
@@ -93,11 +97,28 @@ def _read(path: str) -> Optional[bytes]:
         return None
 
 
-def _run_file(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
+def _states(plan: Plan) -> Dict[str, os.stat_result]:
+    return {file.path: os.stat(file.path) for source in plan.sources for file in source.files}
+
+
+def _check_unchanged(sources: Mapping[str, os.stat_result]) -> None:
+    """Refuse a result whose source was written to meanwhile; one that was removed or replaced is still read whole."""
+    for path, before in sources.items():
+        try:
+            now = os.stat(path)
+        except OSError:
+            continue
+        if os.path.samestat(now, before) and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise UserError("has been written to while it was converted, so nothing of the result was put in place",
+                            path, "Give the same command again when it changes no more.", exit_code=EXIT_FAILED)
+
+
+def _run_file(plan: Plan, verify: bool, allow_overflow: bool, overwrite: bool,
+              sources: Mapping[str, os.stat_result]) -> Result:
     (file,) = plan.files
     tally = Tally()
     begin = time.monotonic()
-    with atomic_file(plan.target) as (fd, path):
+    with atomic_file(plan.target, overwrite) as (fd, path):
         with Blocks() as blocks:
             writer = FileWriter(fd, path, file.steps(), blocks)
             with byte_bar("converting", plan.read_bytes) as bar:
@@ -105,16 +126,18 @@ def _run_file(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
                 writer.finish()
         compared = _verify(plan, {0: path}) if verify else 0
         errors = tuple(plan.errors()) if verify else ()
+        _check_unchanged(sources)
         for name, content in plan.small.items():
             beside = os.path.join(plan._small_folder, name)
             if _read(beside) != content:
-                write_small(beside, content)
+                write_small(beside, content, overwrite)
     return Result(tally, time.monotonic() - begin, 0, 0, compared, errors)
 
 
-def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
+def _run_folder(plan: Plan, verify: bool, allow_overflow: bool, overwrite: bool,
+                sources: Mapping[str, os.stat_result]) -> Result:
     begin = time.monotonic()
-    folder = AtomicFolder(plan.target)
+    folder = AtomicFolder(plan.target, [file.name for file in plan.files])
     try:
         record = Record(plan, folder)
         resumed, resumed_bytes = len(record.done), 0
@@ -133,7 +156,8 @@ def _run_folder(plan: Plan, verify: bool, allow_overflow: bool) -> Result:
         paths = {number: os.path.join(folder.path, file.name) for number, file in enumerate(plan.files)}
         compared = _verify(plan, paths) if verify else 0
         errors = tuple(plan.errors()) if verify else ()
-        folder.publish()
+        _check_unchanged(sources)
+        folder.publish(overwrite)
         return Result(record.tally, time.monotonic() - begin, resumed, resumed_bytes, compared, errors)
     finally:
         folder.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from .. import terminal
 from ..device import env_rank
 from . import names
 
@@ -30,4 +31,4 @@ def resolve(given: str, hub: str = "hf") -> str:
 
 def _tell(line: str) -> None:
     if env_rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(terminal.line(line), file=sys.stderr, flush=True)

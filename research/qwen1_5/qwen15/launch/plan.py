@@ -52,6 +52,7 @@ LOCALHOST = "127.0.0.1"
 _PORT_TRIES = 3
 MOST_RANKS = 65535
 MOST_SECONDS = 10 ** 8
+_LOG = re.compile(r"(worker_\d+|scheduler|launcher)\.log")
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 
 
@@ -246,6 +247,11 @@ def open_log_dir(path: str) -> Tuple[str, int]:
     except OSError as error:
         raise UserError(f"logs cannot be written there ({error.strerror})", where=f"LOG_DIR {path}",
                         fix="Name another folder, or start from a folder you can write to.") from None
+    for name in os.listdir(path):
+        if _LOG.fullmatch(name) and os.path.islink(os.path.join(path, name)):
+            os.close(descriptor)
+            raise UserError("is a symbolic link, and what it leads to would be overwritten", os.path.join(path, name),
+                            "Remove the link, or name another LOG_DIR.")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -77,7 +77,7 @@ NO_LINK = ("a machine that is lost will be noticed after 30 s, by MindSpore's he
 
 def say(line: str) -> None:
     """A line of the launcher's own, on stderr."""
-    print(f"launcher: {line}", file=sys.stderr, flush=True)
+    print(terminal.line(f"launcher: {line}"), file=sys.stderr, flush=True)
 
 
 def run(job: Job) -> int:
@@ -490,7 +490,7 @@ class _Supervisor:
         else:
             self._end_all()
         if report.lines:
-            sys.stderr.write(f"--- last lines of {report.log}{there}\n")
+            sys.stderr.write(terminal.line(f"--- last lines of {report.log}{there}") + "\n")
             sys.stderr.writelines(f"{line}\n" for line in report.lines)
             sys.stderr.write("---\n")
         fixes = ([report.fix] if report.fix else []) + ([f"Its log{there}: {report.log}."] if report.log else [])
