@@ -14,6 +14,7 @@ import sys
 import termios
 import time
 
+import warm_commands
 from conftest import MODULE, random_model
 
 CONFIG = "predict_qwen1_5_smollm2_135m.yaml"
@@ -52,10 +53,17 @@ def command(*arguments):
     return [sys.executable, "run_qwen1_5.py", "--device_target", "CPU", *map(str, arguments)]
 
 
+def finished(command, environ, stdin="", timeout=300):
+    """Run `python SCRIPT ARGUMENT...` in research/qwen1_5 to its end, as if started by itself."""
+    if warm_commands.can_run(command, environ):
+        return warm_commands.run(command[1:], MODULE, environ, stdin, timeout)
+    return subprocess.run(command, cwd=MODULE, input=stdin, capture_output=True, text=True, timeout=timeout,
+                          env=environ)
+
+
 def run(*arguments, stdin="", code=0, **changes):
     """Run to the end; gives the finished process."""
-    done = subprocess.run(command(*arguments), cwd=MODULE, input=stdin, capture_output=True, text=True, timeout=300,
-                          env=environment(**changes))
+    done = finished(command(*arguments), environment(**changes), stdin)
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import warm_commands
 from conftest import MODULE
 from qwen15.bench import hf, options, report, rounds, work
 from qwen15.bench.make_checkpoint import dims_of, make_checkpoint
@@ -44,10 +45,12 @@ sys.exit(run_main(command.main))
 
 def bench(*arguments, cwd, code=0, quick=False):
     """Run to the end; gives the finished process."""
-    program = ["-c", QUICK_PROBES] if quick else ["-m", "qwen15.bench"]
-    done = subprocess.run([sys.executable, *program, *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True,
-                          timeout=300, env={**os.environ, "PYTHONPATH": str(MODULE), "XDG_CACHE_HOME": str(cwd)})
+    program = ["-m", "qwen15.bench"]
+    if quick:
+        (cwd / "quick.py").write_text(QUICK_PROBES)
+        program = ["quick.py"]
+    done = warm_commands.run([*program, *arguments], cwd,
+                             {**os.environ, "PYTHONPATH": str(MODULE), "XDG_CACHE_HOME": str(cwd)})
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -1,6 +1,7 @@
 """run_qwen1_5.py as a user runs it: the answer on stdout, one clear line for each mistake, and the right exit code."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,21 +9,17 @@ import time
 
 import numpy as np
 import pytest
+from command_fixtures import command, finished
 from conftest import random_model
 
 CONFIG = "predict_qwen1_5_smollm2_135m.yaml"
 
 
 @pytest.fixture
-def run(module_dir):
+def run():
     """Runs the script in research/qwen1_5 and gives back the finished process."""
     def start(*arguments, config=CONFIG, **environment):
-        import os
-
-        return subprocess.run([sys.executable, "run_qwen1_5.py", "--config", str(config), "--device_target", "CPU",
-                               *map(str, arguments)],
-                              cwd=module_dir, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, **environment})
+        return finished(command("--config", config, *arguments), {**os.environ, **environment})
     return start
 
 
@@ -151,10 +148,11 @@ class TestMistakes:
         line = error_line(run("--load_checkpoint", broken, "--predict_data", "a", config=random_yaml))
         assert shard.name in line
 
-    def test_typo_in_yaml_answers_within_a_second(self, run, random_yaml):
+    def test_typo_in_yaml_answers_within_a_second(self, module_dir, random_yaml):
         random_yaml.write_text(random_yaml.read_text().replace("num_blocks", "num_block"))
-        start_s = time.perf_counter()
-        line = error_line(run("--predict_data", "a", config=random_yaml))
+        start_s = time.perf_counter()  # of a process by itself
+        line = error_line(subprocess.run(command("--config", random_yaml, "--predict_data", "a"), cwd=module_dir,
+                                         capture_output=True, text=True, timeout=300))
         assert time.perf_counter() - start_s < 3  # a loaded machine; MindSpore alone takes longer to import
         assert f"{random_yaml}:6" in line and "Did you mean num_blocks?" in line
 
