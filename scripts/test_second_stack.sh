@@ -35,7 +35,7 @@ needed_mib=5632  # 4.1 GiB in the end; pip keeps the downloads, 1 GiB, beside wh
 have() {
     "$venv/bin/python" - <<'PYTHON' 2>/dev/null || true
 from importlib.metadata import version
-for module in ("pytest", "pytest_timeout", "xdist", "torch", "tiktoken", "jinja2", "transformers"):
+for module in ("pytest", "pytest_timeout", "xdist", "torch", "tiktoken", "jinja2", "transformers", "pyarrow"):
     __import__(module)
 print(f"mindspore {version('mindspore')}, mindformers {version('mindformers')}", end="")
 PYTHON
