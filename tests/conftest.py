@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings would bury the tests' own output
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: each has one core
     os.environ.setdefault("QWEN15_THREADS", "1")
+    os.environ.setdefault("QWEN15_READING", "outer,4096,2")  # else the first test of a machine would measure
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts its background jobs with Ctrl-C ignored, and what the tests start would inherit that.

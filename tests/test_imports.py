@@ -18,7 +18,7 @@ BELOW = {
     "launch": [],
     "checkpoint": [],
     "hub": [],
-    "config": ["hub"],
+    "config": ["hub", "kernels"],
     "kernels": [],
     "ops": ["kernels"],
     "conversion": ["checkpoint", "config", "hub"],

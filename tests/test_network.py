@@ -261,6 +261,38 @@ def test_decoding_without_passing_the_parameters_gives_the_same_logits(
     assert len(whole_calls) == 7
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_without_mindspore_is_the_step_of_its_graph(whole_calls, count, tmp_path, monkeypatch):
+    random_model(tmp_path / "hf")
+    _, network = open_network(tmp_path / "hf", tmp_path, "bfloat16")
+    prompts = random_prompts(199, count)
+    without = Conversations(network, prompts)
+    got = [without.decode(token) for token in (3, 50, 7)]
+    monkeypatch.setattr(network.short, "run", network.short.run_in_graph)
+    in_graph = Conversations(network, prompts)
+    np.testing.assert_array_equal(got, [in_graph.decode(token) for token in (3, 50, 7)])
+
+
+def test_numbers_out_of_range_do_not_reach_the_kernels(whole_calls, tmp_path):
+    random_model(tmp_path / "hf")
+    _, network = open_network(tmp_path / "hf", tmp_path)
+    conversation = Conversations(network, [[5, 6, 7]])
+    conversation.decode(8)
+    binding = network._cell.binding
+    logits = np.empty((1, network.vocab_size), np.float32)
+    for rows, complaint in (([[10 ** 6, 5, 4, 0, 1]], "ids"), ([[1, 10 ** 6, 4, 0, 1]], "positions"),
+                            ([[1, 5, 10 ** 6, 0, 1]], "slots"), ([[1, 5, 4, -1, -1]], "block table"),
+                            ([[1, 5, 4]], "no block table")):
+        with pytest.raises(RuntimeError, match=complaint):
+            binding.decode(np.array(rows, np.int32), logits)
+    with pytest.raises(RuntimeError, match="the vocabulary"):
+        binding.decode(np.array([[1, 5, 4, 0, 1]], np.int32), np.empty((1, 3), np.float32))
+    with pytest.raises(ValueError):
+        binding.decode(np.array([[1, 5, 4, 0, 1]], np.int64), logits)
+    with pytest.raises(ValueError):
+        binding.decode(np.array([[1, 5, 4, 0, 1]] * 2, np.int32), logits)
+
+
 def parameter_of(network, name):
     return next(p for p in network._cell.get_parameters() if p.name.endswith(name))
 

@@ -50,8 +50,6 @@ acl.aclrtResetDevice(card)
 acl.aclFinalize()
 """
 """Run in a process of its own: libraries that fail to load, or a card that hangs, leave this one as it is."""
-MOST_THREADS = 256
-"""The kernels' pool holds no more."""
 LACKING = "CANN's libraries lack"
 """How a fault begins where CANN is of another release than MindSpore is made for."""
 

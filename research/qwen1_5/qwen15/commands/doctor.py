@@ -159,12 +159,41 @@ def check_kernels(cpuinfo: str = "/proc/cpuinfo") -> Finding:
     if forced and not kernels.can_run(forced):
         able = ", ".join(name for name in library.KERNELS if kernels.can_run(name))
         return Finding("kernels", FAIL, f"QWEN15_KERNELS={forced}, which this CPU cannot run", f"It runs {able}.")
-    detail = f"{forced or kernels.kernels}, {kernels.threads} threads, {kernels.path}"
+    threads = "QWEN15_THREADS" if os.environ.get("QWEN15_THREADS") else machine.default_threads(
+        quota=machine.cpu_quota())[1]
+    detail = f"{forced or kernels.kernels}, {kernels.threads} threads ({threads}), {kernels.path}"
     if not forced and {"amx_tile", "amx_bf16"} <= _processor(cpuinfo)[1] and not kernels.can_run("amx"):
         return Finding("kernels", WARN, f"{detail}; this CPU has AMX, which is not used",
                      "AMX wants Linux 5.16 or later, a container that may call arch_prctl, and a library built with "
                      "g++ 11 or later (`python -m qwen15.kernels.build`).")
     return Finding("kernels", OK, detail)
+
+
+def check_reading() -> Optional[Finding]:
+    """How weights are read where few tokens meet them; None without kernels."""
+    from ..kernels import library, reading
+
+    forced = os.environ.get("QWEN15_KERNELS", "")
+    try:
+        kernels = library.load()
+        if forced:
+            kernels.use_kernels(forced)
+        way, whence = reading.choose(kernels)
+    except ValueError:
+        return None
+    except UserError as error:
+        return Finding("reading", FAIL, str(error), error.fix) if error.where == reading.VARIABLE else None
+    return Finding("reading", OK, f"{way} (prefetch, bytes ahead, places), {whence}")
+
+
+def check_nodes(found: Optional[machine.Processors] = None) -> Finding:
+    """The memory nodes, and what is done about several."""
+    found = machine.processors() if found is None else found
+    if len(found.nodes) == 1:
+        return Finding("nodes", OK, "1 memory node")
+    each = "; ".join(f"node {number}: {len(cpus)} CPUs" for number, cpus in found.nodes.items())
+    return Finding("nodes", OK, f"{len(found.nodes)} memory nodes ({each}): each thread stays on one, new memory comes "
+                                "from all in turn")
 
 
 def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/",
@@ -259,7 +288,8 @@ def examine(vocab_file: Optional[str] = None, merges_file: Optional[str] = None,
             deep: bool = False) -> List[Finding]:
     """All findings, in the order in which they are read."""
     checks = [check_python(), *check_packages(), check_requirements(),
-              check_cpu(), check_kernels(), *check_ascend(), check_memory(),
+              check_cpu(), check_kernels(), *filter(None, [check_reading()]), check_nodes(), *check_ascend(),
+              check_memory(),
               check_msrun(), check_port(port)]
     if vocab_file is not None or merges_file is not None:
         checks.append(check_tokenizer(vocab_file, merges_file))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, List, Mapping, Tuple
 
 from .. import cluster, device
+from ..errors import UserError
 from .keys import DEVICE, INERT, find
 from .schema import Config
 
@@ -30,7 +31,21 @@ def describe(config: Config) -> str:
     lines += [f"# device: {config.device_note}", *guesses(config)]
     if config.parallel.use_parallel and config.device_target != device.ASCEND:
         lines.append(f"# ranks add {cluster.describe_sum()}")
+    if config.device_target != device.ASCEND:
+        lines += _reading()
     return "\n".join(lines)
+
+
+def _reading() -> List[str]:
+    """A line on how the kernels read weights where few tokens meet them; none without kernels."""
+    from ..kernels import library, reading
+
+    reading.forced()
+    try:
+        way, whence = reading.choose(library.load(), may_measure=False)
+    except UserError:  # not built; another line says what runs instead
+        return []
+    return [f"# weights are read {way} (prefetch, bytes ahead, places), {whence}"]
 
 
 def guesses(config: Config) -> List[str]:

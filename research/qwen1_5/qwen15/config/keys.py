@@ -6,9 +6,10 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Sequence, Tuple
 
-from ..device import MOST_THREADS, TARGETS
+from ..device import TARGETS
 from ..errors import did_you_mean
 from ..hub.names import HUBS
+from ..machine import MOST_THREADS
 
 USED, DEVICE, FIXED, INERT = "used", "device", "fixed", "inert"
 """What a key does. USED: this module reads it. DEVICE: handed to MindSpore or MindFormers on Ascend, no effect on CPU.

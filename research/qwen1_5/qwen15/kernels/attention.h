@@ -459,7 +459,7 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
                   float* out, Activations act, AttentionScratch& scratch) {
   int64_t kv = cache.kv_heads, dim = cache.head_dim, group = heads / kv;
   int64_t most = kQueryBytes / (kKeys * (int64_t)sizeof(typename Packer<R>::Tile::A));  // rows
-  const Pieces pieces(cache.block_size, team.size());
+  const Pieces pieces(cache.block_size, scratch.threads);
   const Partial layout(heads, dim);
 
   int64_t wanted = team.take(), item = 0, partial = 0, token = 0;
@@ -482,7 +482,7 @@ void attention_of(Team& team, const float* q, int64_t q_stride, int64_t heads, c
       }
     } else {
       int64_t rows = most;
-      while (rows > kLeastRows && (queries * group + rows - 1) / rows * kv < 4 * team.size()) rows /= 2;
+      while (rows > kLeastRows && (queries * group + rows - 1) / rows * kv < 4 * scratch.threads) rows /= 2;
       int64_t query_block = rows / group < 8 ? 8 : rows / group;
       int64_t blocks = (queries + query_block - 1) / query_block, count = blocks * kv;
       for (; wanted < item + count; wanted = team.take()) {

@@ -40,7 +40,7 @@ ARM_SOURCES: Dict[str, Sequence[str]] = {
 }
 """Sources of one instruction set each, with the flags no other source may be compiled with."""
 SOURCES: Sequence[str] = ("team.cpp", "dispatch.cpp", "layer.cpp", "operators.cpp", "ranks.cpp", "select.cpp",
-                          "probe.cpp", "isa_portable.cpp")
+                          "probe.cpp", "reading.cpp", "isa_portable.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread", "-Wall",
          "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 SANITIZERS = ("address", "undefined", "thread")

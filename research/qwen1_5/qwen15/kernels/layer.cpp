@@ -261,7 +261,7 @@ void attention(const float* q, int64_t heads, const Cache& cache, const Batch& b
   int size = threads();
   int64_t floats = attention_partial_floats(heads, cache.head_dim) * attention_partials(batch, size);
   memory.reserve(Arena::rounded(floats * 4));
-  AttentionScratch scratch = {memory.take<float>(floats)};
+  AttentionScratch scratch = {memory.take<float>(floats), size};
   run_team(size, [&](Team& team) {
     kernels().attention(team, q, heads * cache.head_dim, heads, cache, batch, out, Activations(), scratch);
   });
@@ -476,7 +476,7 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
   m.x = memory.take<float>(tokens * hidden);
   m.qkv = memory.take<float>(tokens * width);
   m.rows = memory.take<float>(sequences * hidden);
-  m.scratch.partials = memory.take<float>(partials);
+  m.scratch = {memory.take<float>(partials), size};
   m.partial = memory.take<float>(partial_floats);
   m.part = memory.take<float>(part_floats);
   Piece piece;

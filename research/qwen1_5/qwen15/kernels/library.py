@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .. import machine
 from ..errors import UserError
 from .build import LIBRARY_NAME, OUTPUT_DIR
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 """What `qwen15_abi_version()` must return: the arguments of the functions below and the operators' inputs."""
 
 KERNELS = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon_dot", "neon", "portable")
@@ -64,11 +64,17 @@ class Library:
                 ("use_kernels", ctypes.c_int, (ctypes.c_char_p,)),
                 ("threads", ctypes.c_int, ()),
                 ("set_threads", None, (ctypes.c_int,)),
+                ("working_threads", ctypes.c_int, ()),
+                ("spread_over", ctypes.c_int, (ctypes.c_int, _I32, _I32, _I32)),
+                ("set_reading", None, (ctypes.c_int, ctypes.c_int, ctypes.c_int)),
+                ("probe_reading", ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)),
                 ("exact_activations", ctypes.c_int, ()),
                 ("set_exact_activations", None, (ctypes.c_int,)),
                 ("open_binding", ctypes.c_int64, (ctypes.c_int,)),
                 ("close_binding", None, (ctypes.c_int64,)),
                 ("bound_addresses", ctypes.c_int64, (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)),
+                ("decode_bound", ctypes.c_int, (ctypes.c_int64, _I32, ctypes.c_int64, ctypes.c_int64, _F32,
+                                                ctypes.c_int64)),
                 ("join_ranks", ctypes.c_int, (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_double)),
                 ("agree", ctypes.c_int, (_I32, ctypes.c_int64, ctypes.c_double)),
                 ("ranks_complaint", ctypes.c_char_p, ()),
@@ -106,13 +112,42 @@ class Library:
 
     @property
     def threads(self) -> int:
-        """Threads the kernels run on: `threads = n`, else $QWEN15_THREADS, else physical cores this process may use and
-        its container's CPU quota allows."""
+        """Threads the kernels run on: `threads = n`, else $QWEN15_THREADS, else what `machine.default_threads` says."""
         return self._handle.qwen15_threads()
 
     @threads.setter
     def threads(self, count: int) -> None:
         self._handle.qwen15_set_threads(count)
+
+    @property
+    def working_threads(self) -> int:
+        """Threads that worked at the last call: fewer than `threads` while others take this process' cores."""
+        return self._handle.qwen15_working_threads()
+
+    def spread_over(self, nodes: Mapping[int, Sequence[int]]) -> Optional[str]:
+        """Keep each thread on one memory node, and let memory that is touched first from now on come from all nodes in
+        turn; pages of files that the system has in memory already stay where they are.
+
+        Args:
+            nodes: CPUs of each, by its number.
+
+        Returns:
+            why memory cannot be placed, None when it can.
+        """
+        cpus = np.array([cpu for each in nodes.values() for cpu in each], np.int32)
+        counts = np.array([len(each) for each in nodes.values()], np.int32)
+        numbers = np.array(list(nodes), np.int32)
+        code = self._handle.qwen15_spread_over(len(nodes), _i32(numbers), _i32(counts), _i32(cpus))
+        return os.strerror(code) if code else None
+
+    def read_by(self, hint: int, ahead: int, places: int) -> None:
+        """How weights are asked for that few tokens meet, see reading.py. It changes no result."""
+        self._handle.qwen15_set_reading(hint, ahead, places)
+
+    def reading_seconds(self, weights: np.ndarray, tokens: int) -> float:
+        """Seconds in which all threads read weights (rows, cols) of 16 bits, bfloat16, from memory against so many
+        tokens."""
+        return self._handle.qwen15_probe_reading(weights.ctypes.data, *weights.shape, tokens)
 
     @property
     def exact_activations(self) -> bool:
@@ -142,6 +177,24 @@ class Library:
         addresses = (ctypes.c_int64 * count)()
         self._handle.qwen15_bound_addresses(number, addresses, count)
         return list(addresses)
+
+    def decode_bound(self, number: int, rows: np.ndarray, logits: np.ndarray) -> None:
+        """A new token for each sequence on what is kept under this number; as the operator `decode` does it.
+
+        Args:
+            rows: (B, 3 + M) int32: id, context_len, slot, then the sequence's block table.
+            logits: (B, V) float32, which are written.
+
+        Raises:
+            RuntimeError: nothing is kept there, or a number in rows is out of its range.
+        """
+        for array, dtype in ((rows, np.int32), (logits, np.float32)):
+            if array.dtype != dtype or array.ndim != 2 or not array.flags.c_contiguous:
+                raise ValueError(f"wanted {np.dtype(dtype)} with 2 dimensions, row after row")
+        if len(rows) != len(logits):
+            raise ValueError(f"{len(rows)} rows and {len(logits)} of logits")
+        if self._handle.qwen15_decode_bound(number, _i32(rows), *rows.shape, _f32(logits), logits.shape[1]):
+            raise RuntimeError(self.last_error)
 
     def join_ranks(self, file: int, rank: int, ranks: int, limit_s: float) -> None:
         """Join the other ranks of this machine through memory that all of them share.
@@ -286,12 +339,9 @@ def load() -> Library:
     global _loaded
     if _loaded is None or _loaded.path != library_path():
         _loaded = Library(library_path())
+        found = machine.processors()
         if not os.environ.get("QWEN15_THREADS"):
-            limit_threads(_loaded, machine.cpu_quota())
+            _loaded.threads, _ = machine.default_threads(found, machine.cpu_quota())
+        if len(found.nodes) > 1:
+            _loaded.spread_over(found.nodes)
     return _loaded
-
-
-def limit_threads(kernels: Library, quota: Optional[float]) -> None:
-    """No more threads than whole CPUs of a quota: one that is stopped for want of time holds up all the others."""
-    if quota is not None and kernels.threads > max(1, int(quota)):
-        kernels.threads = max(1, int(quota))

@@ -23,12 +23,15 @@ inline int64_t panels_from(DType dtype) { return is_quantised(dtype) ? kQuantPac
 // barrier in front of it, while others still prepare the activations, it hides the time until the first weights arrive.
 void ask(Team& team, const Job& job, int64_t tokens) {
   if (tokens >= panels_from(job.w.dtype) || is_wide(job.w.dtype, tokens)) return;
+  const Reading way = reading();
+  if (way.hint == 0) return;
   Places places(team, team.rank(), job, tokens);
   int64_t row_bytes = job.w.row_bytes(), most = (places.end - places.begin) * row_bytes;
   const char* w = (const char*)job.w.data + places.begin * row_bytes;
-  const char* second = places.side_by_side ? (const char*)job.up.data + places.begin * row_bytes
-                                           : w + places.apart * row_bytes;
-  for (int64_t at = 0; at < kAheadBytes && at < most; at += 64) {
+  const char* second = places.side_by_side                  ? (const char*)job.up.data + places.begin * row_bytes
+                       : places.apart < places.end - places.begin ? w + places.apart * row_bytes
+                                                                  : w;
+  for (int64_t at = 0; at < way.ahead && at < most; at += 64) {
     __builtin_prefetch(w + at, 0, 3);
     __builtin_prefetch(second + at, 0, 3);
   }

@@ -2,14 +2,13 @@
 //
 //   w (rows, cols) f32/f16/bf16 row-major; x (N, cols) as the row's trait wants it; sums in float32
 #pragma once
+#include "reading.h"
 #include "rows.h"
 
 namespace qwen15 {
 namespace {
 
-// How weights are asked for that are read once: into the outer caches. Past all of them (0) an Intel server's cores hold a
-// buffer each until the memory answers, and one token takes 2 to 2.6 times as long; on AMD's it makes no difference.
-constexpr int kReadHint = 1;
+constexpr int kAskedTokens = 8;       // up to which the hint matters; a choice in the loop would cost 15 % at 11
 constexpr int kRowBlock = 64;         // rows handed to the epilogue at a time when tokens are few
 constexpr int64_t kSum = 128;         // float32 products in one sum: longer ones move a real model's logits by 4e-4
 
@@ -32,13 +31,13 @@ inline float dot(const typename R::E* w, int64_t cols, const typename R::X* x) {
 // Rows at P places of a matrix against N tokens: out[(p * tokens + t) * kRowBlock + r] (+)= w[p * apart + r] . x[t].
 //
 // Each place is read in address order. Two streams far apart keep more of the memory busy than one; rows that lie side
-// by side would confuse the prefetcher. What the hardware's prefetcher misses is asked for `ahead` elements further on.
+// by side would confuse the prefetcher. What the hardware's prefetcher misses is asked for as `asking` says.
 // `head` elements before w fill its first vector up, so that no load crosses a cache line: x has as many zeros in front,
 // and those elements themselves are not looked at.
 template <class R, int N, int P>
 __attribute__((noinline)) void dot_places(const typename R::E* w, int64_t apart, int64_t stride, int64_t rows, int64_t cols,
                                           int head, const typename R::X* x, int64_t x_stride, float* out, int64_t tokens,
-                                          bool accumulate, int64_t ahead) {
+                                          bool accumulate, Asking asking) {
   constexpr int64_t kLine = 64 / sizeof(typename R::E);
   constexpr int kChains = N == 1 ? 2 : 1;  // an addition takes longer than a line to arrive
   constexpr int kSums = N * P;
@@ -67,7 +66,11 @@ __attribute__((noinline)) void dot_places(const typename R::E* w, int64_t apart,
 #pragma GCC unroll 2
       for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) __builtin_prefetch(w + p * apart + i + c * kLine + ahead, 0, kReadHint);
+        for (int p = 0; p < P; ++p) {
+          const typename R::E* line = w + p * apart + i + c * kLine;
+          if (N <= kAskedTokens) asking.line(line);
+          else __builtin_prefetch((const char*)line + asking.ahead, 0, 1);  // bound by its arithmetic
+        }
 #pragma GCC unroll 16
         for (int64_t at = i + c * kLine; at < i + (c + 1) * kLine; at += R::step) {
           typename R::L l[P];

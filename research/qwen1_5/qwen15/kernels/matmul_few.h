@@ -7,7 +7,6 @@
 namespace qwen15 {
 namespace {
 
-constexpr int64_t kAheadBytes = 4096; // distance at which a row's bytes are asked for when tokens are few
 constexpr int64_t kDotBytes = 32768;  // bytes of activations at once then: they stay in the first cache level
 constexpr int64_t kReusedRows = 8;    // rows at once when they meet several groups of tokens
 constexpr int64_t kPackFrom = 64;     // tokens from which packing pays
@@ -27,15 +26,16 @@ inline bool are_cut_alike(const Job& job) {
 
 // One thread's rows [begin, end) of a job in blocks of up to kRowBlock rows at each of two places: `apart` rows from
 // each other in the same matrix, where the second may have fewer rows than the first, or the same rows of both matrices
-// of a gated job.
+// of a gated job. Where reading goes at one place, the second has no rows.
 struct Places {
   int64_t begin, end, apart, blocks;
   bool side_by_side;  // rows of both matrices
 
   Places(const Team& team, int rank, const Job& job, int64_t tokens) {
     team.share_of(rank, job.w.rows, W, &begin, &end);
-    side_by_side = is_quantised(job.w.dtype) ? are_cut_alike(job) : pair_distance(job, tokens) != 0;
-    apart = side_by_side ? end - begin : round_up((end - begin + 1) / 2, W);
+    int wanted = reading().places;
+    side_by_side = wanted == 2 && (is_quantised(job.w.dtype) ? are_cut_alike(job) : pair_distance(job, tokens) != 0);
+    apart = side_by_side || wanted == 1 ? end - begin : round_up((end - begin + 1) / 2, W);
     blocks = (apart + kRowBlock - 1) / kRowBlock;
   }
   int64_t rows(int64_t block, int place) const {
@@ -86,12 +86,12 @@ struct Shifted {
 template <class R, int P>
 void dot_group(const typename R::E* w, int64_t apart, int64_t stride, int64_t rows, int64_t cols, int head,
                const typename R::X* x, int64_t x_stride, int64_t group, float* out, int64_t tokens, bool accumulate,
-               int64_t ahead) {
+               Asking asking) {
   switch (group) {
 #define QWEN15_CASE(N)                                                                                                      \
   case N:                                                                                                                   \
     return dot_places<R, (N <= kDotTokens ? N : 1), P>(w, apart, stride, rows, cols, head, x, x_stride, out, tokens, accumulate, \
-                                                       ahead);
+                                                       asking);
     QWEN15_CASE(1)
     QWEN15_CASE(2)
     QWEN15_CASE(3)
@@ -117,15 +117,20 @@ void dot_block(const typename R::E* w, int64_t apart, int64_t rows, int64_t cols
   int64_t pieces = (cols * most * (int64_t)sizeof(typename R::X) + kDotBytes - 1) / kDotBytes, longest = kSum * R::step;
   if (pieces * longest < cols) pieces = (cols + longest - 1) / longest;
   int64_t piece = round_up((cols + pieces - 1) / pieces, 64), step = groups == 1 ? rows : kReusedRows;
+  constexpr int64_t kItem = sizeof(typename R::E);
+  const Reading way = reading();
+  Asking asking;
+  asking.near = way.hint == 3;
   for (int64_t r = 0; r < rows; r += step) {
     int64_t n = rows - r < step ? rows - r : step;
     for (int64_t k = 0; k < cols; k += piece) {
       int64_t depth = cols - k < piece ? cols - k : piece;
-      int64_t ahead = kAheadBytes / (depth * (int64_t)sizeof(typename R::E));  // whole rows: a piece ends before its row does
+      int64_t ahead = way.ahead / (depth * kItem);  // whole rows: a piece ends before its row does
       for (int64_t t = 0, left = groups; left > 0; --left) {
         int64_t group = (tokens - t + left - 1) / left;
+        asking.ahead = t > 0 || way.hint == 0 ? 0 : (ahead > 1 ? ahead * cols : cols) * kItem;
         dot_group<R, P>(w + r * cols + k, apart, cols, n, depth, x.head, x.data + t * x.stride + k, x.stride, group,
-                        out + t * kRowBlock + r, tokens, k > 0, t > 0 ? 0 : ahead > 1 ? ahead * cols : cols);
+                        out + t * kRowBlock + r, tokens, k > 0, asking);
         t += group;
       }
     }
@@ -167,7 +172,8 @@ void few_tokens(Team& team, const Job* jobs, int job_count, Activations x, int64
   auto places_of = [&](const Job& job, int owner) { return Places(team, owner, job, tokens); };
   for_blocks(team, jobs, job_count, places_of, [&](const Job& job, const Places& places, int64_t block) {
     shifted.meet(job.w.data, cols, x, tokens, memory);
-    if (int64_t distance = pair_distance(job, tokens); distance != 0) {
+    if (places.side_by_side) {
+      int64_t distance = pair_distance(job, tokens);
       int64_t row = places.begin + block * kRowBlock, n = places.rows(block, 0);
       dot_block<R, 2>((const typename R::E*)job.w.data + row * cols, distance, n, cols, shifted, tokens, c);
       return finish(job, 0, tokens, row, n, c, c + sums, kRowBlock);

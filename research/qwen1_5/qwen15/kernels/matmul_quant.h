@@ -296,7 +296,7 @@ __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows
 #pragma GCC unroll 2
           for (int p = 0; p < P; ++p) {
             const uint8_t* from = w[p] + (i + at) / 2;
-            if (at / 2 % 64 == 0) __builtin_prefetch(from + ahead, 0, kReadHint);
+            if (at / 2 % 64 == 0) __builtin_prefetch(from + ahead, 0, 1);
             if (kMixed && i + kStep > cols) {
               uint8_t rest[kStep / 2] = {0};
               memcpy(rest, from, (cols - i) / 2);
@@ -312,7 +312,7 @@ __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows
         for (int64_t at = 0; at < step; at += kQuantBlock) {
 #pragma GCC unroll 2
           for (int p = 0; p < P; ++p)
-            if (at % 64 == 0) __builtin_prefetch(w[p] + i + at + ahead, 0, kReadHint);
+            if (at % 64 == 0) __builtin_prefetch(w[p] + i + at + ahead, 0, 1);
           mac_bytes<N, P>(acc, w, i + at, q, x_stride);
         }
       }
@@ -356,13 +356,13 @@ void quant_group(const QuantPlace* places, int64_t rows, const Cut& cut, const W
 template <int P>
 void quant_block(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x, Scales* scales, float* out) {
   constexpr int kMost = kQuantRows / P;
-  int64_t groups = (x.rows + kMost - 1) / kMost;
+  int64_t groups = (x.rows + kMost - 1) / kMost, most = reading().hint == 0 ? 0 : reading().ahead;
   for (int64_t r = 0; r < rows; r += kScaleRows) {
     int64_t n = rows - r < kScaleRows ? rows - r : kScaleRows;
     QuantPlace here[P];
     for (int p = 0; p < P; ++p) here[p] = {places[p].m, places[p].row + r};
     for (int64_t t = 0, left = groups; left > 0; --left) {
-      int64_t group = (x.rows - t + left - 1) / left, ahead = t > 0 ? 0 : kAheadBytes;
+      int64_t group = (x.rows - t + left - 1) / left, ahead = t > 0 ? 0 : most;
       if (group > 4) group = round_up(group, 2);  // there is an even number of them
       switch (group) {
         case 1: quant_group<1, P>(here, n, cut, x, t, scales, out + r, ahead); break;

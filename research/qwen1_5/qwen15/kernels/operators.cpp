@@ -589,49 +589,72 @@ QWEN15_API std::vector<int64_t> qwen15_decoderInferShape(int* ndims, int64_t** s
   return {shapes[3][0], shapes[7][0] * shapes[norm + 1][0]};
 }
 
+namespace {
+
+constexpr int kTable = 3;  // column of rows at which the block table begins
+
+// One new token for each sequence on what is bound: rows (B, columns), logits (B, V).
+void decode_bound(const Bound& bound, const int32_t* rows, int64_t sequences, int64_t columns, float* logits) {
+  const Stack& stack = bound.stack;
+  if (sequences < 1 || columns <= kTable)
+    fail("rows are (%lld, %lld): no sequence, or no block table", static_cast<long long>(sequences),
+         static_cast<long long>(columns));
+  const Cache& cache = stack.layers[0].qkv.cache;
+  std::vector<int32_t> numbers(5 * sequences);
+  int32_t *ids = numbers.data(), *ones = ids + sequences, *lens = ones + sequences, *positions = lens + sequences,
+          *slots = positions + sequences;
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int32_t* row = rows + b * columns;
+    ids[b] = row[0];
+    ones[b] = 1;
+    lens[b] = row[1];
+    positions[b] = row[1] - 1;
+    slots[b] = row[2];
+    check_between("ids", b, ids[b], 0, stack.vocab());
+    check_between("positions", b, positions[b], 0, bound.positions);
+    check_between("slots", b, slots[b], -1, cache.num_blocks * cache.block_size);
+  }
+  std::vector<int32_t> tables;
+  tables.reserve(sequences * (columns - kTable));
+  for (int64_t b = 0; b < sequences; ++b)
+    tables.insert(tables.end(), rows + b * columns + kTable, rows + (b + 1) * columns);
+  Batch batch;
+  batch.tokens = batch.sequences = sequences;
+  batch.query_lens = ones;
+  batch.context_lens = lens;
+  batch.block_tables = tables.data();
+  batch.table_stride = columns - kTable;
+  check_batch(batch, cache.num_blocks, cache.block_size);
+  decoder(stack, ids, batch, positions, slots, logits);
+}
+
+}  // namespace
+
 // binding (P,), rows (B, 3 + M), head (V, E) -> logits (B, V): `decoder` with one new token for each sequence, on the
 // weights and caches it has kept. A row is id, context_len, slot, then the sequence's block table. The head is passed
 // for its shape; that it is the one that is kept is checked.
 QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) {
   return guarded("decode", [&] {
-    constexpr int kTable = 3;
     Call call(n, params, ndims, shapes, dtypes);
     std::shared_ptr<const Bound> bound = find_bound(call.ints(0, "binding", 1)[0]);
     const Stack& stack = bound->stack;
     check_parts(call.dim(0, 0), stack);
     const int32_t* rows = call.ints(1, "rows", 2);
-    int64_t sequences = call.dim(1, 0), stride = call.dim(1, 1);
-    if (stride <= kTable) fail("rows have %lld columns and no block table", static_cast<long long>(stride));
     int i = 2;
     if (call.matrix(i, "head", stack.head.w.cols, stack.head.w.rows).data != stack.head.w.data)
       fail("head is not the one that is kept under this binding");
-    const Cache& cache = stack.layers[0].qkv.cache;
-    std::vector<int32_t> columns(5 * sequences);
-    int32_t *ids = columns.data(), *ones = ids + sequences, *lens = ones + sequences, *positions = lens + sequences,
-            *slots = positions + sequences;
-    for (int64_t b = 0; b < sequences; ++b) {
-      const int32_t* row = rows + b * stride;
-      ids[b] = row[0];
-      ones[b] = 1;
-      lens[b] = row[1];
-      positions[b] = row[1] - 1;
-      slots[b] = row[2];
-      check_between("ids", b, ids[b], 0, stack.vocab());
-      check_between("positions", b, positions[b], 0, bound->positions);
-      check_between("slots", b, slots[b], -1, cache.num_blocks * cache.block_size);
-    }
-    std::vector<int32_t> tables;
-    tables.reserve(sequences * (stride - kTable));
-    for (int64_t b = 0; b < sequences; ++b)
-      tables.insert(tables.end(), rows + b * stride + kTable, rows + (b + 1) * stride);
-    Batch batch;
-    batch.tokens = batch.sequences = sequences;
-    batch.query_lens = ones;
-    batch.context_lens = lens;
-    batch.block_tables = tables.data();
-    batch.table_stride = stride - kTable;
-    check_batch(batch, cache.num_blocks, cache.block_size);
-    decoder(stack, ids, batch, positions, slots, call.floats(i, "output", 2));
+    decode_bound(*bound, rows, call.dim(1, 0), call.dim(1, 1), call.floats(i, "output", 2));
+  });
+}
+// The same without MindSpore: rows (sequences, columns), logits (sequences, vocab) of the caller's.
+QWEN15_API int qwen15_decode_bound(int64_t number, const int32_t* rows, int64_t sequences, int64_t columns, float* logits,
+                                   int64_t vocab) {
+  return guarded("decode", [&] {
+    std::shared_ptr<const Bound> bound = find_bound(number);
+    if (vocab != bound->stack.vocab())
+      fail("logits have %lld columns, the vocabulary %lld", static_cast<long long>(vocab),
+           static_cast<long long>(bound->stack.vocab()));
+    decode_bound(*bound, rows, sequences, columns, logits);
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_decodeInferShape(int*, int64_t** shapes, AotExtra*) {

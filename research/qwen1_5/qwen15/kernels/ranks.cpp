@@ -2,17 +2,14 @@
 #include "ranks.h"
 
 #include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
+
+#include "wait.h"
 
 namespace qwen15 {
 namespace {
@@ -24,22 +21,7 @@ constexpr uint32_t kVersion = 1;
 constexpr int kSpins = 4000;
 // After a token is chosen, or a thread has lost its core, it is up to a few milliseconds.
 constexpr auto kYield = std::chrono::milliseconds(2);
-constexpr long kNapNs = 50 * 1000 * 1000;  // a rank that gives up is noticed so soon
-
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-void nap(std::atomic<uint32_t>* word, uint32_t seen) {
-  timespec limit = {0, kNapNs};
-  syscall(SYS_futex, word, FUTEX_WAIT, seen, &limit, nullptr, 0);
-}
-
-void wake(std::atomic<uint32_t>* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+constexpr int64_t kNapNs = 50 * 1000 * 1000;  // a rank that gives up is noticed so soon
 
 int64_t rounded(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
@@ -94,6 +76,7 @@ void Ranks::step() {
 bool Ranks::wait_for_all(uint32_t wanted, double limit_s, int* missing) {
   Clock::time_point begin = Clock::now();
   int spins = 0;
+  std::optional<Lost::Given> given;
   for (int r = 0; r < ranks_; ++r) {
     Seat& seat = seats_[r];
     for (;;) {
@@ -103,6 +86,7 @@ bool Ranks::wait_for_all(uint32_t wanted, double limit_s, int* missing) {
         relax();
         continue;
       }
+      if (!given) given.emplace();
       *missing = r;
       if (head_->given_up.load(std::memory_order_relaxed) != 0) {
         *missing = ranks_;
@@ -115,7 +99,7 @@ bool Ranks::wait_for_all(uint32_t wanted, double limit_s, int* missing) {
         continue;
       }
       seat.sleepers.fetch_add(1, std::memory_order_seq_cst);
-      if (seat.said.load(std::memory_order_seq_cst) == said) nap(&seat.said, said);
+      if (seat.said.load(std::memory_order_seq_cst) == said) nap(&seat.said, said, kNapNs);
       seat.sleepers.fetch_sub(1, std::memory_order_seq_cst);
     }
   }

@@ -18,7 +18,7 @@ using namespace qwen15;
 namespace {
 
 // Bumped whenever a function's arguments or an operator's inputs change.
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 struct Candidate {
   float value;
@@ -83,6 +83,10 @@ QWEN15_API const char* qwen15_kernels_name() { return kernels().name; }
 QWEN15_API int qwen15_can_run(const char* name) { return can_run(name); }
 QWEN15_API int qwen15_use_kernels(const char* name) { return use_kernels(name); }
 QWEN15_API int qwen15_threads() { return threads(); }
+QWEN15_API int qwen15_spread_over(int nodes, const int32_t* numbers, const int32_t* counts, const int32_t* cpus) {
+  return spread_over(nodes, numbers, counts, cpus);
+}
+QWEN15_API int qwen15_working_threads() { return working_threads(); }
 QWEN15_API void qwen15_set_threads(int n) { set_threads(n); }
 QWEN15_API int qwen15_exact_activations() { return exact_activations(); }
 QWEN15_API void qwen15_set_exact_activations(int exact) { set_exact_activations(exact != 0); }
@@ -101,21 +105,26 @@ int64_t first_of_largest(const float* row, int64_t begin, int64_t end) {
 
 }  // namespace
 
-// ids[b] = the first id of logits[b]'s largest value, logits (B, V); -1 where a logit is NaN. The threads share the rows,
-// each in parts: they have just written them and are awake.
+// ids[b] = the first id of logits[b]'s largest value, logits (B, V); -1 where a logit is NaN. Each thread begins with the
+// columns that it has just written as rows of the head: from another core's cache they come at a tenth of the speed.
 QWEN15_API void qwen15_argmax(const float* logits, int64_t rows, int64_t vocab, int32_t* ids) {
-  constexpr int64_t kPart = 64 * kLogitChunk;
+  constexpr int64_t kPart = 16 * kLogitChunk;
   int64_t parts = (vocab + kPart - 1) / kPart;
   std::vector<int64_t> found(rows * parts);
-  auto search = [&](int64_t item) {
-    int64_t begin = item % parts * kPart;
-    found[item] = first_of_largest(logits + item / parts * vocab, begin, std::min(begin + kPart, vocab));
+  auto search = [&](int64_t part) {
+    int64_t begin = part * kPart, end = std::min(begin + kPart, vocab);
+    for (int64_t b = 0; b < rows; ++b) found[b * parts + part] = first_of_largest(logits + b * vocab, begin, end);
   };
-  if (rows * parts < 4) {
-    for (int64_t item = 0; item < rows * parts; ++item) search(item);
+  if (parts < 4) {
+    for (int64_t part = 0; part < parts; ++part) search(part);
   } else {
     run_uncounted([&](Team& team) {
-      for (int64_t item = team.take(); item < rows * parts; item = team.take()) search(item);
+      for (int i = 0; i < team.size(); ++i) {
+        int owner = (team.rank() + i) % team.size();
+        int64_t begin, end;
+        team.share_of(owner, parts, 1, &begin, &end);
+        for (int64_t part = begin + team.take_of(owner); part < end; part = begin + team.take_of(owner)) search(part);
+      }
     });
   }
   for (int64_t b = 0; b < rows; ++b) {

@@ -2,10 +2,10 @@
 //
 // Why an own pool: OpenMP keeps a pool per calling thread, and MindSpore calls operators from whichever of its own
 // threads is free; one pool of ours serves all of them, and a whole network runs as one dispatch with barriers of
-// well under a microsecond inside. Waiting threads spin shortly, then give the core away, then sleep.
+// well under a microsecond inside. Waiting threads spin shortly, then give the core away, then sleep (wait.h). While
+// somebody else takes the cores, fewer threads work than are there: see Crew.
 #pragma once
 #include <stdint.h>
-
 
 namespace qwen15 {
 
@@ -34,12 +34,18 @@ class Team {
   int rank_, size_;
 };
 
-// Number of threads: what `set_threads` said, else QWEN15_THREADS, else the physical cores this process may use.
+// Number of threads: what `set_threads` said, else QWEN15_THREADS, else the CPUs this process may use.
 int threads();
 void set_threads(int n);
+// Several memory nodes, each with its number and `counts` of the `cpus` that follow one another: the pool's threads stay
+// on one node each, neighbours together, and memory that this thread and those it starts touch first comes from all nodes
+// in turn. 0, or the system's error code where it does not let memory be placed.
+int spread_over(int nodes, const int32_t* numbers, const int32_t* counts, const int32_t* cpus);
+// Those of them that worked last: fewer while others take their cores.
+int working_threads();
 
-// Run `work(team, argument)` on `size` threads of the pool; returns when all are done. Calls from several threads
-// take turns.
+// Run `work(team, argument)` on at most `size` threads of the pool; returns when all are done. Calls from several
+// threads take turns.
 void run_team(int size, void (*work)(Team&, void*), void* argument);
 // The same, and its time is not counted as the kernels', see busy_seconds.
 void run_uncounted(int size, void (*work)(Team&, void*), void* argument);

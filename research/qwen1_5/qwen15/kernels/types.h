@@ -96,6 +96,7 @@ struct Batch {
 // Where decode's partial results meet; see Partial in attention.h.
 struct AttentionScratch {
   float* partials = nullptr;
+  int threads = 1;  // that there are: how many work changes, and the sums must not
 };
 constexpr int64_t kFewQueries = 4;    // new tokens below which a sequence is treated as decode
 constexpr int64_t kPieceTokens = 64;  // cached tokens for which it is worth to leave a partial result, and

@@ -10,9 +10,9 @@ import shutil
 import socket
 import sys
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import List, Mapping, Optional, Sequence, Tuple
 
-from .. import cluster, device
+from .. import cluster, device, machine
 from ..errors import EXIT_OK, UserError
 from ..terminal import shown
 from . import machines, ports, secret, supervise
@@ -277,17 +277,7 @@ def share_cores(workers: int, cores: Sequence[Tuple[int, ...]]) -> List[Tuple[in
 
 def physical_cores() -> List[Tuple[int, ...]]:
     """Logical CPUs of each physical core that this process may run on, by socket and core number."""
-    cores: Dict[Tuple[int, int], List[int]] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        topology = f"/sys/devices/system/cpu/cpu{cpu}/topology"
-        try:
-            with open(f"{topology}/physical_package_id", encoding="ascii") as package, \
-                    open(f"{topology}/core_id", encoding="ascii") as core:
-                key = int(package.read()), int(core.read())
-        except (OSError, ValueError):
-            key = -1, cpu
-        cores.setdefault(key, []).append(cpu)
-    return [tuple(cores[key]) for key in sorted(cores)]
+    return list(machine.processors().cores)
 
 
 def make_memory(plan: LaunchPlan) -> Optional[int]:

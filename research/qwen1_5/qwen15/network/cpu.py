@@ -51,9 +51,7 @@ class CpuNetwork(Network):
         self._cell.phase = "prefill"
         # Compile now, so that the first prompt's time is its own.
         self._cell.compile(*(ms.Tensor(np.zeros((1,) * rank, np.int32)) for rank in (1, 1, 1, 1, 1, 2)))
-        blocks = -(-model.seq_length // model.block_size)
-        short = self._cell.fused and ShortDecode.is_possible()
-        self.short = ShortDecode(operators, self._cell, blocks) if short else None
+        self.short = ShortDecode(operators, self._cell) if self._cell.fused else None
         self.note = f"CPU, {note}, weights {self._weights.describe()}, KV cache {model.compute_dtype}"
         if self._weights.schemes:
             vocabulary, layers = self._weights.nbytes()

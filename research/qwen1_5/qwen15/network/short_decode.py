@@ -1,10 +1,10 @@
-"""Decoding steps that do not pass the parameters and caches to MindSpore again."""
+"""Decoding steps that do not go through MindSpore: the kernels know where the last whole call found everything."""
 
 from __future__ import annotations
 
 import weakref
 from types import ModuleType
-from typing import Any, List, Optional
+from typing import Any, List
 
 import numpy as np
 
@@ -13,9 +13,9 @@ class ShortDecode:
     """Decoding steps that do not pass the parameters and caches again: the kernels know where the last whole call
     found them.
 
-    MindSpore's preparation of those hundreds of inputs takes longer than everything else around the kernels. One
-    sequence, whose steps are the shortest, has a graph of its own with fixed shapes: for others MindSpore infers them
-    at every call.
+    MindSpore's preparation of those hundreds of inputs takes longer than everything else around the kernels, and what
+    is left of a call without them, with the copy of the logits, is still the greater part of it: `run` calls the
+    kernels at once. `run_in_graph` is its plain twin, the same step as an operator of a MindSpore graph.
 
     A parameter that is given other memory is seen at the next whole call, the next prompt. Until then steps use the
     memory that the kernels know, which is still there: the views kept here hold it.
@@ -23,49 +23,19 @@ class ShortDecode:
     Args:
         operators: the operator set, one with `Decode`.
         cell: the network (`model.LlamaForCausalLM`).
-        blocks: most blocks of a sequence.
 
     Attributes:
         ready: steps may be short: a whole call has run, and the kernels know all parameters where they are.
     """
 
-    def __init__(self, operators: ModuleType, cell: Any, blocks: int):
-        import mindspore as ms
-        from mindspore.nn import cell as cells
-
-        self._ms = ms
+    def __init__(self, operators: ModuleType, cell: Any):
         self._operators, self._network = operators, cell
-        # What calling a compiled cell ends in; getting there costs as much again.
-        self._execute = cells._cell_graph_executor._graph_executor
         self._addresses: List[int] = []
         self._views: List[np.ndarray] = []
+        self._logits = np.empty((0, cell.vocab_size), np.float32)
         self.ready = False
-        self._cells: List[Any] = []
+        self._graph: Any = None
         weakref.finalize(self, cell.binding.close)
-        self._row = np.full((1, 3 + blocks), -1, np.int32)
-        self._one = self._compile(ms.Tensor(self._row))
-        self._many: Optional[str] = None
-
-    @staticmethod
-    def is_possible() -> bool:
-        """Whether this MindSpore has what is used here beside its public names; without it steps are whole calls."""
-        import mindspore as ms
-        from mindspore.nn import cell as cells
-
-        executor = getattr(cells, "_cell_graph_executor", None)
-        return hasattr(executor, "_graph_executor") and hasattr(ms.nn.Cell, "phase_cache")
-
-    def _compile(self, rows: Any) -> str:
-        """The compiled graph for such rows, as `_execute` knows it."""
-        from .model import Decode
-
-        cell = Decode(self._operators, self._network)
-        cell.set_inputs(rows)
-        cell.set_train(False)
-        cell.phase = "increment"
-        cell.compile(self._ms.Tensor(np.full((2, 4) if -1 in rows.shape else rows.shape, -1, np.int32)))
-        self._cells.append(cell)
-        return cell.phase_cache[cell.phase]
 
     def note_whole_call(self) -> None:
         """The whole network has just run and passed everything."""
@@ -78,13 +48,33 @@ class ShortDecode:
 
     def run(self, input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray,
             slot_mapping: np.ndarray) -> np.ndarray:
-        """`Network.decode`; only when `ready`."""
-        count, blocks = block_tables.shape
-        if count == 1 and 3 + blocks <= self._row.shape[1]:
-            graph, rows = self._one, self._row
-        else:
-            if self._many is None:
-                self._many = self._compile(self._ms.Tensor(shape=[None, None], dtype=self._ms.int32))
-            graph, rows = self._many, np.empty((count, 3 + blocks), np.int32)
-        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:3 + blocks] = input_ids, context_lens, slot_mapping, block_tables
-        return self._execute((self._ms.Tensor.from_numpy(rows),), graph).asnumpy()
+        """`Network.decode`; only when `ready`. The logits are valid until the next step: their memory is kept, since
+        fresh pages for those of 32 sequences cost milliseconds."""
+        rows = _rows(input_ids, context_lens, block_tables, slot_mapping)
+        if len(rows) > len(self._logits):
+            self._logits = np.empty((len(rows), self._network.vocab_size), np.float32)
+        logits = self._logits[:len(rows)]
+        self._network.binding.decode(rows, logits)
+        return logits
+
+    def run_in_graph(self, input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray,
+                     slot_mapping: np.ndarray) -> np.ndarray:
+        """`run` by a MindSpore graph, which is compiled at the first call."""
+        import mindspore as ms
+
+        from .model import Decode
+
+        if self._graph is None:
+            self._graph = Decode(self._operators, self._network)
+            self._graph.set_inputs(ms.Tensor(shape=[None, None], dtype=ms.int32))
+            self._graph.set_train(False)
+        return self._graph(ms.Tensor(_rows(input_ids, context_lens, block_tables, slot_mapping))).asnumpy()
+
+
+def _rows(input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray, slot_mapping: np.ndarray
+          ) -> np.ndarray:
+    """(B, 3 + M) int32, as the kernels take a step: each sequence's token, length, slot and blocks."""
+    count, blocks = block_tables.shape
+    rows = np.empty((count, 3 + blocks), np.int32)
+    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:] = input_ids, context_lens, slot_mapping, block_tables
+    return rows

@@ -38,9 +38,9 @@ import os
 from types import ModuleType
 from typing import Tuple
 
-from ..device import MOST_THREADS
 from ..errors import UserError
 from ..kernels.library import KERNELS
+from ..machine import MOST_THREADS
 
 CHOICES = (*KERNELS, "reference")
 """Values of the environment variable QWEN15_KERNELS; unset chooses the best this machine runs."""
@@ -50,10 +50,13 @@ def decide() -> Tuple[str, str]:
     """The operator set for this process, 'cpu' or 'reference', and one line on why; without importing MindSpore.
 
     Raises:
-        UserError: QWEN15_KERNELS names a path that does not exist or that this machine cannot run, or QWEN15_THREADS is
-            no number of threads.
+        UserError: QWEN15_KERNELS names a path that does not exist or that this machine cannot run, QWEN15_THREADS is
+            no number of threads, or QWEN15_READING no way of reading.
     """
+    from ..kernels import reading
+
     _check_threads(os.environ.get("QWEN15_THREADS", ""))
+    reading.forced()
     forced = os.environ.get("QWEN15_KERNELS", "")
     if forced and forced not in CHOICES:
         raise UserError(f"{forced!r} is not a kernel path", where="QWEN15_KERNELS",
@@ -85,8 +88,13 @@ def use_threads(count: int) -> None:
 
 
 def select() -> Tuple[ModuleType, str]:
-    """The operator set that `decide` names, imported, and its line."""
+    """The operator set that `decide` names, imported, and its line. How this machine is read best is measured where
+    that is not known yet."""
+    from ..kernels import library, reading
+
     name, note = decide()
+    if name == "cpu":
+        reading.use(library.load())
     return importlib.import_module(f".{name}", __name__), note
 
 
