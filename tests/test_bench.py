@@ -117,6 +117,59 @@ def test_prefill_with_other_dtypes(tiny, tmp_path, dtype):
     check_limits(row, "read_bytes")
 
 
+def test_scaling_over_threads(tiny, tmp_path):
+    made = measured("scaling", "--checkpoint", tiny, "--threads", 2, 1, "--batch", 1, 3, "--prefill", 70,
+                    "--new_tokens", 4, "--rounds", 2, cwd=tmp_path)
+    whats = ("decode, batch 1", "decode, batch 3", "prefill, 70 tokens")
+    assert [(row["what"], row["threads"]) for row in made["rows"]] == [(w, n) for w in whats for n in (1, 2)]
+    for row in made["rows"]:
+        tokens = {"decode, batch 1": 1, "decode, batch 3": 3}.get(row["what"], 70)
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["ms"] * 1e3, rel=1e-4)
+        best = max(other["tokens_per_s"] for other in made["rows"] if other["what"] == row["what"])
+        assert row["of_best"] == pytest.approx(row["tokens_per_s"] / best, rel=1e-4)
+        check_limits(row, "read_bytes")
+
+
+@pytest.mark.parametrize("most, wanted", ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (15, [1, 2, 4, 8, 15]),
+                                          (16, [1, 2, 4, 8, 16])))
+def test_threads_to_scale_over_are_powers_of_two_and_the_most(most, wanted):
+    from qwen15.bench import scaling
+
+    assert scaling.powers(most) == wanted
+
+
+def test_decoding_beside_a_busy_neighbour(tiny, tmp_path):
+    made = measured("neighbour", "--checkpoint", tiny, "--batch", 1, 3, "--new_tokens", 60, "--rounds", 2, cwd=tmp_path)
+    assert [row["batch"] for row in made["rows"]] == [1, 3]
+    for row in made["rows"]:
+        pairs = zip(row["samples"]["alone"]["seconds"], row["samples"]["beside"]["seconds"])
+        assert row["loss"] == pytest.approx(statistics.median(1 - a / b for a, b in pairs), rel=1e-3, abs=1e-5)
+        assert row["within"] == ("yes" if row["loss"] <= row["allowed"] else "no")
+        assert row["allowed"] == pytest.approx(row["share"] + 0.1, rel=1e-4) and row["working_threads"] >= 1
+
+
+def test_a_neighbour_works_only_when_let_and_ends():
+    import time
+
+    from qwen15.bench.neighbour import Neighbour
+
+    neighbour = Neighbour(min(os.sched_getaffinity(0)))
+    try:
+        neighbour.work()
+        deadline_s = time.monotonic() + 60
+        while neighbour.cpu_seconds() < 0.1 and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert neighbour.cpu_seconds() >= 0.1
+        neighbour.rest()
+        time.sleep(0.1)
+        had_s = neighbour.cpu_seconds()
+        time.sleep(0.3)
+        assert neighbour.cpu_seconds() == had_s
+    finally:
+        neighbour.close()
+    assert not os.path.exists(f"/proc/{neighbour._process.pid}/stat")
+
+
 def test_kernels_by_themselves(tmp_path):
     made = measured("kernels", "--layers", 1, "--tokens", 1, 66, "--context", 33, "--rounds", 1, "--no_plot",
                     cwd=tmp_path)

@@ -11,6 +11,8 @@ from ..command_line import Parser
 COMMANDS: Dict[str, Tuple[str, str]] = {
     "decode": ("decode", "tokens per second, one at a time, at any batch and context"),
     "prefill": ("prefill", "tokens per second of prompts"),
+    "scaling": ("scaling", "decode and prefill on 1, 2, 4, ... threads"),
+    "neighbour": ("neighbour", "decode beside a neighbour that keeps one core busy"),
     "kernels": ("kernels", "each kernel by itself, without MindSpore"),
     "overhead": ("overhead", "what a token costs beside the kernels: Python, MindSpore, sampling, streaming"),
     "load": ("load", "seconds from imported to ready, and peak memory"),

@@ -1,0 +1,135 @@
+"""How decoding and prefill grow with the number of threads, beside what the machine allows so many."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+from .. import ops
+from ..command_line import Parser
+from ..machine import MOST_THREADS
+from . import options, report, rounds, work
+from .ours import Decode, Ours, random_prompts
+from .probes import Probes
+from .report import Column, number, text
+from .start import start
+
+WHAT = "scaling"
+
+
+def threads(argument: str) -> int:
+    """argparse type of a number of threads."""
+    count = options.positive(argument)
+    if count > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"wants at most {MOST_THREADS} threads, not {count}")
+    return count
+
+
+threads.__name__ = "whole number"
+
+
+def parser() -> Parser:
+    """The flags."""
+    made = Parser("qwen15 bench scaling", __doc__ or "", ["qwen15 bench scaling --threads 1 2 4 8"])
+    made.add_argument("--threads", type=threads, nargs="+", metavar="N",
+                      help="how many (default 1, 2, 4, ... up to what a run takes here)")
+    made.add_argument("--batch", type=options.positive, nargs="+", default=[1, 8, 32], metavar="B",
+                      help="sequences that decode at once (default 1 8 32)")
+    made.add_argument("--prefill", type=options.positive, default=512, metavar="N",
+                      help="tokens of the prompt (default 512)")
+    made.add_argument("--context", type=options.positive, default=32, metavar="N",
+                      help="tokens in the cache when decoding begins (default 32)")
+    made.add_argument("--new_tokens", type=options.at_least_two, default=32, metavar="N",
+                      help="tokens of each sequence in a run (default 32)")
+    options.add_checkpoint(made)
+    options.add_run(made, WHAT, rounds=3, threads=False, against=False)
+    return made
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Measure decoding at each batch size, and a prompt, on each number of threads; the numbers take turns.
+
+    Raises:
+        UserError: arguments that cannot be.
+    """
+    argv, args, plot = start(parser(), WHAT, argv)
+    checkpoint = options.find_checkpoint(args)
+    machine = Probes()
+    counts = sorted(set(args.threads or powers(machine.threads)))
+    longest = max(args.context + args.new_tokens, args.prefill + 1)
+    ours = Ours(checkpoint, max(counts), longest, max(args.batch))
+    prompt = random_prompts(1, args.prefill, ours.dims.vocab_size)[0].tolist()
+    rows: List[Dict[str, Any]] = []
+    for batch in args.batch:
+        decode = Decode(ours, random_prompts(batch, args.context, ours.dims.vocab_size), args.new_tokens)
+        middle = args.context + args.new_tokens / 2
+        rows += _rows(f"decode, batch {batch}", batch, decode.run, counts, machine, checkpoint, args.rounds,
+                      work.decode_bytes(ours.dims, checkpoint.dtype, batch, middle, ours.quantised_bytes),
+                      work.decode_flop(ours.dims, batch, middle))
+    rows += _rows(f"prefill, {args.prefill} tokens", args.prefill, lambda: ours.prefill(prompt), counts, machine,
+                  checkpoint, args.rounds,
+                  work.decode_bytes(ours.dims, checkpoint.dtype, 1, args.prefill, ours.quantised_bytes),
+                  work.prefill_flop(ours.dims, args.prefill))
+    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "rounds": args.rounds, "kernels": machine.kernels}
+    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, counts, rows), plot)
+    return 0
+
+
+def powers(most: int) -> List[int]:
+    """1, 2, 4, ... below `most`, and `most`."""
+    counts = [1]
+    while counts[-1] * 2 < most:
+        counts.append(counts[-1] * 2)
+    return counts + [most] * (most > 1)
+
+
+def _rows(what: str, tokens: int, run: Callable[[], rounds.Run], counts: Sequence[int], machine: Probes,
+          checkpoint: options.BenchCheckpoint, count: int, read_bytes: float, flop: float) -> List[Dict[str, Any]]:
+    """A row for each number of threads; each run is held against probes on as many."""
+    samples: Dict[int, List[rounds.Sample]] = {threads_: [] for threads_ in counts}
+    for round_ in range(count + 1):
+        for threads_ in counts:
+            ops.use_threads(threads_)
+            before = _probe(machine, checkpoint)
+            took = run()
+            after = _probe(machine, checkpoint)
+            if round_:  # the first does not count
+                samples[threads_].append(rounds.Sample(took.seconds, took.own_seconds,
+                                                       {key: max(before[key], after[key]) for key in after}))
+    best_s = min(rounds.median_seconds(taken) for taken in samples.values())
+    made = []
+    for threads_, taken in samples.items():
+        median_s = rounds.median_seconds(taken)
+        made.append({"what": what, "threads": threads_, "ms": median_s * 1e3, "tokens_per_s": tokens / median_s,
+                     "of_best": best_s / median_s, "own_ms": rounds.median_own_seconds(taken) * 1e3,
+                     "read_bytes": read_bytes, "flop": flop, **rounds.limits(taken, read_bytes, flop),
+                     "samples": rounds.as_json({"qwen15": taken})})
+    return made
+
+
+def _probe(machine: Probes, checkpoint: options.BenchCheckpoint) -> Dict[str, float]:
+    return {"bandwidth": machine.bandwidth(), "peak": machine.peak(checkpoint.computes_in)}
+
+
+COLUMNS = (
+    Column("", text("what")), Column("threads", text("threads")), Column("ms", number("ms", ".2f")),
+    Column("tokens/s", number("tokens_per_s")), Column("of the best", number("of_best", ".2f")),
+    Column("of it not kernels, ms", number("own_ms", ".2f")),
+    Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
+    Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")), Column("of peak", number("of_peak", ".2f")),
+    Column("of what both allow", number("of_both", ".2f")),
+)
+
+
+def _bars(checkpoint: options.BenchCheckpoint, counts: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> report.Bars:
+    whats = list(dict.fromkeys(row["what"] for row in rows))
+    found = {(row["what"], row["threads"]): row for row in rows}
+    ones = {what: found[what, counts[0]]["tokens_per_s"] for what in whats}
+    return report.Bars(f"Threads, {checkpoint.label}, {checkpoint.dtype}",
+                       f"times {counts[0]} thread{'s' * (counts[0] > 1)}",
+                       [what.replace(", ", ",\n") for what in whats],
+                       {f"{count} thread{'s' * (count > 1)}":
+                        [found[what, count]["tokens_per_s"] / ones[what] for what in whats] for count in counts},
+                       {f"what bandwidth and peak allow {counts[-1]}":
+                        [found[what, counts[-1]]["tokens_per_s"] / found[what, counts[-1]]["of_both"] / ones[what]
+                         for what in whats]})
