@@ -101,7 +101,7 @@ def _row(ours: Ours, neighbour: Neighbour, batch: int, cpus: int, context: int, 
     shares: List[float] = []
     working: List[int] = []
 
-    def beside() -> rounds.Run:
+    def beside() -> rounds.Timing:
         neighbour.work()
         try:
             time.sleep(_SETTLE_S)

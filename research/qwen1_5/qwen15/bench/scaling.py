@@ -83,7 +83,7 @@ def powers(most: int) -> List[int]:
     return counts + [most] * (most > 1)
 
 
-def _rows(what: str, tokens: int, run: Callable[[], rounds.Run], counts: Sequence[int], machine: Probes,
+def _rows(what: str, tokens: int, run: Callable[[], rounds.Timing], counts: Sequence[int], machine: Probes,
           checkpoint: options.BenchCheckpoint, count: int, read_bytes: float, flop: float) -> List[Dict[str, Any]]:
     """A row for each number of threads; each run is held against probes on as many."""
     samples: Dict[int, List[rounds.Sample]] = {threads_: [] for threads_ in counts}
