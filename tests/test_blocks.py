@@ -107,3 +107,19 @@ def test_whatever_is_found_by_its_content_has_it_still_and_no_block_is_lost(acti
             pool.forget([block])
             assert pool.find(content[block] or b"-") != block
         assert pool.free_blocks == 6 - len(set(held)) and not any(map(pool.is_idle, held))
+
+
+def test_of_a_sequence_that_is_kept_the_last_blocks_are_given_up_first():
+    """A beginning without its end is of use, an end without its beginning is not."""
+    pool = BlockPool(4, 2)
+    table = BlockTable(pool)
+    table.reserve(6)
+    digests = [block_digest(b"", (n, n)) for n in range(3)]
+    for block, digest in zip(table.blocks, digests):
+        pool.publish(block, digest)
+    kept = list(table.blocks)
+    table.release()
+    pool.take(2)
+    assert pool.find_all(digests) == kept[:2]
+    pool.take(1)
+    assert pool.find_all(digests) == kept[:1]

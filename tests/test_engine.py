@@ -470,6 +470,34 @@ def test_waiting_is_first_come_first_served():
     assert firsts == sorted(firsts)
 
 
+def test_a_prompt_that_is_put_back_while_it_is_scored_is_scored_once(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "SCORED_ROWS", 1)
+    engine = Engine(Recalling(8), limits(8))
+    engine.add(Request((1,), 25))
+    engine.step()
+    prompt = tuple(range(30, 50))
+    scored = engine.add(Request(prompt, 22, prompt_logprobs=0))
+    steps = drain(engine)
+    assert engine.scheduler.put_back == 1
+    told, = [step.prompt_logprobs for step in steps if step.request == scored and step.prompt_logprobs]
+    assert len(told) == 19 and of(steps, scored) == expected(prompt, 2)
+
+
+def test_one_that_is_put_back_waits_behind_those_that_came_before_it(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "PIECE_TOKENS", 2)
+    engine = Engine(Recalling(11), limits(11))
+    prompt = tuple(range(36))
+    engine.add(Request(prompt, 40))
+    engine.step()
+    sharing = engine.add(Request((*prompt[:32], 99), 35))  # waits for what the first one computes
+    ahead = engine.add(Request((7,), 12))
+    while not engine.scheduler.put_back:
+        engine.step()
+    assert [c.number for c in engine.scheduler.waiting] == [sharing, ahead]
+    steps = drain(engine)
+    assert of(steps, sharing) == expected((*prompt[:32], 99), 2)
+
+
 # ---- the prefix cache ----
 
 SYSTEM = tuple(range(40, 61))
@@ -483,6 +511,19 @@ def test_a_common_beginning_is_computed_once_even_when_all_come_together():
     assert tokens == [expected((*SYSTEM, n), 8) for n in range(4)]
     assert [ends[n].usage.cached_tokens for n in range(4)] == [0, 20, 20, 20]
     assert sum(sum(lens) for lens, context in network.calls) == 22 + 3 * 2 + 4 * 7
+
+
+def test_one_that_waits_for_a_prefix_starts_when_the_other_leaves_before_it_is_there(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "PIECE_TOKENS", 4)
+    engine = Engine(Recalling(32), limits(32))
+    first = engine.add(Request((*SYSTEM, 1), 30))
+    engine.step()
+    second = engine.add(Request((*SYSTEM, 2), 30))
+    engine.step()
+    assert [c.number for c in engine.scheduler.waiting] == [second]
+    engine.cancel(first)
+    steps = [step for _ in range(30) for step in engine.step()]
+    assert of(steps, second) == expected((*SYSTEM, 2), 8) and not engine.has_work
 
 
 def test_results_are_equal_with_and_without_the_prefix_cache():
@@ -668,16 +709,20 @@ class Busy:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(6, 14), st.booleans(), st.sampled_from([None, 1, 3]),
+       st.sampled_from([(512, 64), (5, 2)]),
        st.lists(st.sampled_from(["add", "add", "step", "step", "step", "cancel"]), max_size=40))
 def test_whatever_the_schedule_every_token_equals_the_single_run_and_no_block_is_lost(data, num_blocks, cached, batch,
-                                                                                      acts):
+                                                                                      pieces, acts):
     busy = Busy(data, num_blocks, cached, batch)
-    for act in acts:
-        getattr(busy, act)()
-    for _ in range(1000):
-        if not busy.engine.has_work:
-            break
-        busy.step()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, tokens in zip(("PIECE_TOKENS", "SCORED_ROWS"), pieces):
+            patch.setattr(scheduler_module, name, tokens)
+        for act in acts:
+            getattr(busy, act)()
+        for _ in range(1000):
+            if not busy.engine.has_work:
+                break
+            busy.step()
     assert not busy.engine.has_work and busy.engine.pool.free_blocks == num_blocks
     for number, request in busy.sent.items():
         mine = [s for s in busy.seen if s.request == number]
