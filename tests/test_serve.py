@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -217,6 +219,10 @@ HELLO = {"messages": [{"role": "user", "content": "x"}]}
     (CHAT, {**HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}}, 400,
      "response_format"),
     (CHAT, {**HELLO, "tool_choice": "required"}, 400, "tool_choice"), (CHAT, {**HELLO, "tools": [{}]}, 400, "tools[0]"),
+    *((path, {**HELLO, "chat_template_kwargs": {name: "x"}}, 400, f"chat_template_kwargs.{name}")
+      for path in (CHAT, "/tokenize") for name in ("messages", "tools", "chat_template")),
+    ("/tokenize", {**HELLO, "chat_template_kwargs": 3}, 400, "chat_template_kwargs"),
+    ("/tokenize", {**HELLO, "tools": 3}, 400, "tools[0]"),
     (TEXT, {"prompt": 3}, 400, "prompt"), (TEXT, {"prompt": []}, 400, "prompt"),
     (TEXT, {"prompt": [10 ** 9]}, 400, "prompt"),
     (TEXT, {"prompt": ""}, 400, "prompt"), (TEXT, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
@@ -260,6 +266,73 @@ def test_other_methods_types_and_sizes_are_refused(server):
     assert server.send(CHAT, HELLO, {"Content-Type": "text/plain"})[0] == 415
     status, answer, _ = server.send(CHAT, b"x" * (8 * 2 ** 20 + 1))
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+def raw(server, data):
+    """What is answered to these bytes until the server closes the connection."""
+    link = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    with link:
+        link.sendall(data)
+        answer = b""
+        while piece := link.recv(65536):
+            answer += piece
+    return answer
+
+
+HEAD = b"Host: x\r\nConnection: close\r\n"
+
+
+def test_what_is_no_http_is_refused_in_openais_form_and_leaves_no_traceback(server):
+    said = len(server.said)
+    for data in (b"\x16\x03\x01\x02\x00\r\n\r\n",
+                 b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70000 + b"\r\n\r\n",
+                 b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n" + HEAD + b"\r\n"):
+        head, _, body = raw(server, data).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ") and json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert raw(server, b"HEAD /health HTTP/1.1\r\n" + HEAD + b"\r\n").endswith(b"connection: close\r\n\r\n")
+    health = b"GET /health HTTP/1.1\r\n"
+    pipelined = raw(server, (health + b"Host: x\r\n\r\n") * 2 + health + HEAD + b"\r\n")
+    assert pipelined.count(b'{"status":"ok"') == 3
+    assert not [line for line in server.said[said:] if "Traceback" in line]
+
+
+def test_a_connection_that_says_nothing_or_half_a_head_is_closed(monkeypatch):
+    import uvicorn
+    from qwen15.serve import connection
+
+    monkeypatch.setattr(connection, "HEAD_S", 0.5)
+    took_s = 1.5
+
+    async def application(scope, receive, send):
+        await asyncio.sleep(took_s)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def run():
+        listener = socket.create_server(("127.0.0.1", 0))
+        made = uvicorn.Server(uvicorn.Config(application, http=connection.Connection, log_config=None, lifespan="off"))
+        serving_it = asyncio.ensure_future(made.serve(sockets=[listener]))
+
+        async def ask(*pieces):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0.3)
+            answer = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            return answer
+
+        try:
+            return await asyncio.gather(
+                ask(), ask(b"GET / HT"), ask(b"GET / HTTP/1.1\r\n", b"Host: x\r\n", b"X: y\r\n"),
+                ask(b"GET / HTTP/1.1\r\n", HEAD + b"\r\n"), ask(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / H"))
+        finally:
+            made.should_exit = True
+            await serving_it
+
+    *given_up, slow_application, half_a_second_request = asyncio.run(run())
+    assert given_up == [b""] * 3
+    assert slow_application.endswith(b"ok") and half_a_second_request.endswith(b"ok")
 
 
 def test_a_client_that_leaves_frees_its_blocks(server):
@@ -327,8 +400,30 @@ def test_control_c_ends_it_with_130(model):
         assert server.process.wait(60) == 130
 
 
+def test_a_second_control_c_does_not_wait_for_answers_and_their_clients_are_told(model):
+    with serving(model, "--max_batch", "2") as server:
+        links = [server.connect(TEXT, {"prompt": PROMPT, "max_tokens": 230, "min_tokens": 230, "stream": True, "n": 2})
+                 for _ in range(3)]
+        assert links[0].recv(100)
+        for _ in range(2):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert server.process.wait(60) == 130
+        for link in links:
+            answer = b""
+            while piece := link.recv(65536):
+                answer += piece
+            assert b'"code": "server_' in answer or b'"code":"server_' in answer or b"[DONE]" in answer, answer[-300:]
+        assert not any("Traceback" in line for line in server.said)
+
+
+def test_an_empty_key_is_refused(model):
+    done = subprocess.run([sys.executable, "-m", "qwen15", "serve", "--config", str(model), "--api_key", ""],
+                          cwd=MODULE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--api_key: must not be empty" in done.stderr
+
+
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(server, model):
-    import subprocess
     done = subprocess.run([sys.executable, "-m", "qwen15", "serve", "--config", str(model), "--port", str(server.port)],
                           cwd=MODULE,
                           capture_output=True, text=True, timeout=60)
@@ -385,6 +480,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def test_the_page_chats_in_a_browser(server, tmp_path):
     from browser import Page
     with Page(CHROMIUM, tmp_path, server.url) as page:
+        assert page.run("document.getElementById('send').textContent") == "Send"  # the browser's language
         page.run("document.getElementById('limit').value = 12")
         page.run("document.getElementById('temperature').value = 0")
         page.run("document.getElementById('text').value = '<b>Hello</b>'; document.getElementById('send').click()")
@@ -394,3 +490,11 @@ def test_the_page_chats_in_a_browser(server, tmp_path):
                                       "temperature": 0})[1]["choices"][0]["message"]["content"]
         assert page.run("document.querySelector('.assistant').textContent") == expected
         assert page.run("document.getElementById('model').textContent") == "random"
+        # a new conversation begins with nothing, also when an answer is under way
+        page.run("document.getElementById('limit').value = 200")
+        page.run("document.getElementById('text').value = 'More'; document.getElementById('send').click()")
+        page.wait("document.querySelectorAll('.assistant')[1]?.textContent.length > 5")
+        page.run("document.getElementById('clear').click()")
+        page.wait("document.getElementById('send').textContent === 'Send'")
+        assert page.run("messages.length") == 0 and page.run("document.querySelectorAll('#talk > div').length") == 0
+        server.wait_until_idle()

@@ -22,8 +22,9 @@ def refusal(call, *arguments):
 @pytest.mark.parametrize("body, told", [
     (b"", "not JSON"), (b"{", "not JSON"), (b"[1]", "must be a JSON object, not a list"),
     (b"\xff{}", "not UTF-8 (byte 0)"),
-    (b'{"a": NaN}', "NaN is not a JSON number"), (b"[" * 100000, "nested too deeply"), (b"null", "not null"),
-    (b'{"seed": ' + b"1" * 5000 + b"}", "not JSON"),
+    (b'{"a": NaN}', "NaN is not JSON"), (b"[" * 100000, "nested too deeply"), (b"null", "not null"),
+    (b'{"seed": ' + b"1" * 5000 + b"}", "a number of 5000 digits"), (b'{"n": 1, "n": 2}', "gives 'n' twice"),
+    (b'{"prompt": "a \\ud800"}', "\\ud800, which is half of a character"), (b'{"\\udfff": 1}', "half of a character"),
 ])
 def test_a_body_that_is_no_object_is_told_what_it_is(body, told):
     refused = refusal(parse_json, body)
@@ -84,3 +85,15 @@ def test_what_is_no_call_stays_text(text):
 def test_a_call_that_ends_with_the_answer_counts():
     said, calls = ToolCalls().feed('<tool_call>{"name": "now", "arguments": {}}', True)
     assert said == "" and calls[0].name == "now"
+
+
+def test_a_character_in_two_escapes_is_one():
+    assert parse_json(b'{"prompt": "\\ud83d\\ude00"}') == {"prompt": "\U0001f600"}
+
+
+def test_a_key_is_utf_8_and_the_case_of_the_scheme_means_nothing():
+    app = pytest.importorskip("qwen15.serve.app")
+    for header, right in (("Bearer s\u00e9cret", True), ("bearer s\u00e9cret", True), ("Bearer  s\u00e9cret ", True),
+                          ("Bearer secret", False), ("Basic s\u00e9cret", False), ("s\u00e9cret", False), ("", False)):
+        assert app.authorised("s\u00e9cret", "/v1/models", header.encode()) == right
+    assert app.authorised("x", "/health", b"") and app.authorised(None, "/metrics", b"")

@@ -268,7 +268,7 @@ class Web:
         """What the model is called."""
         return self._options.names
 
-    def authorised(self, path: str, header: str) -> bool:
+    def authorised(self, path: str, header: bytes) -> bool:
         """Whether a request may be served."""
         return authorised(self._options.api_key, path, header)
 
@@ -320,7 +320,7 @@ class _Guard:
             await asyncio.wait_for(send(message), SEND_S)
 
         try:
-            header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            header = dict(scope["headers"]).get(b"authorization", b"")
             if self._web.authorised(scope["path"], header):
                 await self._app(scope, receive, sent)
             else:
@@ -333,9 +333,13 @@ class _Guard:
             self._web.told(scope, status[0], time.monotonic() - start_s)
 
 
-def authorised(key: Optional[str], path: str, header: str) -> bool:
-    """Whether a request may be served that has this Authorization header; the key is compared in constant time."""
-    return key is None or path in _OPEN_PATHS or hmac.compare_digest(header.encode(), f"Bearer {key}".encode())
+def authorised(key: Optional[str], path: str, header: bytes) -> bool:
+    """Whether a request may be served that has this Authorization header, `Bearer` and the key in UTF-8; the key is
+    compared in constant time."""
+    if key is None or path in _OPEN_PATHS:
+        return True
+    scheme, _, given = header.partition(b" ")
+    return hmac.compare_digest(given.strip(), key.encode()) and scheme.lower() == b"bearer"
 
 
 async def read_body(request: Request, most: int) -> bytes:

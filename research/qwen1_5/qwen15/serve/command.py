@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -41,7 +42,7 @@ def parser() -> Parser:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every address of this machine "
                                             "(default 127.0.0.1)")
     add("--port", type=_within(0, 65535), default=8000, help="port to listen on, 0 for any free one (default 8000)")
-    add("--api_key", default=os.environ.get("QWEN15_API_KEY"), metavar="KEY",
+    add("--api_key", type=_key, default=os.environ.get("QWEN15_API_KEY") or None, metavar="KEY",
         help="what clients must send; also read from QWEN15_API_KEY, which other users of the machine cannot see")
     add("--served_model_name", nargs="+", metavar="NAME",
         help="what the model is called (default: the checkpoint's folder)")
@@ -69,6 +70,12 @@ def _within(least: int, most: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def _key(text: str) -> str:
+    if not text or text != text.strip():
+        raise argparse.ArgumentTypeError("must not be empty, begin or end with a blank: no client could send it")
+    return text
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -158,7 +165,7 @@ def _serve(session: Session, args: argparse.Namespace, config: Config,
     assert session.engine is not None
     desk = Desk(DeskLimits(args.max_waiting, args.max_batch))
     web = web_of(session, args, config, desk, report, Metrics())
-    thread = _Thread(listener, desk, web.application())
+    thread = _Thread(listener, desk, web.application(), args.debug)
     loop = Loop(session, desk)
     ended: List[int] = []
 
@@ -238,11 +245,16 @@ class _Thread:
             MindSpore for a rank that has gone, so this thread tells the clients in its place.
     """
 
-    def __init__(self, listener: socket.socket, desk: Desk, application: Any):
+    def __init__(self, listener: socket.socket, desk: Desk, application: Any, debug: bool):
         import uvicorn
 
+        from .connection import Connection
+
+        if not debug:  # a request that fails is told in a line of our own, without a traceback
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
         self._server = uvicorn.Server(uvicorn.Config(
-            application, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
+            application, http=Connection, log_config=None, access_log=False, lifespan="off", ws="none",
+            server_header=False,
             timeout_graceful_shutdown=int(_CLOSE_S)))
         self._listener, self._desk = listener, desk
         self._heard, self._alarm = socket.socketpair()

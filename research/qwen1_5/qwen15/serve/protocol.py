@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
+from .. import strict_json
 from ..errors import UserError, did_you_mean
 from ..generation.session import Prompt, Session, Settings
 from .refusal import Refusal
@@ -32,6 +33,8 @@ _NEUTRAL: Dict[str, Tuple[Any, ...]] = {"store": (False,), "service_tier": ("aut
                                         "audio": (), "prediction": (), "functions": (), "function_call": (),
                                         "web_search_options": (), "verbosity": ()}
 """OpenAI's fields that are not supported, with the values that ask for nothing."""
+_REQUESTS_OWN = ("messages", "tools", "chat_template", "tokenizer", "self")
+"""What `chat_template_kwargs` would replace in the making of a prompt."""
 _SHARED = ("model", "stream", "stream_options", "n", "logprobs", "chat_template_kwargs")
 _CHAT = frozenset((*_SHARED, *_SAMPLING, *_NO_EFFECT, "messages", "top_logprobs", "response_format", "tools",
                    "tool_choice", "parallel_tool_calls"))
@@ -72,20 +75,24 @@ def parse_json(body: bytes) -> Dict[str, Any]:
         Refusal: it is not a JSON object.
     """
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        value = strict_json.loads(body.decode("utf-8"), once=True)
     except UnicodeDecodeError as error:
         raise Refusal(400, f"The body is not UTF-8 (byte {error.start}).") from None
-    except RecursionError:
-        raise Refusal(400, "The body is nested too deeply.") from None
     except ValueError as error:
-        raise Refusal(400, f"The body is not JSON: {error}.") from None
+        raise Refusal(400, f"The body {error}.") from None
     if not isinstance(value, dict):
         raise Refusal(400, f"The body must be a JSON object, not {_kind(value)}.")
+    if b"\\u" in body:
+        _check_characters(value)
     return value
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
+def _check_characters(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Refusal(400, f"The body holds \\u{ord(error.object[error.start]):04x}, which is half of a character "
+                           "(an unpaired surrogate).") from None
 
 
 class CallReader:
@@ -118,7 +125,7 @@ class CallReader:
         tools, grammar = self._tools(body)
         grammar = self._response_format(body, grammar)
         turns = messages(body.get("messages"))
-        variables = _typed(body, "chat_template_kwargs", dict, "an object") or {}
+        variables = _variables(body)
         try:
             prompt = self._session.chat_prompt(turns, _with_logprobs(settings, logprobs), "This conversation",
                                                tools, variables)
@@ -153,10 +160,14 @@ class CallReader:
         self._check_model(body)
         if ("prompt" in body) == ("messages" in body):
             raise Refusal(400, "Give prompt or messages, one of them.", "prompt")
+        tools = body.get("tools") or None
+        if tools is not None:
+            _function_names(tools)
+        variables = _variables(body)
         try:
             if "messages" in body:
                 made = self._session.chat_prompt(messages(body["messages"]), self._settings, "This conversation",
-                                                 body.get("tools"), body.get("chat_template_kwargs"))
+                                                 tools, variables)
             else:
                 made = self._session.prompt(_text(body["prompt"], "prompt"), self._settings)
         except UserError as error:
@@ -429,6 +440,15 @@ def _typed(body: Mapping[str, Any], name: str, kind: type, what: str) -> Any:
     if value is not None and not isinstance(value, kind):
         raise Refusal(400, f"{name} must be {what}, not {_kind(value)}.", name)
     return value
+
+
+def _variables(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`chat_template_kwargs`: what the template may use beside the request itself."""
+    variables = _typed(body, "chat_template_kwargs", dict, "an object") or {}
+    for name in _REQUESTS_OWN:
+        if name in variables:
+            raise Refusal(400, f"chat_template_kwargs cannot set {name}.", f"chat_template_kwargs.{name}")
+    return variables
 
 
 def _count(body: Mapping[str, Any], name: str, least: int, most: int) -> Optional[int]:

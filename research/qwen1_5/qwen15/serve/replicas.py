@@ -198,7 +198,8 @@ class Gate:
 
         try:
             scope = _carried(request.scope)
-            if not authorised(self._api_key, scope["path"], request.headers.get("authorization", "")):
+            if not authorised(self._api_key, scope["path"],
+                              request.headers.get("authorization", "").encode("latin-1")):
                 raise Refusal(401, "Wrong or missing API key: send it as Authorization: Bearer KEY.",
                               code="invalid_api_key")
             if scope["path"] == "/metrics":
