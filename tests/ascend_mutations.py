@@ -15,9 +15,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ascend_worker import PARENT, nursery_socket
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "research/qwen1_5/qwen15/"
-_TIMEOUT_S = 900
+_TIMEOUT_S = 1800
 
 NUMBERS = "test_ascend_emulation.py -k float32_generates_the_tokens_of_hugging_face and grouped"
 HALF = "test_ascend_emulation.py -k half_precision_stays and bfloat16 and not quantised"
@@ -124,10 +126,14 @@ def noticed(mutation: Mutation) -> tuple[bool, str]:
         (copy / file).write_text(changed, encoding="utf-8")
         path, _, selected = mutation.tests.partition(" -k ")
         command = [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{path}", *(["-k", selected] if selected else [])]
-        environ = {**os.environ, "PYTHONPATH": str(copy / "research" / "qwen1_5")}
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environ)
+        environ = {**os.environ, "PYTHONPATH": str(copy / "research" / "qwen1_5"), PARENT: nursery_socket()}
+        try:
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environ)
+        except subprocess.TimeoutExpired:
+            return False, f"no end within {_TIMEOUT_S} s"
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
-    return done.returncode == 1, last  # 1: tests failed; anything else: they did not run
+    # 1: tests failed, or could not be set up, which proves nothing; anything else: they did not run
+    return done.returncode == 1 and " failed" in last and " error" not in last, last
 
 
 def main(names: list[str]) -> int:

@@ -13,7 +13,7 @@ def test_the_table_of_faults_is_up_to_date(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_fault_is_noticed(name):
     require("mindformers")
