@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from .. import ops
 from ..command_line import Parser
@@ -59,17 +59,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     longest = max(args.context + args.new_tokens, args.prefill + 1)
     ours = Ours(checkpoint, max(counts), longest, max(args.batch))
     prompt = random_prompts(1, args.prefill, ours.dims.vocab_size)[0].tolist()
-    rows: List[Dict[str, Any]] = []
+    jobs = []
+    middle = args.context + args.new_tokens / 2  # tokens in the cache, on average
     for batch in args.batch:
         decode = Decode(ours, random_prompts(batch, args.context, ours.dims.vocab_size), args.new_tokens)
-        middle = args.context + args.new_tokens / 2
-        rows += _rows(f"decode, batch {batch}", batch, decode.run, counts, machine, checkpoint, args.rounds,
-                      work.decode_bytes(ours.dims, checkpoint.dtype, batch, middle, ours.quantised_bytes),
-                      work.decode_flop(ours.dims, batch, middle))
-    rows += _rows(f"prefill, {args.prefill} tokens", args.prefill, lambda: ours.prefill(prompt), counts, machine,
-                  checkpoint, args.rounds,
-                  work.decode_bytes(ours.dims, checkpoint.dtype, 1, args.prefill, ours.quantised_bytes),
-                  work.prefill_flop(ours.dims, args.prefill))
+        jobs.append(Job(f"decode, batch {batch}", batch, decode.run,
+                        work.decode_bytes(ours.dims, checkpoint.dtype, batch, middle, ours.quantised_bytes),
+                        work.decode_flop(ours.dims, batch, middle)))
+    jobs.append(Job(f"prefill, {args.prefill} tokens", args.prefill, lambda: ours.prefill(prompt),
+                    work.decode_bytes(ours.dims, checkpoint.dtype, 1, args.prefill, ours.quantised_bytes),
+                    work.prefill_flop(ours.dims, args.prefill)))
+    rows = _rows(jobs, counts, lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(checkpoint.computes_in)},
+                 args.rounds)
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "rounds": args.rounds, "kernels": machine.kernels}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, counts, rows), plot)
     return 0
@@ -83,32 +84,43 @@ def powers(most: int) -> List[int]:
     return counts + [most] * (most > 1)
 
 
-def _rows(what: str, tokens: int, run: Callable[[], rounds.Timing], counts: Sequence[int], machine: Probes,
-          checkpoint: options.BenchCheckpoint, count: int, read_bytes: float, flop: float) -> List[Dict[str, Any]]:
-    """A row for each number of threads; each run is held against probes on as many."""
-    samples: Dict[int, List[rounds.Sample]] = {threads_: [] for threads_ in counts}
+class Job(NamedTuple):
+    """Something to measure: its name, the tokens it makes or takes in, a run of it, and what that has to do."""
+
+    what: str
+    tokens: int
+    run: Callable[[], rounds.Timing]
+    read_bytes: float
+    flop: float
+
+
+def _rows(jobs: Sequence[Job], counts: Sequence[int], probe: Callable[[], Mapping[str, float]], count: int
+          ) -> List[Dict[str, Any]]:
+    """A row for each job and number of threads; the numbers take turns, and each run is between probes on as many."""
+    samples: Dict[Tuple[str, int], List[rounds.Sample]] = {(job.what, n): [] for job in jobs for n in counts}
     for round_ in range(count + 1):
         for threads_ in counts:
             ops.use_threads(threads_)
-            before = _probe(machine, checkpoint)
-            took = run()
-            after = _probe(machine, checkpoint)
-            if round_:  # the first does not count
-                samples[threads_].append(rounds.Sample(took.seconds, took.own_seconds,
-                                                       {key: max(before[key], after[key]) for key in after}))
-    best_s = min(rounds.median_seconds(taken) for taken in samples.values())
+            before = probe()
+            for job in jobs:
+                took = job.run()
+                after = probe()
+                if round_:  # the first does not count
+                    samples[job.what, threads_].append(rounds.Sample(
+                        took.seconds, took.own_seconds, {key: max(before[key], after[key]) for key in after}))
+                before = after
     made = []
-    for threads_, taken in samples.items():
-        median_s = rounds.median_seconds(taken)
-        made.append({"what": what, "threads": threads_, "ms": median_s * 1e3, "tokens_per_s": tokens / median_s,
-                     "of_best": best_s / median_s, "own_ms": rounds.median_own_seconds(taken) * 1e3,
-                     "read_bytes": read_bytes, "flop": flop, **rounds.limits(taken, read_bytes, flop),
-                     "samples": rounds.as_json({"qwen15": taken})})
+    for job in jobs:
+        best_s = min(rounds.median_seconds(samples[job.what, n]) for n in counts)
+        for threads_ in counts:
+            taken = samples[job.what, threads_]
+            median_s = rounds.median_seconds(taken)
+            made.append({"what": job.what, "threads": threads_, "ms": median_s * 1e3,
+                         "tokens_per_s": job.tokens / median_s, "of_best": best_s / median_s,
+                         "own_ms": rounds.median_own_seconds(taken) * 1e3, "read_bytes": job.read_bytes,
+                         "flop": job.flop, **rounds.limits(taken, job.read_bytes, job.flop),
+                         "samples": rounds.as_json({"qwen15": taken})})
     return made
-
-
-def _probe(machine: Probes, checkpoint: options.BenchCheckpoint) -> Dict[str, float]:
-    return {"bandwidth": machine.bandwidth(), "peak": machine.peak(checkpoint.computes_in)}
 
 
 COLUMNS = (

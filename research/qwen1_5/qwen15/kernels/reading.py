@@ -22,7 +22,7 @@ _FORMAT = 1
 _COLS, _ROWS, _ROWS_A_THREAD = 1024, 4096, 1024
 _TOKENS = (1, 4)
 _ROUNDS = 3
-_HOPELESS, _WORTH_IT = 1.25, 0.97
+_HOPELESS, _WORTH_IT = 1.25, 0.93
 
 
 class Way(NamedTuple):
