@@ -125,6 +125,7 @@ def test_scaling_over_threads(tiny, tmp_path):
     for row in made["rows"]:
         tokens = {"decode, batch 1": 1, "decode, batch 3": 3}.get(row["what"], 70)
         assert row["tokens_per_s"] == pytest.approx(tokens / row["ms"] * 1e3, rel=1e-4)
+        assert 1 <= row["working_threads"] <= row["threads"]
         best = max(other["tokens_per_s"] for other in made["rows"] if other["what"] == row["what"])
         assert row["of_best"] == pytest.approx(row["tokens_per_s"] / best, rel=1e-4)
         check_limits(row, "read_bytes")

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 from .. import ops
 from ..command_line import Parser
+from ..kernels import library
 from ..machine import MOST_THREADS
 from . import options, report, rounds, work
 from .ours import Decode, Ours, random_prompts
@@ -98,12 +99,14 @@ def _rows(jobs: Sequence[Job], counts: Sequence[int], probe: Callable[[], Mappin
           ) -> List[Dict[str, Any]]:
     """A row for each job and number of threads; the numbers take turns, and each run is between probes on as many."""
     samples: Dict[Tuple[str, int], List[rounds.Sample]] = {(job.what, n): [] for job in jobs for n in counts}
+    working: Dict[Tuple[str, int], List[int]] = {key: [] for key in samples}
     for round_ in range(count + 1):
         for threads_ in counts:
             ops.use_threads(threads_)
             before = probe()
             for job in jobs:
                 took = job.run()
+                working[job.what, threads_].append(library.load().working_threads)
                 after = probe()
                 if round_:  # the first does not count
                     samples[job.what, threads_].append(rounds.Sample(
@@ -115,7 +118,8 @@ def _rows(jobs: Sequence[Job], counts: Sequence[int], probe: Callable[[], Mappin
         for threads_ in counts:
             taken = samples[job.what, threads_]
             median_s = rounds.median_seconds(taken)
-            made.append({"what": job.what, "threads": threads_, "ms": median_s * 1e3,
+            made.append({"what": job.what, "threads": threads_,
+                         "working_threads": min(working[job.what, threads_][1:]), "ms": median_s * 1e3,
                          "tokens_per_s": job.tokens / median_s, "of_best": best_s / median_s,
                          "own_ms": rounds.median_own_seconds(taken) * 1e3, "read_bytes": job.read_bytes,
                          "flop": job.flop, **rounds.limits(taken, job.read_bytes, job.flop),
@@ -124,7 +128,8 @@ def _rows(jobs: Sequence[Job], counts: Sequence[int], probe: Callable[[], Mappin
 
 
 COLUMNS = (
-    Column("", text("what")), Column("threads", text("threads")), Column("ms", number("ms", ".2f")),
+    Column("", text("what")), Column("threads", text("threads")),
+    Column("at work, the fewest", text("working_threads")), Column("ms", number("ms", ".2f")),
     Column("tokens/s", number("tokens_per_s")), Column("of the best", number("of_best", ".2f")),
     Column("of it not kernels, ms", number("own_ms", ".2f")),
     Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
