@@ -27,7 +27,8 @@ WORDS = {
     "en": {"title": "# Every flag", "other": "[中文](flags.md)",
            "begin": "Made by `python scripts/flags_page.py` from the commands' own parsers; `qwen15 VERB --help` says "
                     "the same.\n\n"
-                    "Tab completes them: `pip install shtab`, then `source <(qwen15 completion bash)`; zsh, tcsh too.",
+                    "Tab completes them: `pip install shtab`, then `source <(qwen15 completion bash)`; "
+                    'zsh: `eval "$(qwen15 completion zsh)"`; tcsh too.',
            "flag": "flag", "value": "value", "what": "what it does",
            "shared": "## Flags of the configuration",
            "of": "Of {}. Each overrides the YAML; one that is not given leaves it alone.",
@@ -36,7 +37,8 @@ WORDS = {
     "zh": {"title": "# 全部参数", "other": "[English](flags_en.md)",
            "begin": "本页由 `python scripts/flags_page.py` 从各命令的解析器生成；`qwen15 命令 --help` "
                     "给出同样的内容（英文）。\n\n"
-                    "Tab 补全：`pip install shtab`，然后 `source <(qwen15 completion bash)`；zsh 和 tcsh 亦可。",
+                    "Tab 补全：`pip install shtab`，然后 `source <(qwen15 completion bash)`；"
+                    'zsh 用 `eval "$(qwen15 completion zsh)"`；tcsh 亦可。',
            "flag": "参数", "value": "取值", "what": "作用",
            "shared": "## 配置参数", "of": "用于 {}。每个参数覆盖 YAML 中的值；未给出的参数不改变 YAML。",
            "also": "另有[配置参数](#配置参数)。",

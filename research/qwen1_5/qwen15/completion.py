@@ -24,7 +24,8 @@ def parser() -> Parser:
     """The command line."""
     made = Parser("qwen15 completion", "Print a script that completes qwen15's commands, flags and values with Tab.", [
         "source <(qwen15 completion bash)",
-        "qwen15 completion zsh > ~/.zfunc/_qwen15"], usage="SHELL")
+        'eval "$(qwen15 completion zsh)"',
+        "qwen15 completion tcsh > ~/.qwen15.tcsh"], usage="SHELL")
     made.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
     return made
 

@@ -547,7 +547,7 @@ def _tail(path: str) -> Tuple[str, ...]:
     """The last lines of a log without MindSpore's notices, or with them when there is nothing else."""
     lines = [line for line in _read(path)[-_TAIL_BYTES:].splitlines() if line.strip()]
     kept = [line for line in lines if not NOTICE.match(line)] or lines
-    return tuple(terminal.shown(line.decode("utf-8", "replace")) for line in kept[-_TAIL_LINES:])
+    return tuple(terminal.line(line.decode("utf-8", "replace")) for line in kept[-_TAIL_LINES:])
 
 
 def _gave_up_waiting(process: RankProcess) -> bool:
