@@ -73,14 +73,14 @@ class Crew {
     double weight = took_ns / (took_ns + kWindowNs);
     lost_ += weight * (std::min(1.0, static_cast<double>(lost_ns) / std::max<int64_t>(took_ns, 1)) - lost_);
     if (working_ == 1 || lost_ * working_ <= 0.75) return;
-    pause_ns_ = now_ns - grown_ns_ > 500 * kMs ? kFirstPauseNs : std::min(2 * pause_ns_, kLongestPauseNs);
+    pause_ns_ = now_ns - grown_ns_ > 500 * kMs ? kFirstPauseNs : std::min(3 * pause_ns_, kLongestPauseNs);
     retry_ns_ = now_ns + pause_ns_;
     --working_;
     lost_ = 0;
   }
 
  private:
-  static constexpr int64_t kFirstPauseNs = 50 * kMs, kLongestPauseNs = 1600 * kMs;
+  static constexpr int64_t kFirstPauseNs = 200 * kMs, kLongestPauseNs = 3000 * kMs;
   int wanted_ = 0, working_ = 0;
   double lost_ = 0;  // of the time, lately
   int64_t retry_ns_ = 0, grown_ns_ = 0, pause_ns_ = kFirstPauseNs;
