@@ -26,7 +26,7 @@ NOT_RUN = (
     (r'run_qwen1_5\.py \.\.\."', "stands for a command that is given in full elsewhere on its page"),
     (r"^docker ", "needs a container engine"),
     (r"qwen15 serve|^curl ", "the server's own tests do that"),
-    (r"bench numerics|small-int8", "takes minutes with a real model"),
+    (r"bench (numerics|serve)|small-int8", "takes minutes with a real model"),
     (r"14b-int4", "takes a file of 8.5 GB and minutes"),
 )
 """Pattern of a command -> why it is not run here."""

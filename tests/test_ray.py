@@ -22,8 +22,7 @@ from conftest import MODULE
 from qwen15.errors import UserError
 from qwen15.serve import replicas
 
-for name in ("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT",
-             "RAY_raylet_start_wait_time_s"):
+for name in ("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"):
     os.environ.setdefault(name, "300")  # Ray's own patience ends when the machine has other work; read at its import
 NODE = {"object_store_memory": 80 * 2 ** 20}
 LONG = {"prompt": "Gravity is", "max_tokens": 3000, "min_tokens": 3000, "temperature": 0, "stream": True}
