@@ -33,7 +33,10 @@ def tokenizer(files):
 @pytest.fixture(scope="module")
 def slow(files):
     transformers = pytest.importorskip("transformers")
-    return transformers.Qwen2Tokenizer(*files, additional_special_tokens=EXTRA)
+    made = transformers.Qwen2Tokenizer(*files, additional_special_tokens=EXTRA)
+    if made.is_fast:
+        pytest.skip("transformers 5 and later have no tokenizer written in Python to compare with")
+    return made
 
 
 @pytest.fixture(scope="module")
