@@ -27,6 +27,7 @@ NOT_RUN = (
     (r"^docker ", "needs a container engine"),
     (r"qwen15 serve|^curl ", "the server's own tests do that"),
     (r"bench (numerics|serve)|small-int8", "takes minutes with a real model"),
+    (r"bench (scaling|neighbour)", "takes minutes, and tests/test_bench.py runs both on a tiny model"),
     (r"14b-int4", "takes a file of 8.5 GB and minutes"),
 )
 """Pattern of a command -> why it is not run here."""
