@@ -106,3 +106,18 @@ def test_missing_compiler_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"no C\+\+ compiler found") as caught:
         find_compiler()
     assert "apt-get install g++" in str(caught.value)
+
+
+def test_a_script_run_in_a_checkout_finds_the_installed_library(tmp_path, monkeypatch):
+    own, installed = tmp_path / "checkout", tmp_path / "site-packages"
+    monkeypatch.delenv("QWEN15_KERNELS_LIBRARY", raising=False)
+    monkeypatch.setattr(library, "OUTPUT_DIR", own)
+    monkeypatch.setattr("sys.path", [str(installed)])
+    assert library.library_path() == own / library.LIBRARY_NAME  # nowhere: named where it would be built
+    there = installed / "qwen15" / "kernels" / "_lib" / library.LIBRARY_NAME
+    there.parent.mkdir(parents=True)
+    there.touch()
+    assert library.library_path() == there
+    own.mkdir()
+    (own / library.LIBRARY_NAME).touch()
+    assert library.library_path() == own / library.LIBRARY_NAME

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import List, Mapping, Optional, Sequence, Tuple
 
@@ -28,8 +29,14 @@ _I32 = ctypes.POINTER(ctypes.c_int32)
 
 
 def library_path() -> Path:
-    """Where the library is looked for: $QWEN15_KERNELS_LIBRARY (a sanitizer's build, say), else where it is built."""
-    return Path(os.environ.get("QWEN15_KERNELS_LIBRARY") or OUTPUT_DIR / LIBRARY_NAME)
+    """Where the library is looked for: $QWEN15_KERNELS_LIBRARY (a sanitizer's build, say); else where it is built; else
+    in the installed package, for a script that is run in a checkout."""
+    given = os.environ.get("QWEN15_KERNELS_LIBRARY")
+    if given:
+        return Path(given)
+    own = OUTPUT_DIR / LIBRARY_NAME
+    installed = (Path(folder, "qwen15", "kernels", "_lib", LIBRARY_NAME) for folder in sys.path)
+    return own if own.is_file() else next((path for path in installed if path.is_file()), own)
 
 
 class Library:
