@@ -16,7 +16,7 @@ from conftest import MODULE
 from hypothesis import given
 from hypothesis import strategies as st
 from launch_runs import LAUNCHER, WORKER, Launch, free_port, worker
-from qwen15 import cluster
+from qwen15 import cluster, machine
 from qwen15.errors import UserError
 from qwen15.launch import plan as launch
 from qwen15.launch import ports, secret, supervise
@@ -249,7 +249,7 @@ def test_ranks_do_not_share_cores(workers, cores, shares):
 
 
 def test_each_rank_stays_on_its_cores_and_counts_its_threads_by_them(tmp_path):
-    cores = launch.physical_cores()
+    cores = machine.processors().cores
     workers = min(2, len(cores))
     with Launch(worker("echo"), workers, folder=tmp_path, OMP_NUM_THREADS=None, QWEN15_THREADS=None) as run:
         assert run.wait() == 0, run.err

@@ -29,13 +29,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_greedy_tokens_equal_transformers_on_what_the_integers_mean(kind, operators, tmp_path):
-    linear, vocabulary, sizes = KINDS[kind]
-    model = quantised_model(tmp_path / "q", linear, vocabulary, **sizes)
-    config, network = open_network(tmp_path / "q", tmp_path, num_blocks=160)
-    assert f"weights int{linear.bits} in " in network.note
-    prompts = random_prompts(200, 20, longest=16)
+def assert_answers_as(model, config, network, prompts):
+    """Greedy tokens of all prompts are those of transformers' model, and the logits of a prompt within 1e-4."""
     ours = greedy(config, network, prompts, 8)
     assert ours == [hf_greedy(model, prompt, tokens) for prompt, tokens in zip(prompts, ours)]
     ids = np.array(prompts[0] + prompts[1], np.int32)
@@ -45,6 +40,16 @@ def test_logits_and_greedy_tokens_equal_transformers_on_what_the_integers_mean(k
     with torch.no_grad():
         expected = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, -1].numpy()
     assert np.abs(logits[0] - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_greedy_tokens_equal_transformers_on_what_the_integers_mean(kind, operators, tmp_path):
+    linear, vocabulary, sizes = KINDS[kind]
+    model = quantised_model(tmp_path / "q", linear, vocabulary, **sizes)
+    config, network = open_network(tmp_path / "q", tmp_path, num_blocks=160)
+    assert f"weights int{linear.bits} in " in network.note
+    prompts = random_prompts(200, 20, longest=16)
+    assert_answers_as(model, config, network, prompts)
 
 
 FOREIGN = {
@@ -83,15 +88,7 @@ def test_checkpoints_of_other_tools_answer_as_transformers_does_with_what_they_m
     prompts = random_prompts(DIMS.vocab_size, 20, longest=16)
     for folder in ("ours", "theirs"):
         config, network = open_network(tmp_path / folder, tmp_path, num_blocks=160)
-        ours = greedy(config, network, prompts, 8)
-        assert ours == [hf_greedy(model, prompt, tokens) for prompt, tokens in zip(prompts, ours)]
-        ids = np.array(prompts[0] + prompts[1], np.int32)
-        length = np.array([len(ids)], np.int32)
-        logits = network.prefill(ids, length, length, np.arange(160, dtype=np.int32)[None],
-                                 np.arange(len(ids), dtype=np.int32))
-        with torch.no_grad():
-            expected = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, -1].numpy()
-        assert np.abs(logits[0] - expected).max() < 1e-4
+        assert_answers_as(model, config, network, prompts)
 
 
 TINY = {"num_hidden_layers": 1}

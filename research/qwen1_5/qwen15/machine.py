@@ -106,8 +106,8 @@ def default_threads(found: Optional[Processors] = None, quota: Optional[float] =
     return count, why
 
 
-def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The processor's name, as the system has it."""
+def cpu_fields(cpuinfo: str = "/proc/cpuinfo") -> Dict[str, str]:
+    """What the system says of the first processor, by its keys; empty where it says nothing (not Linux)."""
     fields: Dict[str, str] = {}
     try:
         with open(cpuinfo, encoding="utf-8", errors="replace") as file:
@@ -116,7 +116,13 @@ def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
                 if colon:
                     fields.setdefault(key.strip(), value.strip())
     except OSError:
-        pass  # not Linux: the name from `platform` has to do
+        pass
+    return fields
+
+
+def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
+    """The processor's name, as the system has it, with what tells apart those of one name."""
+    fields = cpu_fields(cpuinfo)
     if "model name" in fields:
         return " ".join(filter(None, (fields["model name"], fields.get("cpu family"), fields.get("model"))))
     return " ".join(filter(None, (platform.processor() or platform.machine(), fields.get("CPU implementer"),

@@ -63,10 +63,7 @@ def parser() -> Parser:
     made = Parser("qwen15 bench neighbour", __doc__ or "", ["qwen15 bench neighbour --batch 1 8"])
     made.add_argument("--batch", type=options.positive, nargs="+", default=[1, 8], metavar="B",
                       help="sequences at once (default 1 8)")
-    made.add_argument("--context", type=options.positive, default=32, metavar="N",
-                      help="tokens of the prompt (default 32)")
-    made.add_argument("--new_tokens", type=options.at_least_two, default=64, metavar="N",
-                      help="tokens of each sequence in a run (default 64)")
+    options.add_lengths(made, 64)
     options.add_checkpoint(made)
     options.add_run(made, WHAT, against=False)
     return made

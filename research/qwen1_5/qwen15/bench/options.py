@@ -64,6 +64,14 @@ def at_least_two(text: str) -> int:
 positive.__name__ = at_least_two.__name__ = "whole number"  # argparse names the type in its message
 
 
+def add_lengths(parser: argparse.ArgumentParser, new_tokens: int, prompt: str = "tokens of the prompt",
+                answer: str = "tokens of each sequence in a run") -> None:
+    """Add how many tokens are there when decoding begins, and how many are decoded; `new_tokens` if nothing is said."""
+    parser.add_argument("--context", type=positive, default=32, metavar="N", help=f"{prompt} (default 32)")
+    parser.add_argument("--new_tokens", type=at_least_two, default=new_tokens, metavar="N",
+                        help=f"{answer} (default {new_tokens})")
+
+
 def add_checkpoint(parser: argparse.ArgumentParser, size: str = "0.5b", layers: Optional[int] = None) -> None:
     """Add what decides the weights; `size` and `layers` are the random checkpoint's if nothing else is said."""
     group = parser.add_argument_group("weights")

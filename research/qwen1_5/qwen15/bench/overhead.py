@@ -64,10 +64,7 @@ def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench overhead", __doc__ or "",
                   ["qwen15 bench overhead"])
-    made.add_argument("--context", type=options.positive, default=32, metavar="N",
-                      help="tokens of the prompt (default 32)")
-    made.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
-                      help="tokens in a run (default 128)")
+    options.add_lengths(made, 128, answer="tokens in a run")
     options.add_checkpoint(made)
     options.add_run(made, WHAT, against=False)
     return made

@@ -13,6 +13,11 @@ class Sample(NamedTuple):
     own_seconds: float
     probe: Mapping[str, float]
 
+    @classmethod
+    def between(cls, before: Mapping[str, float], took: "Timing", after: Mapping[str, float]) -> "Sample":
+        """A run with what was probed just before and just after it."""
+        return cls(took.seconds, took.own_seconds, {key: max(before[key], after[key]) for key in after})
+
 
 class Timing(NamedTuple):
     """Seconds of the thing measured, and those of them that were not the kernels' (0 if unknown)."""
@@ -44,8 +49,7 @@ def interleave(contenders: Mapping[str, Callable[[], Timing]], rounds: int, prob
         for name, run in contenders.items():
             took = run()
             after = probe()
-            samples[name].append(Sample(took.seconds, took.own_seconds,
-                                        {key: max(before[key], after[key]) for key in after}))
+            samples[name].append(Sample.between(before, took, after))
             before = after
     return samples
 

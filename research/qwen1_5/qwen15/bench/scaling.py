@@ -38,10 +38,7 @@ def parser() -> Parser:
                       help="sequences that decode at once (default 1 8 32)")
     made.add_argument("--prefill", type=options.positive, default=512, metavar="N",
                       help="tokens of the prompt (default 512)")
-    made.add_argument("--context", type=options.positive, default=32, metavar="N",
-                      help="tokens in the cache when decoding begins (default 32)")
-    made.add_argument("--new_tokens", type=options.at_least_two, default=32, metavar="N",
-                      help="tokens of each sequence in a run (default 32)")
+    options.add_lengths(made, 32, prompt="tokens in the cache when decoding begins")
     options.add_checkpoint(made)
     options.add_run(made, WHAT, rounds=3, threads=False, against=False)
     return made
@@ -109,8 +106,7 @@ def _rows(jobs: Sequence[Job], counts: Sequence[int], probe: Callable[[], Mappin
                 working[job.what, threads_].append(library.load().working_threads)
                 after = probe()
                 if round_:  # the first does not count
-                    samples[job.what, threads_].append(rounds.Sample(
-                        took.seconds, took.own_seconds, {key: max(before[key], after[key]) for key in after}))
+                    samples[job.what, threads_].append(rounds.Sample.between(before, took, after))
                 before = after
     made = []
     for job in jobs:

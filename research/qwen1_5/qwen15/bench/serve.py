@@ -19,6 +19,7 @@ import numpy as np
 
 from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
+from ..generation.scheduler import PIECE_TOKENS
 from . import options, report
 from .report import Column, number, text
 from .start import start
@@ -26,8 +27,6 @@ from .start import start
 WHAT = "serve"
 PARTS = ("throughput", "first_token", "shared")
 _SHARED_TOKENS = 1000
-_PIECE_TOKENS = 512
-"""What the scheduler takes of a prompt between two steps of those that decode."""
 
 
 class ClientRequest(NamedTuple):
@@ -169,9 +168,9 @@ def _throughput(own: options.BenchCheckpoint, port: int, jobs: Sequence[ClientRe
         fresh = [ClientRequest([100 + len(served), *job.prompt[1:]], job.new_tokens) for job in jobs]
         served.append(made / _closed_loop(port, fresh, clients))
     return {"what": f"{clients} clients, {len(jobs)} requests; beside: the engine alone", "unit": "tokens/s",
-             "server": statistics.median(served), "beside": statistics.median(alone),
-             "ratio": statistics.median(s / a for s, a in zip(served, alone)),
-             "samples": {"server": served, "beside": alone}}
+            "server": statistics.median(served), "beside": statistics.median(alone),
+            "ratio": statistics.median(s / a for s, a in zip(served, alone)),
+            "samples": {"server": served, "beside": alone}}
 
 
 def _closed_loop(port: int, jobs: Sequence[ClientRequest], clients: int) -> float:
@@ -207,17 +206,17 @@ def _first_token(port: int, long: int, vocab_size: int, rounds: int) -> Dict[str
     beside: List[float] = []
     piece: List[float] = []
     for _ in range(rounds):
-        piece.append(_ask(port, ClientRequest(random.integers(100, vocab_size, _PIECE_TOKENS).tolist(), 1)))
+        piece.append(_ask(port, ClientRequest(random.integers(100, vocab_size, PIECE_TOKENS).tolist(), 1)))
         taken_in = ClientRequest(random.integers(100, vocab_size, long).tolist(), 1)
         other = threading.Thread(target=_ask, args=(port, taken_in))
         other.start()
         time.sleep(piece[-1] * 1.5)  # the prompt is being prefilled
         beside.append(_ask(port, ClientRequest(random.integers(100, vocab_size, 8).tolist(), 2), stream=True))
         other.join()
-    return {"what": f"first token beside a prompt of {long} tokens; beside: {_PIECE_TOKENS} tokens alone", "unit": "s",
-             "server": statistics.median(beside), "beside": statistics.median(piece),
-             "ratio": statistics.median(b / p for b, p in zip(beside, piece)),
-             "samples": {"server": beside, "beside": piece}}
+    return {"what": f"first token beside a prompt of {long} tokens; beside: {PIECE_TOKENS} tokens alone", "unit": "s",
+            "server": statistics.median(beside), "beside": statistics.median(piece),
+            "ratio": statistics.median(b / p for b, p in zip(beside, piece)),
+            "samples": {"server": beside, "beside": piece}}
 
 
 def _shared_beginning(port: int, vocab_size: int, rounds: int) -> Dict[str, Any]:
@@ -231,9 +230,9 @@ def _shared_beginning(port: int, vocab_size: int, rounds: int) -> Dict[str, Any]
         first.append(_ask(port, ClientRequest([*shared, 101, 102], 2), stream=True))
         again.append(_ask(port, ClientRequest([*shared, 103, 104], 2), stream=True))
     return {"what": f"first token, {_SHARED_TOKENS} shared tokens known; beside: not known", "unit": "s",
-             "server": statistics.median(again), "beside": statistics.median(first),
-             "ratio": statistics.median(a / f for a, f in zip(again, first)),
-             "samples": {"server": again, "beside": first}}
+            "server": statistics.median(again), "beside": statistics.median(first),
+            "ratio": statistics.median(a / f for a, f in zip(again, first)),
+            "samples": {"server": again, "beside": first}}
 
 
 def _bars(own: options.BenchCheckpoint, parts: Sequence[str], rows: Sequence[Dict[str, Any]]) -> report.Bars:

@@ -78,13 +78,13 @@ WORKLOADS: Dict[str, Workload] = {
     "summarising": Workload(f"Summarise the following text in three sentences.\n\n{_REPORT}"),
     "facts as a list": Workload(f"List the facts of the following text as short bullet points.\n\n{_REPORT}"),
     "rewriting": Workload("Rewrite this letter so that it is signed by Anna Holm instead of Tomas Berg, and keep "
-                      f"everything else.\n\n{_LETTER}"),
+                          f"everything else.\n\n{_LETTER}"),
     "correcting": Workload("Correct the spelling and write the text again, otherwise unchanged.\n\n"
-                       + _LETTER.replace("perfect", "perfct").replace("replacement", "replacment")),
+                           + _LETTER.replace("perfect", "perfct").replace("replacement", "replacment")),
     "editing code": Workload(f"Add a docstring to each function and repeat the code.\n\n```python\n{_CODE}```"),
     "answering": Workload("Why is the sky blue?"),
     REPEATS_NOTHING: Workload("Write a story about a lighthouse keeper who finds a letter in a bottle.",
-                          SamplingParams(do_sample=True, seed=1, no_repeat_ngram_size=2)),
+                              SamplingParams(do_sample=True, seed=1, no_repeat_ngram_size=2)),
 }
 """What the lookup is measured on. In the last one no guess can be right: a pair of tokens that was there is not allowed
 again."""

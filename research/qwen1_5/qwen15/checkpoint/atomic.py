@@ -325,17 +325,23 @@ def _came_meanwhile(target: str) -> UserError:
                      "Give another path, or --overwrite.", exit_code=EXIT_FAILED)
 
 
+def _renamed(one: str, other: str, flags: int) -> int:
+    """renameat2(2): 0, or the system's error code; ENOSYS where the C library has no such function."""
+    if not hasattr(_libc, "renameat2"):
+        return errno.ENOSYS
+    failed = _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flags)
+    return ctypes.get_errno() if failed else 0
+
+
 def _rename_to_new(one: str, other: str) -> None:
     """Rename a file to a name that nothing has, in one step."""
-    if hasattr(_libc, "renameat2"):
-        done = _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_NOREPLACE)
-        code = ctypes.get_errno()
-        if done == 0:
-            return
-        if code == errno.EEXIST:
-            raise _came_meanwhile(other)
-        if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise OSError(code, os.strerror(code))
+    code = _renamed(one, other, _RENAME_NOREPLACE)
+    if code == 0:
+        return
+    if code == errno.EEXIST:
+        raise _came_meanwhile(other)
+    if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(code, os.strerror(code))
     if os.path.lexists(other):  # a file system that cannot ask and rename in one step
         raise _came_meanwhile(other)
     os.rename(one, other)
@@ -343,10 +349,7 @@ def _rename_to_new(one: str, other: str) -> None:
 
 def _exchange(one: str, other: str) -> None:
     """Swap two folders in one step, so that at every moment there is a whole one under either name."""
-    done = -1
-    if hasattr(_libc, "renameat2"):
-        done = _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    if done != 0:
+    if _renamed(one, other, _RENAME_EXCHANGE) != 0:
         aside = one + "-old"
         os.rename(other, aside)
         os.rename(one, other)

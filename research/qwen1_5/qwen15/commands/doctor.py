@@ -116,19 +116,9 @@ def _numbers(version: str) -> Tuple[int, ...]:
 
 def _processor(cpuinfo: str) -> Tuple[str, Set[str]]:
     """The processor's name and the flags of its first core."""
-    name, flags = platform.processor() or platform.machine(), set()
-    try:
-        with open(cpuinfo, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                key, _, value = (part.strip() for part in line.partition(":"))
-                if key == "model name":
-                    name = value
-                elif key in ("flags", "Features"):
-                    flags = set(value.split())
-                    break
-    except OSError:
-        pass  # not Linux: fall back on the name from `platform`
-    return name, flags
+    fields = machine.cpu_fields(cpuinfo)
+    flags = fields.get("flags", fields.get("Features", ""))
+    return fields.get("model name") or platform.processor() or platform.machine(), set(flags.split())
 
 
 def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Finding:

@@ -275,11 +275,6 @@ def share_cores(workers: int, cores: Sequence[Tuple[int, ...]]) -> List[Tuple[in
     return [sum(cores[low:high], ()) for low, high in zip(bounds, bounds[1:])]
 
 
-def physical_cores() -> List[Tuple[int, ...]]:
-    """Logical CPUs of each physical core that this process may run on, by socket and core number."""
-    return list(machine.processors().cores)
-
-
 def make_memory(plan: LaunchPlan) -> Optional[int]:
     """A file in memory for the ranks to add in, which has no name: it goes with the last of them, however that ends.
 
@@ -334,7 +329,7 @@ def _cpus_of_ranks(plan: LaunchPlan, environ: Mapping[str, str]) -> Optional[Lis
     """Logical CPUs for each rank, or None where ranks are not to be bound: on Ascend, and when the user says so."""
     if environ.get("QWEN15_AFFINITY", "").lower() == "off" or device.find_ascend(environ).cards:
         return None
-    return share_cores(plan.local_worker, physical_cores())
+    return share_cores(plan.local_worker, machine.processors().cores)
 
 
 def hang_timeout_s(environ: Mapping[str, str]) -> int:
