@@ -171,6 +171,34 @@ def test_a_neighbour_works_only_when_let_and_ends():
     assert not os.path.exists(f"/proc/{neighbour._process.pid}/stat")
 
 
+def test_a_neighbour_ends_with_a_bench_that_is_killed():
+    import subprocess
+    import sys
+    import time
+
+    from conftest import MODULE
+
+    code = ("import os, time\nfrom qwen15.bench.neighbour import Neighbour\n"
+            "print(Neighbour(min(os.sched_getaffinity(0)))._process.pid, flush=True)\ntime.sleep(60)")
+    bench = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=MODULE)
+    pid = int(bench.stdout.readline())
+    bench.kill()
+    bench.communicate()
+    deadline_s = time.monotonic() + 20
+    while _is_running(pid) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not _is_running(pid)
+
+
+def _is_running(pid):
+    """Whether a process is there, one that has ended and nobody has waited for not counted."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
+
+
 def test_kernels_by_themselves(tmp_path):
     made = measured("kernels", "--layers", 1, "--tokens", 1, 66, "--context", 33, "--rounds", 1, "--no_plot",
                     cwd=tmp_path)

@@ -21,7 +21,14 @@ from .start import start
 WHAT = "neighbour"
 MARGIN = 0.10
 """What may be lost beside the neighbour's share of the machine."""
-_BUSY = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
+_BUSY = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a bench that is killed cannot end it, and it is stopped
+if os.getppid() == int(sys.argv[2]):
+    os.sched_setaffinity(0, {int(sys.argv[1])})
+    print(flush=True)
+    while True: pass
+"""
 _SETTLE_S = 0.05
 
 
@@ -33,7 +40,8 @@ class Neighbour:
     """
 
     def __init__(self, cpu: int):
-        self._process = subprocess.Popen([sys.executable, "-c", _BUSY, str(cpu)], stdout=subprocess.PIPE)
+        self._process = subprocess.Popen([sys.executable, "-c", _BUSY, str(cpu), str(os.getpid())],
+                                         stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         self._process.stdout.readline()
         self.rest()
