@@ -73,6 +73,20 @@ def test_a_quantised_checkpoint_means_the_same_here_and_goes_back_bit_for_bit(tm
         assert not (back / "source_layout.json").exists()
 
 
+@pytest.mark.parametrize("packing, form", [
+    ("auto_round:auto_gptq", Form(sym=False)), ("auto_round:gptqmodel", Form(sym=False, version=2)),
+    ("auto_round", Form(sym=False, version=2)), ("auto_round:auto_awq", Form("awq", sym=False))])
+def test_what_autoround_packs_is_read_in_the_layout_that_it_names(tmp_path, packing, form):
+    settings = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": form.group,
+                "extra_config": {"lm_head": {"bits": 16}}}
+    contents, wanted = write_quantised(tmp_path / "hf", form, quantization_config=settings)
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.safetensors"))))
+    found = meanings(tmp_path / "x.safetensors")
+    assert set(found) == set(wanted) and all(np.array_equal(found[key], wanted[key]) for key in wanted)
+    convert(plan_to_hugging_face(str(tmp_path / "x.safetensors"), Output(str(tmp_path / "back"))))
+    assert read_contents(tmp_path / "back") == contents
+
+
 @pytest.mark.parametrize("name", ["gptq-4", "gptq-8", "awq-asym", "compressed-4-asym-rows"])
 @pytest.mark.parametrize("vocab_emb_dp", [True, False])
 def test_slices_mean_the_same_and_merge_into_the_whole_they_came_from(tmp_path, name, vocab_emb_dp):
@@ -269,6 +283,11 @@ DAMAGE = {
     "bitsandbytes": (None, {"quant_method": "bitsandbytes"}, "'bitsandbytes' is not supported"),
     "FP8": (None, {"quant_method": "fp8"}, "'fp8' is not supported"),
     "AWQ GEMV": (None, {"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not supported"),
+    "GPTQModel's other bits for a layer": (None, {"dynamic": {"-:.*q_proj": {}, "+:.*down_proj": {"bits": 8}}},
+                                           "dynamic gives +:.*down_proj bits 8, the other layers have 4"),
+    "AutoRound's other groups for a layer": (None, {"extra_config": {f"{BASE}": {"group_size": 32}}},
+                                             f"extra_config gives {BASE} group_size 32, the other layers have 64"),
+    "AutoRound in MX": (None, {"quant_method": "auto-round", "packing_format": "auto_round:mx"}, "'auto_round:mx'"),
 }
 
 

@@ -3,6 +3,7 @@ link leads somewhere."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm_commands
 import yaml
 from checkpoint_fixtures import dims, write_model
 from conftest import MODULE, ROOT
@@ -137,11 +139,14 @@ def run(folder, command):
     env = {**os.environ, "HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "home"),
            "LOG_MF_PATH": str(folder / "home"),
            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(["bash", "-c", command],
-                          cwd=folder / "repo" if from_root else folder / "repo/research/qwen1_5", env=env,
-                          input="你好\n/quit\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                          errors="replace",
-                          timeout=240)
+    cwd, typed = folder / "repo" if from_root else folder / "repo/research/qwen1_5", "你好\n/quit\n"
+    words = shlex.split(command)
+    if words[0] in ("python", "qwen15") and not set(words) & {"-c", "&&", "|", ">", "doctor"}:
+        if words[0] == "qwen15":
+            words[:1] = ["python", "-m", "qwen15"]
+        return warm_commands.run(words[1:], cwd, env, typed, 240)
+    return subprocess.run(["bash", "-c", command], cwd=cwd, env=env, input=typed, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8", errors="replace", timeout=240)
 
 
 @pytest.mark.timeout(300)

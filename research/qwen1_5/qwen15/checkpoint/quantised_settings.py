@@ -78,8 +78,9 @@ def group_size_of(folder: str) -> Optional[int]:
 
 def _parse(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     method = str(found.get("quant_method")).lower()
+    _refuse_other_layers(found, where)
     if method in ("auto-round", "intel/auto-round"):
-        method = _auto_round(found, where)
+        method, found = _auto_round(found, where)
     if method == "gptq":
         return _gptq(found, where)
     if method == "awq":
@@ -89,13 +90,31 @@ def _parse(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     raise UserError(f"quant_method {found.get('quant_method')!r} is not supported", where, _FIX)
 
 
-def _auto_round(found: Mapping[str, Any], where: str) -> str:
+def _refuse_other_layers(found: Mapping[str, Any], where: str) -> None:
+    """GPTQModel's `dynamic` and AutoRound's `extra_config` may give layers their own settings; layers that are left
+    unquantised (`-:`, 16 bits) show that by their tensors."""
+    for key in ("dynamic", "extra_config"):
+        layers = found.get(key)
+        for layer, own in layers.items() if isinstance(layers, dict) else ():
+            if not isinstance(own, dict) or str(layer).startswith("-:") or own.get("bits") == 16:
+                continue
+            for name in ("bits", "group_size"):
+                if own.get(name) is not None and own[name] != found.get(name):
+                    raise UserError(f"{key} gives {layer} {name} {own[name]!r}, the other layers have "
+                                    f"{found.get(name)!r}: a checkpoint with more than one is not supported", where,
+                                    _FIX)
+
+
+def _auto_round(found: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
+    """The method whose layout AutoRound has packed in, and the settings as that method has them."""
     packing = str(found.get("packing_format", "auto_round:auto_gptq"))
-    known = {"auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq",
-             "auto_round:awq": "awq"}
-    if packing not in known:
-        raise UserError(f"AutoRound's packing_format {packing!r} is not supported", where, _FIX)
-    return known[packing]
+    if packing in ("auto_round", "auto_round:gptqmodel"):
+        return "gptq", {**found, "checkpoint_format": "gptq_v2"}
+    if packing in ("auto_round:auto_gptq", "auto_round:gptq"):
+        return "gptq", found
+    if packing in ("auto_round:auto_awq", "auto_round:awq"):
+        return "awq", found
+    raise UserError(f"AutoRound's packing_format {packing!r} is not supported", where, _FIX)
 
 
 def _gptq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
