@@ -8,16 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import MODULE
 from qwen15 import device
 from qwen15.ascend import check, contracts, installation
-from qwen15.commands import doctor
-from qwen15.config.load import load_config
+from qwen15.commands import doctor, dry_run
+from qwen15.config.load import Flag, load_config
 from qwen15.errors import UserError
 from qwen15.generation import memory_check
 from qwen15.network import mindformers
+from qwen15.network.mindformers_import import import_mindformers
 
 LATEST, CANN = "usr/local/Ascend/ascend-toolkit/latest", "usr/local/Ascend/cann"
 
@@ -82,6 +85,8 @@ def test_a_wheel_for_another_processor_is_named_before_anything_is_imported(fore
         device.resolve("CPU")
     assert str(caught.value).startswith("the installed MindSpore holds x86_64 libraries, and this machine is aarch64")
     assert f"linux_{os.uname().machine} in its name" in caught.value.fix
+    with pytest.raises(UserError, match="holds x86_64 libraries"):
+        check.main([])
     finding = next(check for check in doctor.check_ascend() if check.name == "wheel")
     assert finding.status == "fail" and "aarch64" in finding.detail
 
@@ -155,12 +160,29 @@ def test_a_card_that_answers_tells_its_free_memory(runtime):
     device.require("Ascend", None, environ, root)
 
 
-def test_a_card_that_does_not_answer_is_named_with_the_error(runtime):
-    found, environ, root = runtime
-    fault = device.ask(found, 5).fault
+def test_a_card_that_does_not_answer_is_named_with_the_error(runtime, tmp_path):
+    _, environ, root = runtime
+    for number in range(1, 6):
+        write(tmp_path / "dev" / f"davinci{number}", "")
+    fault = device.ask(device.find_ascend(environ, root), 5).fault
     assert fault == "card 5 does not answer (aclrtSetDevice: error 107001)"
-    target, why = device.resolve("auto", environ, root, lambda found: device.ask(found, 5))
+    target, why = device.resolve("auto", environ, root, card=5)
     assert (target, why) == ("CPU", f"CPU, chosen by auto: {fault}")
+
+
+def test_the_card_that_a_run_names_is_the_one_that_is_asked(runtime, monkeypatch):
+    """Whether it is there, and how much of its memory is free, before anything is loaded."""
+    monkeypatch.setattr(device, "find_ascend", lambda *_: runtime[0])
+    fault = "there is no card 5 (--device_id, DEVICE_ID): this machine has 1, numbered from 0"
+    flags = [Flag("context.device_id", "--device_id", 5)]
+    config = load_config(str(MODULE / "predict_qwen1_5_14b.yaml"), flags, ["context.device_target=auto"])
+    assert config.device_note == f"CPU, chosen by auto: {fault}"
+    with pytest.raises(UserError, match=re.escape(f"device_target Ascend, but {fault}")):
+        mindformers.MindFormersNetwork(replace(config, device_target="Ascend"), "nowhere", print)
+    monkeypatch.setattr(device, "ask", lambda found, card: device.CardAnswer(None, card << 30, 64 << 30))
+    assert device.card_memory(5).free_bytes == 5 << 30
+    with pytest.raises(UserError, match=r"more than the 5.00 GiB there are \(free of a card's"):
+        memory_check.check(replace(config, device_target="Ascend"))
 
 
 def test_a_probe_that_crashes_or_hangs_is_a_fault_and_no_crash(runtime, monkeypatch):
@@ -273,6 +295,7 @@ def test_pinning_in_a_cpuset_is_told_and_switched_off(monkeypatch):
     assert installation.pinning({"CPU_AFFINITY": "False"}, 4, 192) == []
     assert installation.pinning({}, 192, 192) == []
     installed("mindformers")
+    import_mindformers()
     seen = []
     monkeypatch.delenv("CPU_AFFINITY", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
@@ -315,8 +338,10 @@ def test_heads_that_the_fused_attention_does_not_take_are_refused_before_loading
     if not refused:
         mindformers.check(config.model, "Ascend")
         return
-    with pytest.raises(UserError, match=f"heads of {head_dim} .* takes 64, 80, 96, 120, 128, 256"):
-        mindformers.check(config.model, "Ascend")
+    for refuse in (lambda: mindformers.check(config.model, "Ascend"),
+                   lambda: dry_run.describe(SimpleNamespace(config=config), [])):
+        with pytest.raises(UserError, match=f"heads of {head_dim} .* takes 64, 80, 96, 120, 128, 256"):
+            refuse()
 
 
 def test_a_contract_that_is_not_kept_names_what_the_device_does_instead(tmp_path):

@@ -104,7 +104,7 @@ def complaints(config, monkeypatch):
         attempts.append(lambda: mindformers.start(SimpleNamespace()))
         told += [_said(attempt) for attempt in attempts]
     with monkeypatch.context() as patch:
-        patch.setattr(device, "require", lambda target: None)
+        patch.setattr(device, "require", lambda target, **_: None)
         patch.setattr(mindformers.weights, "Loader", lambda *_, **__: SimpleNamespace(schemes={}))
         for found in ((0, 2), (3, 4)):
             patch.setattr(mindformers, "start", lambda settings, found=found: found)
@@ -120,8 +120,9 @@ def first_contact(monkeypatch):
         patch.setattr(device, "find_ascend", lambda *_: device.Ascend(("/dev/davinci0",), "/cann", "plugin", None))
         for fault in (device._library_fault("libge_runner.so: cannot open shared object file: No such file", "/cann"),
                       device._library_fault("/lib/libmindspore_ascend.so.2: undefined symbol: aclrtX", "/cann"),
-                      "card 0 does not answer (aclrtSetDevice: error 507899)", "card 0 has not answered within 60 s"):
-            patch.setattr(device, "ask", lambda *_, fault=fault: device.CardAnswer(fault))
+                      "card 0 does not answer (aclrtSetDevice: error 507899)", "card 0 has not answered within 60 s",
+                      "there is no card 5 (--device_id, DEVICE_ID): this machine has 1, numbered from 0"):
+            patch.setattr(device, "ask", lambda *_, fault=fault, **__: device.CardAnswer(fault))
             told += [_said(lambda: device.require("Ascend")), _said(lambda: check.main([]))]
         patch.setattr(device, "mindspore_folder", lambda: "/mindspore")
         patch.setattr(device, "foreign_libraries", functools.partial(device.foreign_libraries, machine="aarch64"))
@@ -141,13 +142,12 @@ def test_the_docs_quote_what_is_said_and_leave_nothing_out(config, module_dir, t
     monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
     require("mindformers")
     told = complaints(config, monkeypatch)
-    for name, header in (("ascend.md", "信息"), ("ascend_en.md", "message")):
-        page = (module_dir.parent.parent / "docs" / name).read_text(encoding="utf-8")
-        rows = re.search(rf"^\| {header} \|.*?(?:\n\n|\Z)", page, re.DOTALL | re.MULTILINE)[0].strip().splitlines()[2:]
-        quoted = [quote for row in rows for quote in re.findall(r"`(.*?)`", row.split("|")[1])]
-        patterns = [re.compile(".*".join(map(re.escape, quote.split("...")))) for quote in quoted]
-        assert [pattern.pattern for pattern in patterns if not any(map(pattern.search, told))] == []
-        assert [line for line in told if not any(pattern.search(line) for pattern in patterns)] == []
+    page = (module_dir.parent.parent / "docs" / "tables" / "ascend_messages.md").read_text(encoding="utf-8")
+    rows = page[page.index("| 信息 message |"):].splitlines()[2:]
+    quoted = [quote for row in rows for quote in re.findall(r"`(.*?)`", row.split("|")[1])]
+    patterns = [re.compile(".*".join(map(re.escape, quote.split("...")))) for quote in quoted]
+    assert [pattern.pattern for pattern in patterns if not any(map(pattern.search, told))] == []
+    assert [line for line in told if not any(pattern.search(line) for pattern in patterns)] == []
 
 
 RANK = """

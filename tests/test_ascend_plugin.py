@@ -25,6 +25,9 @@ def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, t
     where = {"PYTHONPATH": PACKAGES} if imported else {"PYTHONPATH": "", "REGISTER_PATH": PACKAGES}
     worker = Worker(tmp_path, OM_MODULES_CACHE=str(tmp_path / "modules"), **where)
     try:
+        asked = worker.call("mindformers.tools.hub.dynamic_module_utils.get_imports",
+                            filename=str(module_dir / "qwen1_5_tokenizer.py"))
+        assert "qwen15" not in asked, "MindFormers would want it installed before it looks into REGISTER_PATH"
         found = worker.call(
             "ascend_plugin.predict", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"),
             vocabulary=str(qwen_vocabulary),

@@ -21,12 +21,12 @@ _FOLDER = os.path.dirname(os.path.abspath(__file__))
 if importlib.util.find_spec("qwen15") is None:
     sys.path.append(os.environ.get("REGISTER_PATH") or _FOLDER)
 try:
-    import qwen15.text.tokenizer  # inside `try`, because MindFormers looks for all others before it knows REGISTER_PATH
+    import qwen15.text.tokenizer  # inside `try`: MindFormers refuses all others that it cannot find by itself
 except ImportError as missing:
     raise ImportError("qwen1_5_tokenizer needs the package qwen15 from its own folder: put research/qwen1_5 on "
                       "PYTHONPATH") from missing
 if TYPE_CHECKING:
-    from qwen15.text.tokenizer import Qwen2Tokenizer
+    Qwen2Tokenizer = qwen15.text.tokenizer.Qwen2Tokenizer
 
 __all__ = ["Qwen2Tokenizer"]
 

@@ -52,6 +52,8 @@ acl.aclFinalize()
 """Run in a process of its own: libraries that fail to load, or a card that hangs, leave this one as it is."""
 LACKING = "CANN's libraries lack"
 """How a fault begins where CANN is of another release than MindSpore is made for."""
+NO_SUCH_CARD = "there is no card"
+"""How a fault begins where a card's number is too large."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,19 @@ def find_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/") ->
     if not cards:
         missing.append("no card in /dev (davinci*)")
     if cann is None:
-        missing.append("no CANN in ASCEND_HOME_PATH")
+        missing.append("no CANN in ASCEND_HOME_PATH or /usr/local/Ascend")
     if cards and cann and plugin is None:
         missing.append("no Ascend plugin in the installed MindSpore")
     return Ascend(cards, cann, plugin, ", ".join(missing) or None)
+
+
+def remedy(found: Ascend) -> str:
+    """What to do about what is `missing`."""
+    if not found.cards:
+        return "Is the driver installed, and are the cards passed into this container (--device /dev/davinci0 ...)?"
+    if found.cann is None:
+        return "Install CANN and source its set_env.sh."
+    return "Install a MindSpore with the Ascend backend."
 
 
 def mindspore_folder() -> Optional[str]:
@@ -131,7 +142,11 @@ def ask(found: Ascend, card: Optional[int] = None, program: str = _PROBE) -> Car
         program: what the other process runs.
     """
     assert found.mindspore_plugin is not None, "find_ascend says that the plugin is missing"
-    return _ask(found.mindspore_plugin, own_card() if card is None else card, found.cann or "", program)
+    card = own_card() if card is None else card
+    if card >= len(found.cards):
+        return CardAnswer(f"{NO_SUCH_CARD} {card} (--device_id, DEVICE_ID): this machine has {len(found.cards)}, "
+                          "numbered from 0")
+    return _ask(found.mindspore_plugin, card, found.cann or "", program)
 
 
 @functools.lru_cache(maxsize=None)
@@ -194,18 +209,19 @@ class CardMemory:
     free_bytes: int
 
 
-def card_memory() -> Optional[CardMemory]:
-    """Memory of this rank's card, as it says itself, otherwise as `npu-smi` shows it; None where neither does."""
+def card_memory(card: Optional[int] = None) -> Optional[CardMemory]:
+    """Memory of a card (see `ask`), as it says itself, otherwise as `npu-smi` shows it; None where neither does."""
     found = find_ascend()
+    card = own_card() if card is None else card
     if found.missing is None:
-        answer = ask(found)
+        answer = ask(found, card)
         if answer.fault is None and answer.total_bytes and answer.free_bytes is not None:
             return CardMemory(answer.total_bytes, answer.free_bytes)
     output, _ = npu_smi()
     # The line with a card's bus address ends in `used / all |`, in units of 2^20 bytes that it calls MB.
     cards = [CardMemory(int(size) * 2 ** 20, (int(size) - int(used)) * 2 ** 20)
              for used, size in _HBM.findall(output or "") if int(size)]
-    return cards[own_card() % len(cards)] if cards else None
+    return cards[card % len(cards)] if cards else None
 
 
 def foreign_libraries(folder: Optional[str] = None, machine: Optional[str] = None) -> Optional[str]:
@@ -240,35 +256,47 @@ WHEEL_FIX = (f"Install the wheel for this machine from https://www.mindspore.cn/
              "its name), with Python 3.11.")
 
 
-def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/",
-            asked: Optional[Callable[[Ascend], CardAnswer]] = None) -> Tuple[str, str]:
-    """Turn `auto`, `Ascend` or `CPU` into the device to compute on and one line on why.
-
-    `auto` is Ascend where a card answers and the libraries load, otherwise CPU, and the line says what was wrong.
-    `Ascend` that was asked for by name stays Ascend even where there is none, so that graphs can be examined on any
-    machine; `require` refuses to compute on it.
+def refuse_foreign() -> None:
+    """Refuse a MindSpore whose libraries are for another processor: it can compute on nothing.
 
     Raises:
-        UserError: MindSpore's libraries are for another processor: it can compute on nothing.
+        UserError: with the wheel to install.
     """
     foreign = foreign_libraries()
     if foreign:
         raise UserError(foreign, fix=WHEEL_FIX)
+
+
+def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str = "/",
+            asked: Optional[Callable[[Ascend], CardAnswer]] = None, card: Optional[int] = None) -> Tuple[str, str]:
+    """Turn `auto`, `Ascend` or `CPU` into the device to compute on and one line on why.
+
+    `auto` is Ascend where a card answers and the libraries load, otherwise CPU, and the line says what was wrong.
+    `Ascend` that was asked for by name stays Ascend even where there is none, so that graphs can be examined on any
+    machine; `require` refuses to compute on it. `card` is the one to ask, see `ask`.
+
+    Raises:
+        UserError: MindSpore's libraries are for another processor: it can compute on nothing.
+    """
+    refuse_foreign()
     if target == CPU:
         return CPU, "CPU, asked for"
     found = find_ascend(environ, root)
     if target == ASCEND:
         there = f"but {found.missing}" if found.missing else f"{len(found.cards)} card(s), CANN {found.cann}"
         return ASCEND, f"Ascend, asked for; {there}"
-    fault = found.missing or (asked or ask)(found).fault
+    fault = found.missing or (asked or functools.partial(ask, card=card))(found).fault
     if fault is None:
         return ASCEND, f"Ascend, chosen by auto: {len(found.cards)} card(s), CANN {found.cann}"
     return CPU, f"CPU, chosen by auto: {fault}"
 
 
 def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
-            root: str = "/", asked: Optional[Callable[[Ascend], CardAnswer]] = None) -> None:
+            root: str = "/", asked: Optional[Callable[[Ascend], CardAnswer]] = None,
+            card: Optional[int] = None) -> None:
     """Refuse to compute on an Ascend that is not there, whose libraries do not load or whose card does not answer.
+
+    `card` is the one to ask, see `ask`.
 
     Raises:
         UserError: `target` is Ascend and this machine has none to compute on; with the reason.
@@ -278,8 +306,8 @@ def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[
     found = find_ascend(environ, root)
     if found.missing:
         raise UserError(f"device_target Ascend, but this machine has {found.missing}", where,
-                        "Source CANN's set_env.sh if it is installed; otherwise use --device_target CPU (or auto).")
-    fault = (asked or ask)(found).fault
+                        f"Use --device_target CPU (or auto). To compute on Ascend: {remedy(found)}")
+    fault = (asked or functools.partial(ask, card=card))(found).fault
     if fault:
         raise UserError(f"device_target Ascend, but {fault}", where,
                         "Run `qwen15 doctor` to examine it, or use --device_target CPU.")

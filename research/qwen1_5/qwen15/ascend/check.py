@@ -197,10 +197,10 @@ def parser() -> Parser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line."""
     args = parser().parse_args(argv)
+    device.refuse_foreign()
     found = device.find_ascend()
     if found.missing:
-        raise UserError(f"nothing to check: this machine has {found.missing}",
-                        fix="Run it on a machine with an Ascend 910B card.")
+        raise UserError(f"nothing to check: this machine has {found.missing}", fix=device.remedy(found))
     fault = device.ask(found, args.device_id).fault
     if fault:
         raise UserError(f"nothing can be checked: {fault}", fix="`qwen15 doctor` says what is installed.")

@@ -92,6 +92,8 @@ def card(answer: device.CardAnswer) -> list[Finding]:
             fix = "Source CANN's set_env.sh in this shell."
         elif answer.fault.startswith(device.LACKING):
             fix = f"Install CANN {wanted().cann or 'for this MindSpore'}, or source its set_env.sh."
+        elif answer.fault.startswith(device.NO_SUCH_CARD):
+            fix = "Unset DEVICE_ID, or name a card that is there."
         else:
             fix = "Does `npu-smi info` show the card as healthy, and does another process hold it?"
         return [Finding("card", FAIL, answer.fault, fix)]

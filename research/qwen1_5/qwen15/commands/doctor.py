@@ -192,16 +192,10 @@ def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/",
     findings = installation.examine(environ, root, asked)
     found = device.find_ascend(environ, root)
     cards = f"{len(found.cards)} card(s): {', '.join(found.cards)}" if found.cards else "no card (no /dev/davinci*)"
-    cann = f"CANN {found.cann}" if found.cann else "no CANN (ASCEND_HOME_PATH is unset)"
+    cann = f"CANN {found.cann}" if found.cann else "no CANN (in ASCEND_HOME_PATH or /usr/local/Ascend)"
     # A card that cannot be used is a fault; a machine without one is just a machine.
     status = OK if found.missing is None else WARN if found.cards or found.cann else INFO
-    fix = None
-    if found.cards and not found.cann:
-        fix = "Install CANN and source its set_env.sh."
-    elif found.cann and not found.cards:
-        fix = "Is the driver installed, and are the cards passed into this container (--device /dev/davinci0 ...)?"
-    elif found.missing:
-        fix = "Install a MindSpore with the Ascend backend." if found.cards else None
+    fix = device.remedy(found) if status == WARN else None
     checks = [Finding("ascend", status, f"{cards}; {cann}", fix), *findings]
     if not any(finding.name == "wheel" for finding in findings):  # then this process computes nothing itself
         _, why = device.resolve(device.AUTO, environ, root, asked)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import List, Sequence
 
-from .. import device, ops
+from .. import device, naming, ops
 from ..checkpoint.reader import open_checkpoint
 from ..config.describe import guesses
 from ..config.schema import Config
 from ..generation import memory_check
 from ..generation.session import Prompt, Session
-from ..network import weights
+from ..network import mindformers, weight_quant, weights
 from ..progress import human_bytes
 
 
@@ -23,6 +23,8 @@ def describe(session: Session, prompts: Sequence[Prompt]) -> str:
             does not fit.
     """
     config = session.config
+    if config.device_target == device.ASCEND:
+        mindformers.check(config.model, config.device_target)
     lines = [_model_line(config), f"device: {config.device_note}", *_operator_line(config)]
     lines.append(f"tokenizer: {len(session.tokenizer)} tokens, {config.tokenizer.vocab_file}")
     if prompts:
@@ -69,6 +71,9 @@ def _checkpoint_lines(config: Config) -> List[str]:
     for rank in range(1 if whole else ranks):
         path = weights.resolve(config.load_checkpoint, rank, ranks, config.auto_trans_ckpt)
         loader = weights.Loader(path, config.model, rank, ranks, parallel.vocab_emb_dp, whole)
+        if config.device_target == device.ASCEND:
+            weight_quant.forms(loader.schemes, {weight.ms: weight for weight in naming.weights(config.model.dims)},
+                               ranks, path)
         likeness = loader.likeness()
         first = first or likeness
         likeness.refuse_other_than(first)

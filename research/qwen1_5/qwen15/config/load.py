@@ -53,13 +53,13 @@ def _config(final: Final, environ: Mapping[str, str]) -> Config:
                         "Set run_mode to predict (--run_mode predict).")
     checkpoint = _checkpoint(final)
     files = read_beside(checkpoint)
-    device_target, device_note = _device(final, environ)
+    device_id = _device_id(final, environ)
+    device_target, device_note = _device(final, environ, device_id)
     parallel = parallel_config(final, environ)
     model = model_config(final, files, device_target)
     _check_division(final, model.dims, parallel)
     generation = generation_config(final, files, model)
     tokenizer = tokenizer_config(final, files)
-    device_id = _device_id(final, environ)
     threads = final.pick("context.runtime_num_threads")
     memory = final.pick("context.max_device_memory")
     auto_trans = final.pick("auto_trans_ckpt")
@@ -94,11 +94,11 @@ def _checkpoint(final: Final) -> Optional[str]:
     return path
 
 
-def _device(final: Final, environ: Mapping[str, str]) -> Tuple[str, str]:
+def _device(final: Final, environ: Mapping[str, str], card: Optional[int]) -> Tuple[str, str]:
     """(device_target, why it is that one)."""
     name = "context.device_target"
     target = final.pick(name)
-    resolved, note = device.resolve(target, environ)
+    resolved, note = device.resolve(target, environ, card=card)
     asked = "" if resolved == target else f"{target}: "
     final.put(name, resolved, f"{asked}{final.sources[name]}")
     return resolved, note

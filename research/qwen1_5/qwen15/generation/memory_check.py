@@ -29,7 +29,7 @@ def available(config: Config, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup
     """What a rank may use: on Ascend `max_device_memory`, or less if its card has less free; on CPU the machine's."""
     if config.device_target != device.ASCEND:
         return machine.memory(proc, cgroup)
-    allowed, card = config.max_device_memory_bytes, device.card_memory()
+    allowed, card = config.max_device_memory_bytes, device.card_memory(config.device_id)
     limits = [] if allowed is None else [Available(allowed, None, "max_device_memory")]
     if card is not None:
         room = max(0, card.total_bytes - memory.CARD_RESERVE_BYTES)

@@ -52,7 +52,7 @@ class MindFormersNetwork(Network):
     supports_cached_prefill = False
 
     def __init__(self, config: Config, checkpoint: str, tell: Callable[[str], None]):
-        device.require(config.device_target)
+        device.require(config.device_target, card=config.device_id)
         check(config.model, config.device_target)
         self.vocab_size = config.model.dims.vocab_size
         parallel = config.parallel
@@ -152,11 +152,11 @@ def check(model: ModelConfig, device_target: str) -> None:
     if dims.hidden_size != dims.num_heads * dims.head_dim:
         raise UserError(f"head size {dims.head_dim} x {dims.num_heads} heads is not hidden_size {dims.hidden_size}; "
                         "MindFormers' LlamaForCausalLM has no head size of its own", where,
-                        "This model runs on CPU only.")
+                        "Use --device_target CPU.")
     if device_target == device.ASCEND:
         if dims.head_dim not in HEAD_DIMS:
             raise UserError(f"heads of {dims.head_dim} (hidden_size / num_heads); the fused attention on Ascend takes "
-                            f"{', '.join(map(str, HEAD_DIMS))}", where, "This model runs on CPU only.")
+                            f"{', '.join(map(str, HEAD_DIMS))}", where, "Use --device_target CPU.")
         for name in ("compute_dtype", "rotary_dtype"):
             if getattr(model, name) == "float32":
                 raise UserError(f"{name} is float32; the fused operators on Ascend take float16 and bfloat16 only",

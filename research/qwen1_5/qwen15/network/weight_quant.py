@@ -111,7 +111,7 @@ def _form(scheme: Scheme, weight: Weight, parts: int, where: str) -> Form:
     if group is None:
         cards = f", {own} inputs on each of {parts} cards" if own != inputs else ""
         raise UserError(f"{weight.ms} is {scheme}{cards}; the operator on Ascend takes groups of 64 or 128", where,
-                        "Use fewer cards." if own % GROUPS[-1] else
+                        "Use fewer cards." if own % GROUPS[-1] and parts > 1 else
                         "Quantise it in groups of 64 or 128, or run it with --device_target CPU.")
     if scheme.bits == 4 and outputs // (parts if weight.cut == naming.COLUMN else 1) % 2:
         raise UserError(f"{weight.ms} has an odd number of outputs on each of {parts} cards; two make a byte", where,
