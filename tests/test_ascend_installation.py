@@ -177,6 +177,7 @@ def test_the_card_that_a_run_names_is_the_one_that_is_asked(runtime, monkeypatch
     flags = [Flag("context.device_id", "--device_id", 5)]
     config = load_config(str(MODULE / "predict_qwen1_5_14b.yaml"), flags, ["context.device_target=auto"])
     assert config.device_note == f"CPU, chosen by auto: {fault}"
+    assert config.device_note in config.notes, "a run says so: who has a card expects it to be used"
     with pytest.raises(UserError, match=re.escape(f"device_target Ascend, but {fault}")):
         mindformers.MindFormersNetwork(replace(config, device_target="Ascend"), "nowhere", print)
     monkeypatch.setattr(device, "ask", lambda found, card: device.CardAnswer(None, card << 30, 64 << 30))

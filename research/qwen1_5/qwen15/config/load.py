@@ -101,6 +101,10 @@ def _device(final: Final, environ: Mapping[str, str], card: Optional[int]) -> Tu
     resolved, note = device.resolve(target, environ, card=card)
     asked = "" if resolved == target else f"{target}: "
     final.put(name, resolved, f"{asked}{final.sources[name]}")
+    if target == device.AUTO and resolved == device.CPU:
+        found = device.find_ascend(environ)
+        if found.cards or found.cann:  # somebody who has a card expects it to be used
+            final.notes.append(note)
     return resolved, note
 
 
