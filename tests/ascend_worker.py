@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import functools
 import importlib
+import io
 import json
 import os
 import select
@@ -179,6 +180,18 @@ def _become(told: dict, descriptors: list) -> None:
         _answer(answers)
     finally:
         os._exit(0)
+
+
+def run_code(code: str, arguments: list, path: list) -> str:
+    """What Python code prints, with `path` in place of what a worker looks through first."""
+    for folder in (PACKAGES, HERE):
+        sys.path.remove(folder)
+    sys.path[:0] = path
+    sys.argv = ["-c", *arguments]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {"__name__": "__main__"})
+    return printed.getvalue()
 
 
 def _import_mindformers() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from ascend_worker import Worker
 from conftest import MODULE
 from qwen15.text.tokenizer import Qwen2Tokenizer
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS
@@ -15,6 +16,16 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("mindformers") is None,
 
 TEXTS = ["Hello world", "", "中文 and <|im_end|> more text", f"a{BLANKS}b" * 3,
          "e\u0301 👨\u200d👩 \ud83d" + CONTROL_TOKENS[0]]
+
+
+def after_mindformers(code, tmp_path, *arguments, path=(str(MODULE),)):
+    """Run `code` in a process that has imported MindFormers, and read its JSON line."""
+    worker = Worker(tmp_path)
+    try:
+        said = worker.call("ascend_worker.run_code", code=code, arguments=[*map(str, arguments)], path=list(path))
+    finally:
+        worker.close()
+    return json.loads(said.strip().splitlines()[-1])
 
 
 def in_python(code, tmp_path, *arguments, **environment):
@@ -28,6 +39,7 @@ def in_python(code, tmp_path, *arguments, **environment):
 
 
 BUILD = """
+from mindformers.models import build_tokenizer
 tokenizer = build_tokenizer({"type": "Qwen2Tokenizer", "vocab_file": sys.argv[1], "merges_file": sys.argv[2],
                              "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 32768})
 """
@@ -61,17 +73,21 @@ print(json.dumps({
 }))
 """
 ORDERS = {
-    "ours first": "import sys, json, qwen1_5_tokenizer\nfrom mindformers.models import build_tokenizer\n",
-    "MindFormers first": "import sys, json\nfrom mindformers.models import build_tokenizer\nimport qwen1_5_tokenizer\n",
-    "directly": "import sys, json, mindformers\nfrom qwen1_5_tokenizer import Qwen2Tokenizer\n"
-                "build_tokenizer = lambda c: Qwen2Tokenizer(**{k: v for k, v in c.items() if k != 'type'})\n",
+    "ours first": ("import sys, json, qwen1_5_tokenizer\n", BUILD),
+    "MindFormers first": ("import sys, json, mindformers.models, qwen1_5_tokenizer\n", BUILD),
+    "directly": ("import sys, json, mindformers\n", """
+from qwen1_5_tokenizer import Qwen2Tokenizer
+tokenizer = Qwen2Tokenizer(vocab_file=sys.argv[1], merges_file=sys.argv[2], unk_token="<|endoftext|>",
+                           pad_token="<|endoftext|>", model_max_length=32768)
+"""),
 }
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_type_in_a_yaml_builds_it(order, qwen_vocabulary, tmp_path):
     files = str(qwen_vocabulary / "vocab.json"), str(qwen_vocabulary / "merges.txt")
-    seen = in_python(ORDERS[order] + BUILD + REPORT, tmp_path, *files, json.dumps(TEXTS))
+    run = after_mindformers if order == "MindFormers first" else in_python
+    seen = run("".join(ORDERS[order]) + REPORT, tmp_path, *files, json.dumps(TEXTS))
     plain = Qwen2Tokenizer(*files)
     ids = [plain.encode(text) for text in TEXTS]
     assert seen["is_mindformers"] and seen["is_encoding"]
@@ -95,25 +111,25 @@ def test_type_in_a_yaml_builds_it(order, qwen_vocabulary, tmp_path):
 
 
 def test_auto_register_builds_it(qwen_vocabulary, tmp_path):
-    code = "import sys, json\nfrom mindformers.models import build_tokenizer\n" + BUILD.replace(
-        '{"type"', '{"auto_register": "qwen1_5_tokenizer.Qwen2Tokenizer", "type"') + """
+    folder = str(MODULE)
+    named = BUILD.replace('{"type"', '{"auto_register": "qwen1_5_tokenizer.Qwen2Tokenizer", "type"')
+    code = f"import json, os, sys\nos.environ['REGISTER_PATH'] = {folder!r}\n{named}" + """
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 print(json.dumps([tokenizer.encode("Hello world<|im_end|>"), isinstance(tokenizer, PreTrainedTokenizer)]))
 """
-    folder = str(MODULE)
     # With run_mindformer.py --register_path the folder is importable too, with REGISTER_PATH alone it is not
-    for path in ("", folder):
-        seen = in_python(code, tmp_path, qwen_vocabulary / "vocab.json", qwen_vocabulary / "merges.txt",
-                         REGISTER_PATH=folder, PYTHONPATH=path)
+    for path in ([], [folder]):
+        seen = after_mindformers(code, tmp_path, qwen_vocabulary / "vocab.json", qwen_vocabulary / "merges.txt",
+                                 path=path)
         assert seen == [[9707, 1879, 151645], True]
 
 
 def test_a_wrong_file_is_one_clear_line_through_mindformers_too(qwen_vocabulary, tmp_path):
-    code = ORDERS["ours first"] + "try:\n    " + BUILD.strip().replace("\n", "\n    ") + """
+    code = "import sys, json, qwen1_5_tokenizer\ntry:\n    " + BUILD.strip().replace("\n", "\n    ") + """
 except Exception as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
-    name, message = in_python(code, tmp_path, qwen_vocabulary / "merges.txt", qwen_vocabulary / "vocab.json")
+    name, message = after_mindformers(code, tmp_path, qwen_vocabulary / "merges.txt", qwen_vocabulary / "vocab.json")
     assert name == "UserError" and "swapped" in message
 
 
@@ -146,5 +162,5 @@ build_context(config)
 trainer = Trainer(args=config, task="text_generation")
 print(json.dumps(trainer.predict(input_data="Hello world", max_length=6, do_sample=True, top_k=1)))
 """
-    answer = in_python(code, tmp_path, qwen_vocabulary / "vocab.json", qwen_vocabulary / "merges.txt")
+    answer = after_mindformers(code, tmp_path, qwen_vocabulary / "vocab.json", qwen_vocabulary / "merges.txt")
     assert answer[0]["text_generation_text"][0].startswith("Hello world")
