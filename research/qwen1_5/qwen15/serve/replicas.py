@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from typing import Any, AsyncIterator, Dict, List, Mapping, MutableMapping, Optional, Sequence
 
@@ -27,8 +28,9 @@ _RAYS_OWN = {"host": "http_options.host", "port": "http_options.port",
 _SPARE = 64
 """Requests that a replica takes beyond what its desk queues: the desk tells a client that it is full, Ray would let it
 wait."""
-_ENVIRONMENT = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
-"""MindSpore's generated protobuf code is older than what Ray loads before it; this implementation takes both."""
+ENVIRONMENT = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+"""MindSpore's generated protobuf code is older than what Ray loads before it; this implementation takes both. A YAML
+with `ray_actor_options` replaces those of the code, so ray_serve.yaml says it for the application as well."""
 _HEAD = {"node:__internal_head__": 0.001}
 
 Message = MutableMapping[str, Any]
@@ -50,7 +52,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
     args = parser().parse_args(argv)
     configuration(args)
     model = serve.deployment(Model, name=MODEL, max_ongoing_requests=args.max_batch + args.max_waiting + _SPARE,
-                             ray_actor_options={"num_cpus": 2, "runtime_env": {"env_vars": _ENVIRONMENT}},
+                             ray_actor_options={"num_cpus": 2, "runtime_env": {"env_vars": ENVIRONMENT}},
                              health_check_period_s=5)
     gate = serve.deployment(Gate, name=GATE, max_ongoing_requests=10 ** 5,
                             ray_actor_options={"num_cpus": 0, "resources": _HEAD})
@@ -102,6 +104,7 @@ class Model:
         from .loop import Loop
         from .replica_metrics import ReplicaMetrics
 
+        _check_environment()
         args = parser().parse_args([*argv, *_threads(argv)])
         config = configuration(args)
         report = Reporter(args.log_level)
@@ -165,6 +168,19 @@ class Model:
             self._loop.run()
         except BaseException as error:  # told to Ray by check_health
             self._failure = f"{type(error).__name__}: {error}"
+
+
+def _check_environment() -> None:
+    """See that the environment is what MindSpore needs here.
+
+    Raises:
+        UserError: MindSpore cannot be imported into this process, because of the protobuf that Ray has loaded.
+    """
+    (name, value), = ENVIRONMENT.items()
+    if os.environ.get(name) != value:
+        raise UserError("MindSpore cannot be loaded beside Ray's protobuf", where="runtime_env",
+                        fix=f"Give the application `runtime_env: {{env_vars: {{{name}: {value}}}}}`, as ray_serve.yaml "
+                            "does.")
 
 
 def _threads(argv: Sequence[str]) -> List[str]:
