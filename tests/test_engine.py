@@ -589,8 +589,8 @@ def test_prompt_log_probabilities_are_those_of_each_place(monkeypatch, max_new_t
     assert max(len(lens) for lens, _ in network.calls) <= 5 + 1
     for index, prompt in enumerate(prompts):
         mine = [step for step in steps if step.request == index]
-        scores = mine[0].prompt_logprobs or []
-        assert len(scores) == len(prompt) - 1 and not any(step.prompt_logprobs for step in mine[1:])
+        scores = mine[0].prompt_logprobs  # an empty list for a prompt of one token
+        assert len(scores) == len(prompt) - 1 and all(step.prompt_logprobs is None for step in mine[1:])
         for place, score in enumerate(scores, 1):
             row = network.logits(prompt[:place])
             assert score.chosen == pytest.approx(log_probabilities(row, [prompt[place]])[0])

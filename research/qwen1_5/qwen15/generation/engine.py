@@ -286,9 +286,10 @@ class Engine:
         choices, row = [], 0
         for continuation, stop in piece:
             first, count = continuation.cached, stop - continuation.cached
-            if self.network.rank == 0:
+            scores = continuation.prompt_logprobs
+            if self.network.rank == 0 and scores is not None:
                 for place in range(first + 1, min(stop + 1, len(continuation.ids))):
-                    continuation.prompt_logprobs.append(
+                    scores.append(
                         self._logprobs(logits[row + place - first - 1], continuation.ids[place],
                                        continuation.request.prompt_logprobs or 0))
             row += count
@@ -452,9 +453,7 @@ class Engine:
 
     def _report(self, continuation: Continuation, token: Optional[int], reason: Optional[str], usage: Optional[Usage],
                 logprobs: Optional[LogProbs], error: Optional[UserError] = None) -> None:
-        scored = None
-        if continuation.prompt_logprobs:
-            scored, continuation.prompt_logprobs = continuation.prompt_logprobs, []
+        scored, continuation.prompt_logprobs = continuation.prompt_logprobs, None  # an empty list is told too
         step = Step(continuation.number, token, reason, usage, logprobs, scored, error)
         box = self._boxes.get(continuation.number)
         if box is None:

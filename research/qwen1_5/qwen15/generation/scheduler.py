@@ -47,7 +47,7 @@ class Continuation:
         self.prefill_s = 0.0
         self.decode_s = 0.0
         self.decode_steps = self.guessed = self.accepted = 0
-        self.prompt_logprobs: List[LogProbs] = []
+        self.prompt_logprobs: Optional[List[LogProbs]] = None if request.prompt_logprobs is None else []
         self.digests: List[bytes] = []
         self.published = 0
 
@@ -234,7 +234,8 @@ class Scheduler:
         self.running.remove(continuation)
         self._let_go(continuation)
         continuation.cached = 0
-        continuation.prompt_logprobs = []
+        if continuation.scores_prompt:
+            continuation.prompt_logprobs = []
         place = 0  # the queue is ordered by arrival; requests put back earlier may be older or younger than this one
         while place < len(self.waiting) and self.waiting[place].number < continuation.number:
             place += 1

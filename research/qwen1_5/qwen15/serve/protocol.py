@@ -27,11 +27,11 @@ _SAMPLING = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "
                                      "frequency_penalty", "seed", "stop", "logit_bias", "no_repeat_ngram_size")}
 _SAMPLING.update(max_tokens="max_new_tokens", max_completion_tokens="max_new_tokens", min_tokens="min_new_tokens")
 """Fields that set how a token is chosen or when to stop, and the setting that each one is."""
-_NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+_NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 _NEUTRAL: Dict[str, Tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default"), "suffix": ("",),
-                                        "modalities": (["text"],), "reasoning_effort": (), "best_of": (1,),
+                                        "modalities": (["text"],), "reasoning_effort": ("none",),
                                         "audio": (), "prediction": (), "functions": (), "function_call": (),
-                                        "web_search_options": (), "verbosity": ()}
+                                        "web_search_options": (), "verbosity": ("medium",)}
 """OpenAI's fields that are not supported, with the values that ask for nothing."""
 _REQUESTS_OWN = ("messages", "tools", "chat_template", "tokenizer", "self")
 """What `chat_template_kwargs` would replace in the making of a prompt."""
@@ -39,7 +39,7 @@ _SHARED = ("model", "stream", "stream_options", "n", "logprobs", "chat_template_
 _CHAT = frozenset((*_SHARED, *_SAMPLING, *_NO_EFFECT, "messages", "top_logprobs", "response_format", "tools",
                    "tool_choice", "parallel_tool_calls"))
 _TEXT = frozenset((*_SHARED, *(name for name in _SAMPLING if name != "max_completion_tokens"), *_NO_EFFECT, "prompt",
-                   "echo")) - {"chat_template_kwargs"}
+                   "echo", "best_of")) - {"chat_template_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ class CallReader:
             Refusal: with the field that is wrong.
         """
         self._check_fields(body, _TEXT)
+        if body.get("best_of") not in (None, body.get("n") or 1):  # as many as are wanted leaves nothing to choose
+            raise Refusal(400, "best_of is not supported by this server.", "best_of", "unsupported_parameter")
         echo = bool(_typed(body, "echo", bool, "true or false"))
         nothing = echo and body.get("max_tokens") == 0  # only the prompt, with its log probabilities
         settings, given = self._settings_of({**body, "max_tokens": None} if nothing else body)
@@ -211,23 +213,29 @@ class CallReader:
         """The settings, and those that the request gave itself."""
         given = {_SAMPLING[name]: body[name] for name in _SAMPLING if body.get(name) is not None}
         if "logit_bias" in given:
-            _check_logit_bias(given["logit_bias"])
+            self._check_ids(_biased(given["logit_bias"]), "logit_bias")
+        seed = _count(body, "seed", -2 ** 63, 2 ** 63 - 1)  # OpenAI's range is wider than MindFormers'
+        given.pop("seed", None)
         stops = given.get("stop")
         if isinstance(stops, list) and len(stops) > MOST_STOPS:
             raise Refusal(400, f"stop has {len(stops)} texts, at most {MOST_STOPS} are taken.", "stop")
         try:
-            return self._settings.changed(given), given
+            settings = self._settings.changed(given)
         except ValueError as error:
             setting = str(error).split(" ", 1)[0]
             field = next((name for name in body if _SAMPLING.get(name) == setting), setting)
             raise Refusal(400, f"{field} {str(error).split(' ', 1)[-1]}.", field) from None
+        return settings if seed is None else replace(settings, seed=seed), given
 
     def _shared(self, body: Mapping[str, Any]) -> Dict[str, Any]:
         stream = bool(_typed(body, "stream", bool, "true or false"))
         options = _typed(body, "stream_options", dict, "an object") or {}
         if options and not stream:
             raise Refusal(400, "stream_options needs stream: true.", "stream_options")
-        _only(options, ("include_usage",), "stream_options.")
+        _only(options, ("include_usage", "include_obfuscation"), "stream_options.")
+        if options.get("include_obfuscation"):
+            raise Refusal(400, "stream_options.include_obfuscation is not supported by this server.",
+                          "stream_options.include_obfuscation", "unsupported_parameter")
         return {"choices": _count(body, "n", 1, MOST_CHOICES) or 1, "stream": stream,
                 "include_usage": bool(_typed(options, "include_usage", bool, "true or false"))}
 
@@ -235,7 +243,7 @@ class CallReader:
     def _chat_logprobs(body: Mapping[str, Any]) -> Optional[int]:
         wanted = bool(_typed(body, "logprobs", bool, "true or false"))
         top = _count(body, "top_logprobs", 0, MOST_TOP_LOGPROBS)
-        if top is not None and not wanted:
+        if top and not wanted:
             raise Refusal(400, "top_logprobs needs logprobs: true.", "top_logprobs")
         return (top or 0) if wanted else None
 
@@ -249,7 +257,7 @@ class CallReader:
         made = []
         for number, item in enumerate(prompt):
             label = "The prompt" if len(prompt) == 1 else f"Prompt {number}"
-            if isinstance(item, list) and item and all(_is_id(token) for token in item):
+            if isinstance(item, list) and all(_is_id(token) for token in item):
                 self._check_ids(item, "prompt")
                 made.append(Prompt(tuple(item), settings, frozenset(self._session.config.model.eos_token_id), label))
             else:
@@ -358,10 +366,13 @@ def messages(value: Any) -> List[Dict[str, Any]]:
         role = message.get("role")
         if role not in ROLES:
             raise Refusal(400, f"{where}.role must be one of {', '.join(ROLES)}.", f"{where}.role")
-        _only(message, ("role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations", "audio"),
+        _only(message, ("role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations"),
               f"{where}.")
+        content = message.get("content")
+        if content is None:
+            content = message.get("refusal")  # what the assistant said instead
         turn: Dict[str, Any] = {"role": "system" if role == "developer" else role,
-                                "content": _content(message.get("content"), where, bool(message.get("tool_calls")))}
+                                "content": _content(content, where, bool(message.get("tool_calls")))}
         if message.get("tool_calls"):
             turn["tool_calls"] = [_past_call(call, f"{where}.tool_calls[{i}]") for i, call in
                                   enumerate(message["tool_calls"] if isinstance(message["tool_calls"], list)
@@ -430,9 +441,13 @@ def _with_logprobs(settings: Settings, logprobs: Optional[int]) -> Settings:
     return settings if logprobs is None else settings.changed({"logprobs": max(logprobs, 1)})
 
 
-def _check_logit_bias(value: Any) -> None:
-    if not isinstance(value, dict) or not all(key.isascii() and key.isdigit() for key in value):
+def _biased(value: Any) -> List[int]:
+    """The token ids that a `logit_bias` speaks of."""
+    if not isinstance(value, dict) or not all(
+            len(key) < 10 and key.isascii() and key.isdigit() and str(int(key)) == key and type(bias) in (int, float)
+            and -100 <= bias <= 100 for key, bias in value.items()):
         raise Refusal(400, "logit_bias must map token ids to numbers from -100 to 100.", "logit_bias")
+    return list(map(int, value))
 
 
 def _typed(body: Mapping[str, Any], name: str, kind: type, what: str) -> Any:
@@ -459,8 +474,8 @@ def _count(body: Mapping[str, Any], name: str, least: int, most: int) -> Optiona
 
 
 def _only(body: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> None:
-    for name in body:
-        if name not in known:
+    for name, value in body.items():
+        if name not in known and value is not None:
             raise Refusal(400, f"{prefix}{name} is not known here.", f"{prefix}{name}", "unknown_parameter")
 
 

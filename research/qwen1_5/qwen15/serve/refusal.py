@@ -6,11 +6,7 @@ from typing import Any, Dict, Optional
 
 from ..errors import UserError
 
-INVALID, AUTHENTICATION, NOT_FOUND = "invalid_request_error", "authentication_error", "not_found_error"
-RATE_LIMIT, SERVER = "rate_limit_error", "server_error"
-_TYPES = {400: INVALID, 401: AUTHENTICATION, 403: AUTHENTICATION, 404: NOT_FOUND, 405: INVALID, 408: INVALID,
-          411: INVALID,
-          413: INVALID, 415: INVALID, 429: RATE_LIMIT}
+INVALID, RATE_LIMIT, SERVER = "invalid_request_error", "rate_limit_error", "server_error"
 
 
 class Refusal(Exception):
@@ -42,8 +38,8 @@ class Refusal(Exception):
     @property
     def body(self) -> Dict[str, Any]:
         """OpenAI's error object."""
-        return {"error": {"message": self.message, "type": _TYPES.get(self.status, SERVER), "param": self.param,
-                          "code": self.code}}
+        kind = RATE_LIMIT if self.status == 429 else INVALID if self.status < 500 else SERVER
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> Dict[str, str]:
