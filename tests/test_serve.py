@@ -120,10 +120,11 @@ def test_a_chat_with_log_probabilities_and_its_stream(client):
 
 
 def test_echo_gives_the_prompts_own_log_probabilities_as_transformers_has_them(client, server, judge):
-    ids = ids_of(server, "The quick brown fox jumps over the lazy dog")
-    for wanted in (0, 2):
+    for text, wanted in (("The quick brown fox jumps over the lazy dog", 0),
+                         ("The quick brown fox jumps over the lazy dog", 2), ("The", 0), ("The", 2)):
+        ids = ids_of(server, text)
         made = complete(client, ids, echo=True, logprobs=2, max_tokens=wanted).choices[0]
-        assert made.text.startswith("The quick brown fox jumps over the lazy dog")
+        assert made.text.startswith(text)
         assert made.logprobs.token_logprobs[0] is None and len(made.logprobs.tokens) == len(ids) + wanted
         assert made.logprobs.token_logprobs[1:len(ids)] == pytest.approx(judge[1](ids), abs=1e-3)
         assert all(token in top for token, top in zip(made.logprobs.tokens[1:], made.logprobs.top_logprobs[1:]))
@@ -214,7 +215,11 @@ HELLO = {"messages": [{"role": "user", "content": "x"}]}
     (CHAT, {**HELLO, "max_tokens": 0}, 400, "max_tokens"), (CHAT, {**HELLO, "top_logprobs": 2}, 400, "top_logprobs"),
     (CHAT, {**HELLO, "stream_options": {"include_usage": True}}, 400, "stream_options"),
     (CHAT, {**HELLO, "functions": [{}]}, 400, "functions"),
-    (CHAT, {**HELLO, "logit_bias": {"x": 1}}, 400, "logit_bias"),
+    *((CHAT, {**HELLO, "logit_bias": {token: bias}}, 400, "logit_bias")
+      for token, bias in (("x", 1), ("5", 101), ("05", 1), ("5", True), ("999999999", 1), ("9" * 5000, 1))),
+    (CHAT, {**HELLO, "seed": 2 ** 63}, 400, "seed"),
+    (CHAT, {**HELLO, "stream": True, "stream_options": {"include_obfuscation": True}}, 400,
+     "stream_options.include_obfuscation"),
     (CHAT, {**HELLO, "response_format": {"type": "xml"}}, 400, "response_format"),
     (CHAT, {**HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}}, 400,
      "response_format"),
@@ -224,8 +229,9 @@ HELLO = {"messages": [{"role": "user", "content": "x"}]}
     ("/tokenize", {**HELLO, "chat_template_kwargs": 3}, 400, "chat_template_kwargs"),
     ("/tokenize", {**HELLO, "tools": 3}, 400, "tools[0]"),
     (TEXT, {"prompt": 3}, 400, "prompt"), (TEXT, {"prompt": []}, 400, "prompt"),
-    (TEXT, {"prompt": [10 ** 9]}, 400, "prompt"),
+    (TEXT, {"prompt": [10 ** 9]}, 400, "prompt"), (TEXT, {"prompt": [[]]}, 400, "prompt"),
     (TEXT, {"prompt": ""}, 400, "prompt"), (TEXT, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+    (TEXT, {"prompt": "a", "n": 11}, 400, "n"),
     (TEXT, {"prompt": "a", "best_of": 3}, 400, "best_of"), (TEXT, {"prompt": ["a"] * 1000}, 400, "prompt"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens"), ("/tokenize", {}, 400, "prompt"), ("/v1/nothing", {}, 404, None),
 ])
@@ -233,7 +239,30 @@ def test_what_cannot_be_done_is_refused_in_openais_form(server, path, body, stat
     got, answer, _ = server.send(path, body)
     assert (got, answer["error"]["param"]) == (status, param), answer
     assert "Traceback" not in answer["error"]["message"] and str(MODULE) not in answer["error"]["message"]
-    assert answer["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("path, fields", [
+    (CHAT, {"seed": -1}), (CHAT, {"seed": 2 ** 63 - 1}), (CHAT, {"top_logprobs": 0}), (CHAT, {"store": False}),
+    (CHAT, {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}}),
+    (CHAT, {"prompt_cache_retention": "24h", "user": "u", "metadata": {"a": "b"}, "stop": None, "tools": []}),
+    (CHAT, {"reasoning_effort": "none", "verbosity": "medium", "modalities": ["text"], "service_tier": "auto"}),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "refusal": "No.",
+                                                            "function_call": None, "audio": None, "tool_calls": None},
+                         {"role": "user", "content": "x"}]}),
+    (TEXT, {"n": 2, "best_of": 2, "stop": ["a", "b", "c", "d"]}), (TEXT, {"best_of": 1, "suffix": None}),
+])
+def test_what_asks_for_nothing_special_is_answered(server, path, fields):
+    base = {CHAT: HELLO, TEXT: {"prompt": "x"}}[path]
+    status, answer, _ = server.send(path, {**base, "max_tokens": 2, "temperature": 1, **fields})
+    assert status == 200, answer
+
+
+def test_seeds_that_differ_by_2_to_the_32_differ(server):
+    body = {"prompt": "x", "temperature": 2, "max_tokens": 12}
+    made = [server.send(TEXT, {**body, "seed": seed})[1]["choices"][0]["text"]
+            for seed in (7, 7 + 2 ** 32, 7)]
+    assert made[0] == made[2] != made[1]
 
 
 _FIELDS = sorted(protocol._CHAT | protocol._TEXT | set(protocol._NEUTRAL) | {"tokens", "add_special_tokens"})

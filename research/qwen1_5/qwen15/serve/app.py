@@ -158,7 +158,7 @@ class Web:
         each = pairs(call)
         prompts = tuple(numbered([call.prompts[prompt] for prompt, _ in each]))
         constraints = tuple(self._constraint(call.grammar) if call.grammar is not None else None for _ in each)
-        ticket = Ticket(prompts, constraints)
+        ticket = Ticket(prompts, constraints, whole=not call.stream)
         self._desk.submit(ticket)
         answers = Answers(call, self._options.names[0], self._tokenizer.token_bytes,
                           lambda number: self._text_of(call.prompts[number].ids))
@@ -237,8 +237,6 @@ class Web:
                 continue
             if event.refusal is not None:
                 raise event.refusal
-            if ticket.first_token_s is None:
-                ticket.first_token_s = time.monotonic()
             left -= event.finish_reason is not None
             yield event
 

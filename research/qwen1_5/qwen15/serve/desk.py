@@ -46,6 +46,8 @@ class Ticket:
     Attributes:
         prompts: what is continued.
         constraints: what keeps each answer to a grammar, None for free ones.
+        whole: answers are wanted in one piece, so each comes as one event at its end: waking the web's thread for every
+            token would cost the engine's.
         arrived_s: `time.monotonic` of its arrival.
         first_token_s: the same of its first token.
         events: what has come for the web's thread.
@@ -53,6 +55,7 @@ class Ticket:
 
     prompts: Tuple[Prompt, ...]
     constraints: Tuple[Any, ...]
+    whole: bool = False
     events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
     arrived_s: float = field(default_factory=time.monotonic)
     first_token_s: Optional[float] = None
@@ -104,14 +107,16 @@ class Desk:
         """Queue a request.
 
         Raises:
-            Refusal: too much is waiting, or the server is closing.
+            Refusal: too much is waiting, or it would always be too much, or the server is closing.
         """
         if self.closing is not None:
             raise Refusal(503, f"The server is {self.closing} and takes no new requests.", code="server_closing",
                           retry_after_s=10)
-        prompts = ticket.prompts
+        prompts, most = ticket.prompts, self.limits.waiting + self.limits.running
+        if len(prompts) > most:
+            raise Refusal(400, f"The request wants {len(prompts)} answers; this server takes at most {most}.", "n")
         with self._lock:
-            if self._count + len(prompts) > self.limits.waiting + self.limits.running:
+            if self._count + len(prompts) > most:
                 raise Refusal(429, f"{self.waiting} prompts are waiting already. Try again later.", code="queue_full",
                               retry_after_s=1 + self.waiting // max(1, self.limits.running))
             self._count += len(prompts)

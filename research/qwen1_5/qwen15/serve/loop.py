@@ -20,6 +20,7 @@ class _Running:
     def __init__(self, ticket: Ticket, choice: int, answer: Answer):
         self.ticket, self.choice, self.answer = ticket, choice, answer
         self.reported = 0  # entries of answer.logprobs already sent
+        self.prompt_entries: Tuple[Dict[str, Any], ...] = ()
 
 
 class Loop:
@@ -109,8 +110,8 @@ class Loop:
             return [(ticket, Event(choice, refusal=Refusal(500, _sentence(step.error), code="logits_not_finite")))]
         stopped = answer.stopped
         text = answer.take(step)
-        entries = tuple(answer.logprobs[running.reported:])
-        running.reported = len(answer.logprobs)
+        if step.token is not None and ticket.first_token_s is None:
+            ticket.first_token_s = time.monotonic()
         reason = answer.finish_reason or None
         if answer.stopped and not stopped and step.finish_reason is None:
             self._engine.cancel(step.request)
@@ -120,7 +121,13 @@ class Loop:
             if constraint is not None and constraint.failure is not None:
                 return [(ticket, Event(choice, refusal=Refusal(
                     500, f"The grammar cannot be followed: {constraint.failure}")))]
-        scored = self._prompt_entries(ticket.prompts[choice], step.prompt_logprobs, answer)
+        running.prompt_entries += self._prompt_entries(ticket.prompts[choice], step.prompt_logprobs, answer)
+        if ticket.whole:
+            return [] if not reason else [(ticket, Event(choice, answer.text, tuple(answer.logprobs), reason,
+                                                         answer.usage, running.prompt_entries))]
+        entries = tuple(answer.logprobs[running.reported:])
+        running.reported = len(answer.logprobs)
+        scored, running.prompt_entries = running.prompt_entries, ()
         if not (text or entries or scored or reason or step.token is not None):
             return []
         return [(ticket, Event(choice, text, entries, reason, answer.usage, scored))]
