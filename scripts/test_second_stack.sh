@@ -8,6 +8,7 @@
 #
 #   QWEN15_SECOND_VENV  its virtual environment (default: .venv-2.10.0 or .venv-2.7.2 in the checkout)
 #   QWEN15_PYTHON       the interpreter to make it with (Python 3.9 to 3.11; 3.10 and 3.11 for 2.10.0)
+#   QWEN15_TEST_MARK    which tests by their marks (default: not slow); "version and not slow" in CI: what a version can change
 #   QWEN15_TEST_JOBS    processes that run tests side by side (default: 2 when there are as many cores)
 #
 # Exit codes: pytest's; 1 the pair cannot be installed; 2 usage; 77 not run, the disk has no room for it (5.5 GiB the first time).

@@ -1,5 +1,6 @@
 """MindFormers' own LlamaForCausalLM, its Ascend operators emulated, generates what Hugging Face's Qwen2 generates."""
 
+import functools
 import json
 import re
 
@@ -8,6 +9,8 @@ from ascend_worker import Worker
 from conftest import require
 
 require("torch", "transformers", "mindformers")
+
+VERSION = functools.partial(pytest.param, marks=pytest.mark.version)
 
 LIMITS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 """Largest error of a logit, as a fraction of the largest logit. Measured: 1e-6, 1e-3, 7e-3."""
@@ -23,7 +26,7 @@ def worker(tmp_path_factory):
     worker.close()
 
 
-@pytest.mark.parametrize("kv_heads, tied", ((4, False), (4, True), (2, False), (2, True), (1, True)),
+@pytest.mark.parametrize("kv_heads, tied", ((4, False), (4, True), (2, False), VERSION(2, True), (1, True)),
                          ids=("multi_head", "multi_head_tied", "grouped", "grouped_tied", "one_kv_head_tied"))
 def test_float32_generates_the_tokens_of_hugging_face(worker, tmp_path, kv_heads, tied):
     found = worker.call("ascend_cases.compare", folder=str(tmp_path), kv_heads=kv_heads, tied=tied, dtype="float32")
@@ -39,7 +42,7 @@ def test_float32_generates_the_tokens_of_hugging_face(worker, tmp_path, kv_heads
                                                            "SiLU": 2}
 
 
-@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+@pytest.mark.parametrize("dtype", ("float16", VERSION("bfloat16")))
 def test_half_precision_stays_within_its_rounding(worker, tmp_path, dtype):
     found = worker.call("ascend_cases.compare", folder=str(tmp_path), kv_heads=2, tied=False, dtype=dtype)
     assert found["largest_error"] < LIMITS[dtype] * found["logits_scale"]
@@ -59,7 +62,9 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("scheme", QUANTISED)
+@pytest.mark.parametrize("scheme", [
+    VERSION(scheme) if scheme in ("int8_groups_of_128_zero_points", "int4_with_int8_table") else scheme
+    for scheme in QUANTISED])
 def test_quantised_weights_generate_what_the_dequantised_ones_do_in_hugging_face(worker, tmp_path, scheme):
     found = worker.call("ascend_cases.compare", folder=str(tmp_path), kv_heads=2, tied=False, dtype="float32",
                         quantised=QUANTISED[scheme])
@@ -97,6 +102,7 @@ def test_the_comparison_notices(worker, tmp_path, mutation):
     assert not found["same_tokens"]
 
 
+@pytest.mark.version
 def test_a_checkpoint_that_lacks_a_weight_is_refused(worker, tmp_path):
     """MindFormers' own loading leaves the weight random and goes on."""
     said = worker.call("ascend_cases.refused", folder=str(tmp_path), tensor="model.layers.1.attention.wk.bias")
@@ -122,6 +128,7 @@ def _form(line: str) -> str:
     return re.sub(r"[\d.]+", "N", line.split("...")[0])
 
 
+@pytest.mark.version
 def test_the_check_for_cards_fails_on_a_wrong_operator(tmp_path):
     worker = Worker(tmp_path)
     try:

@@ -1,6 +1,7 @@
 """The 910B graphs compile up to kernel selection with the fused operators they should have, whole and cut over
 cards."""
 
+import functools
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from qwen15.conversion import strategy
 
 require("mindformers")
 
+VERSION = functools.partial(pytest.param, marks=pytest.mark.version)
 LAYERS = 2
 TWO_LAYERS = [f"model.model_config.num_layers={LAYERS}"]
 ALL_YAMLS = [f"{size}{chat}" for size in QWEN1_5 for chat in ("", "_chat")]
@@ -90,14 +92,15 @@ def check_graphs(config, found, quantised: bool = False) -> None:
                                           "slot_mapping": [[-1]]}
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
-@pytest.mark.parametrize("name", ALL_YAMLS)
+@pytest.mark.parametrize("name, dtype", [
+    VERSION(name, dtype) if (name, dtype) in (("14b", "bfloat16"), ("110b_chat", "float16")) else (name, dtype)
+    for name in ALL_YAMLS for dtype in ("bfloat16", "float16")])
 def test_shipped_yaml_compiles(compiled, module_dir, name, dtype):
     check_graphs(*compiled(str(module_dir / f"predict_qwen1_5_{name}.yaml"), dtype))
 
 
 @pytest.mark.parametrize("quantised", ((8, 0), (8, 128), (4, 128)), ids=("A16W8", "A16W8 groups", "A16W4"))
-@pytest.mark.parametrize("name", QWEN1_5)
+@pytest.mark.parametrize("name", [VERSION(name) if name == "14b" else name for name in QWEN1_5])
 def test_shipped_yaml_compiles_for_quantised_weights(compiled, module_dir, name, quantised):
     path = str(module_dir / f"predict_qwen1_5_{name}.yaml")
     check_graphs(*compiled(path, "float16", quantised=quantised), quantised=True)
@@ -133,6 +136,7 @@ def test_yaml_of_another_model_compiles(compiled, tmp_path, name, ranks):
     check_graphs(config, found)
 
 
+@pytest.mark.version
 def test_float32_is_refused_by_the_operators_themselves(cards, module_dir):
     """The reason for our own refusal of float32 on Ascend."""
     said = cards(1).call("ascend_graphs.refused", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"),
@@ -141,7 +145,7 @@ def test_float32_is_refused_by_the_operators_themselves(cards, module_dir):
     assert "ApplyRotaryPosEmb" in said and "Float32" in said
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("dtype", (VERSION("bfloat16"), "float16"))
 @pytest.mark.parametrize("head_dim, count", ((64, 15), (128, 10)))
 def test_operator_graphs_of_the_check_compile(cards, dtype, head_dim, count):
     found = cards(1).call("ascend_graphs.check_graphs", dtype=dtype, head_dim=head_dim)
@@ -149,7 +153,7 @@ def test_operator_graphs_of_the_check_compile(cards, dtype, head_dim, count):
 
 
 @pytest.mark.parametrize("ranks, vocab_emb_dp, tied, whole", (
-    (2, True, True, False), (2, False, False, True), (4, False, False, True), (4, True, False, False),
+    (2, True, True, False), VERSION(2, False, False, True), (4, False, False, True), (4, True, False, False),
     (8, False, True, True), (8, True, False, True), (8, False, False, False)))
 def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp, tied, whole):
     sizes = model.dims(ranks, tied)
@@ -177,7 +181,7 @@ def test_slices_are_those_of_the_front_end(cards, tmp_path, ranks, vocab_emb_dp,
     assert found["left_behind"] == [] and found["lost"] == []
 
 
-@pytest.mark.parametrize("ranks, bits, group", ((2, 8, 0), (2, 4, 128), (4, 4, 64), (8, 8, 0)))
+@pytest.mark.parametrize("ranks, bits, group", ((2, 8, 0), VERSION(2, 4, 128), (4, 4, 64), (8, 8, 0)))
 def test_every_rank_holds_its_slice_of_quantised_weights(cards, tmp_path, ranks, bits, group):
     """What integers, scales and offsets mean together is the slice of the dequantised weight, bit for bit."""
     sizes = model.dims(ranks)
@@ -191,7 +195,7 @@ def test_every_rank_holds_its_slice_of_quantised_weights(cards, tmp_path, ranks,
     assert found["left_behind"] == [] and found["lost"] == []
 
 
-@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("ranks", (1, VERSION(2)))
 def test_two_generations_compile_two_graphs(cards, tmp_path, ranks):
     """The engine's own calls, whatever their batch and lengths, run the prefill graph and the increment graph and no
     third."""
@@ -205,6 +209,7 @@ def test_two_generations_compile_two_graphs(cards, tmp_path, ranks):
         assert found[phase]["output"] == [[-1, sizes.vocab_size]]
 
 
+@pytest.mark.version
 def test_the_check_examines_the_cut_network_on_several_cards(cards):
     """Nobody computes here: every comparison fails, and none of them because it could not be made."""
     code, output = cards(2).call("ascend_graphs.report", ranks=2)

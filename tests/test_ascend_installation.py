@@ -91,6 +91,7 @@ def test_a_wheel_for_another_processor_is_named_before_anything_is_imported(fore
     assert finding.status == "fail" and "aarch64" in finding.detail
 
 
+@pytest.mark.version
 def test_the_installed_wheel_fits_this_machine():
     installed("mindspore")
     assert device.foreign_libraries() is None
@@ -114,6 +115,7 @@ def test_cann_that_was_not_sourced_makes_auto_the_cpu_and_says_which_library_is_
         device.require("Ascend", None, environ, root)
 
 
+@pytest.mark.version
 def test_what_mindspore_says_of_a_library_that_does_not_load_reaches_the_user(tmp_path):
     """MindSpore itself says it, asked for a device whose plug-in cannot be loaded."""
     installed("mindspore")
@@ -232,6 +234,7 @@ def packages(monkeypatch):
     return packages
 
 
+@pytest.mark.version
 def test_what_is_wanted_is_read_from_the_installed_packages(packages):
     installed("mindformers")
     want = installation.wanted()
@@ -290,6 +293,7 @@ def test_inherited_variables_are_named_with_what_they_change(card):
     assert "not from the launcher" in lines[0]
 
 
+@pytest.mark.version
 def test_pinning_in_a_cpuset_is_told_and_switched_off(monkeypatch):
     finding, = installation.pinning({}, allowed=4, processors=192)
     assert "4 of 192 processors (cpuset)" in finding.detail

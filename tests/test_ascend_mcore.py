@@ -8,6 +8,7 @@ from ascend_worker import Worker
 from qwen15.commands import make_yaml
 
 
+@pytest.mark.version
 @pytest.mark.skipif(importlib.util.find_spec("mindformers") is None, reason="needs MindFormers")
 def test_the_newer_network_has_the_biases_that_config_json_does_not_name(tmp_path):
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96,

@@ -49,6 +49,7 @@ def test_saving_the_strategy_is_refused(config):
         mindformers.mindformers_config(config("only_save_strategy=True"))
 
 
+@pytest.mark.version
 @pytest.mark.parametrize("option, key", (("parallel.parallel_mode=0", "parallel_mode"), ("context.mode=1", "mode 1")))
 def test_modes_that_cannot_cut_the_weights_are_refused(config, tmp_path, monkeypatch, option, key):
     monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
@@ -138,6 +139,7 @@ def _said(attempt) -> str:
     return str(caught.value)
 
 
+@pytest.mark.version
 def test_the_docs_quote_what_is_said_and_leave_nothing_out(config, module_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("LOG_MF_PATH", str(tmp_path))
     require("mindformers")
@@ -166,6 +168,7 @@ with open(f"{sys.argv[1]}/{rank}", "w") as file:
 """
 
 
+@pytest.mark.version
 def test_every_rank_learns_the_token_of_rank_0(module_dir, tmp_path):
     """In graph mode, as on Ascend, where the same call goes through HCCL."""
     require("mindspore")

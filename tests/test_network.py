@@ -261,6 +261,7 @@ def test_decoding_without_passing_the_parameters_gives_the_same_logits(
     assert len(whole_calls) == 7
 
 
+@pytest.mark.version
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_step_without_mindspore_is_the_step_of_its_graph(whole_calls, count, tmp_path, monkeypatch):
     random_model(tmp_path / "hf")
@@ -369,6 +370,7 @@ def test_rope_tables_equal_transformers():
     np.testing.assert_allclose(ours[1], sin[0].numpy(), atol=3e-7)
 
 
+@pytest.mark.version
 def test_parameters_bear_mindformers_names(tmp_path):
     from qwen15 import naming
 

@@ -94,6 +94,7 @@ def test_slices_made_beforehand_give_the_same_as_the_whole_checkpoint(checkpoint
     assert all(result["tokens"] == alone["tokens"] for result in results)
 
 
+@pytest.mark.version
 def test_quantised_tokens_and_logits_equal_one_process(tmp_path):
     """int4 in groups of 64 that the cut of w2 divides, zero points, int8 table and head cut along the vocabulary."""
     quantised_model(tmp_path / "q", Kind(4, 64, zero=True), Kind(8, 32))
