@@ -1,6 +1,8 @@
 """Chat prompts against transformers' apply_chat_template; messages that try to forge control tokens; the window."""
 
 import json
+import re
+import shutil
 import time
 
 import pytest
@@ -286,8 +288,14 @@ def test_a_template_sees_nothing_of_this_process_and_renders_fast():
 
 
 def test_messages_a_template_cannot_use_are_one_clear_line(tokenizer):
-    for messages in ([{"role": "user"}], [{"role": "user", "content": None}], [{"content": "x"}]):
+    for messages in ([{"role": "user"}], [{"role": "user", "content": None}]):
         with pytest.raises(UserError, match="chat template"):
+            chat.prompt_ids(tokenizer, messages)
+    for messages, said in (([{"content": "x"}], "message 1: it has no role. A message is {'role': 'user', "),
+                           ([{"role": "user", "content": "x"}, "x"], "message 2: it is str, not a message"),
+                           ([{"role": "user", "content": 5}], "message 1: its content is int, not text"),
+                           (5, "a list of messages, not int"), ({"role": "user"}, "a list of messages, not dict")):
+        with pytest.raises(UserError, match=re.escape(said)):
             chat.prompt_ids(tokenizer, messages)
     with pytest.raises(UserError, match="no messages"):
         chat.prompt_ids(tokenizer, [])
@@ -307,6 +315,22 @@ def test_a_checkpoint_with_several_templates_gives_the_default_one(tokenizer):
     for form in (named, {item["name"]: item["template"] for item in named}):
         made = Qwen2Tokenizer(tokenizer.vocab_file, tokenizer.merges_file, chat_template=form)
         assert made.apply_chat_template(talk("x"), tokenize=False) == "D"
+
+
+def test_a_template_in_a_file_of_its_own_goes_first_as_in_transformers(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for file in (tokenizer.vocab_file, tokenizer.merges_file):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer",
+                                                                "chat_template": "in the configuration"}))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}\u00e9 in a file", encoding="utf-8")
+    ours, other = (kind.from_pretrained(str(tmp_path)) for kind in (Qwen2Tokenizer, transformers.Qwen2Tokenizer))
+    assert ours.apply_chat_template(talk("x"), tokenize=False) == "x\u00e9 in a file"
+    assert other.apply_chat_template(talk("x"), tokenize=False) == "x\u00e9 in a file"
+    assert Qwen2Tokenizer.from_pretrained(str(tmp_path), chat_template="given").chat_template == "given"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="chat_template.jinja: is not UTF-8 text"):
+        Qwen2Tokenizer.from_pretrained(str(tmp_path))
 
 
 def test_conversations_come_in_batches_and_arrays(tokenizer, theirs):

@@ -17,6 +17,7 @@ from qwen15.config.describe import describe
 from qwen15.config.flags import Flag, add_flags, flags_from
 from qwen15.config.load import load_config
 from qwen15.errors import UserError
+from qwen15.json_file import read_json
 
 MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "research", "qwen1_5")
 TINY = """\
@@ -254,6 +255,7 @@ def test_a_wrong_line_is_named_with_its_number(write, line, words):
 @pytest.mark.parametrize("old, new, line, words", [
     ("model:\n", "modle:\n", 5, ["modle is not a known key", "Did you mean model?"]),
     ("parallel_config:\n  model_parallel: 2", "parallel_config: 2", 3, ["is a section, not the value 2"]),
+    ("seed: 7", "run_mode: predikt", 1, ["wants one of predict, train, finetune, eval, export, not the text 'pre"]),
     ("seed: 7", "seed: 7\nseed: 8", 2, ["seed is given twice", "line 1"]),
     ("seed: 7", "\tseed: 7", 1, ["not valid YAML", "column 1 is a tab"]),
     ("seed: 7", "seed\uff1a7", 1, ["not valid YAML: column 5 is a fullwidth colon (U+FF1A). Write : instead."]),
@@ -261,7 +263,7 @@ def test_a_wrong_line_is_named_with_its_number(write, line, words):
     ("seed: 7", "seed: [7", 2, ["not valid YAML"]),
     ("seed: 7", "7: seed", 1, ["the key 7 is not a word"]),
     ("type: LlamaConfig", "type: Qwen2Config", 7, ["supports only the text 'LlamaConfig'"]),
-    ('device_target: "CPU"', 'device_target: "GPU"', 23, ["'auto' or the text 'Ascend' or the text 'CPU'"]),
+    ('device_target: "CPU"', 'device_target: "GPU"', 23, ["wants one of auto, Ascend, CPU, not the text 'GPU'"]),
     ("eos_token_id: [2, 5]", "eos_token_id: []", 17, ["wants a token id or a list of them"]),
     ("context:\n", "context:\n  max_device_memory: 59\n", 23, ["wants a text, not 59"]),
     ("context:\n", "context:\n  max_device_memory: 59MB\n", 23, ["wants a size such as 59GB, not '59MB'"]),
@@ -612,3 +614,9 @@ def test_a_typo_is_answered_at_once_and_without_mindspore(write):
     assert done.stdout == ""
     assert taken_s < 2.0  # 0.15 s on an idle machine
     assert device.TARGETS == ("auto", "Ascend", "CPU")
+
+
+@pytest.mark.parametrize("read", [load_config, read_json], ids=["YAML", "JSON"])
+def test_a_device_without_an_end_is_no_configuration(read):
+    with pytest.raises(UserError, match="/dev/zero: has more than [0-9]+ bytes, too many for a configuration"):
+        read("/dev/zero")

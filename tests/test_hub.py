@@ -165,7 +165,8 @@ def test_two_processes_at_once_fetch_a_file_once(hub, user):
 
 def test_nobody_answers(hub, user):
     hub.close()
-    assert re.search(r"cannot be fetched \(.*\), and is not in the cache", user.refused("tiny/model", 1))
+    assert re.search(r"cannot be fetched \(http://127\.0\.0\.1:\d+: Connection refused\), and is not in the cache",
+                     user.refused("tiny/model", 1))
 
 
 # -- ModelScope
@@ -299,3 +300,11 @@ def test_modelscope_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
     with pytest.raises(UserError, match="modelscope is not installed"):
         fetch_from_modelscope(names.HubName("a/b"), print)
+
+
+@pytest.mark.parametrize("content", [b"null", b'{"weight_map": 5}', b'{"weight_map": {"a": 5}}', b"{", b"\xff"])
+def test_an_index_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors.index.json"):
+        files.absent(str(tmp_path))

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 from typing import Any
 
 from . import odd_characters
 from .errors import UserError
+from .text_file import read_small
 
 _LARGEST_FILE_BYTES = 16 * 2 ** 20
 _MOST_DIGITS = 400
 
 
-def read_json(path: str) -> Any:
+def read_json(path: str, most_bytes: int = _LARGEST_FILE_BYTES) -> Any:
     """The contents of a small JSON file; a `UserError` names file and line of what is wrong with it."""
     try:
-        if os.path.getsize(path) > _LARGEST_FILE_BYTES:
-            raise UserError(f"{os.path.getsize(path)} bytes are too many for a configuration", path,
-                            "Is this the right file?")
-        with open(path, "rb") as file:
-            text = decoded(file.read(), path)
+        text = decoded(read_small(path, most_bytes, "a configuration"), path)
         return json.loads(text, parse_int=_integer)
     except FileNotFoundError:
         raise UserError("no such file", path, "Download the whole model folder, config.json included.") from None

@@ -1,4 +1,4 @@
-"""A user's text as a whole: a file, or standard input."""
+"""Files that are read as a whole, within a limit: small ones of any kind, and a user's text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ import sys
 from .errors import UserError
 
 LARGEST_BYTES = 256 * 2 ** 20
+
+
+def read_small(path: str, most_bytes: int, what: str, fix: str = "Is this the right file?") -> bytes:
+    """A small file whole. Its size is not asked for beforehand: a device or a pipe says 0 and may have no end.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it has more than `most_bytes`, too many for `what`.
+    """
+    with open(path, "rb") as file:
+        contents = file.read(most_bytes + 1)
+    if len(contents) > most_bytes:
+        raise UserError(f"has more than {most_bytes} bytes, too many for {what}", path, fix)
+    return contents
 
 
 def read_text(path: str) -> str:

@@ -51,8 +51,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                         fix="Run: pip install torch transformers") from None
     from ..text.tokenizer import Qwen2Tokenizer
 
-    tokenizer = Qwen2Tokenizer.from_files(os.path.join(args.checkpoint, "vocab.json"),
-                                          os.path.join(args.checkpoint, "merges.txt"), {})
+    tokenizer = Qwen2Tokenizer.from_pretrained(args.checkpoint)
     prompts = [tokenizer.encode(text) for text in TEXTS]
     # The float32 weights in float64 arithmetic: a judge without rounding of its own.
     single = Qwen2ForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()

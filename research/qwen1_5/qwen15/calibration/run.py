@@ -62,8 +62,9 @@ class Calibration:
             raise UserError(f"{tokens} tokens are too few to calibrate with, {LEAST_TOKENS} are the least",
                             "--calibration_tokens", f"{DEFAULT_TOKENS} are usual.")
         text = read_text(text_path)
-        missing = [name for name in ("vocab.json", "merges.txt") if not os.path.isfile(os.path.join(folder, name))]
-        if missing:
+        there = os.listdir(folder)
+        missing = [name for name in ("vocab.json", "merges.txt") if name not in there]
+        if missing and "tokenizer.json" not in there:
             raise UserError(f"has no {missing[0]}, and --calibrate needs the model's tokenizer", folder,
                             "Copy the tokenizer's files into it.")
         self.ids = np.array(_first_ids(Qwen2Tokenizer.from_pretrained(folder), text, tokens), np.int64)

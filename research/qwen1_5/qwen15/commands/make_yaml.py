@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..generation import memory
 from ..json_file import read_json
 from ..naming import Dims, indivisible
+from ..text.tokenizer_config import read_template
 
 _LONGEST = 8192
 _CARD = "59GB"
@@ -182,7 +183,8 @@ def yaml_for(checkpoint: str, model_parallel: Optional[int] = None) -> PredictYa
         UserError: no such folder, a model that is not supported (by name), or ranks that do not divide it.
     """
     if not os.path.isdir(checkpoint):
-        raise UserError("is not a folder", checkpoint, "Give the downloaded model's folder, the one with config.json.")
+        raise UserError("is not a folder", checkpoint, "Give the downloaded model's folder, the one with config.json; "
+                        "hf download OWNER/NAME fetches a model and prints its folder.")
     hf = dims_from_hf_config(checkpoint)
     generation = _generation_settings(os.path.join(checkpoint, "generation_config.json"))
     tokenizer = _settings(os.path.join(checkpoint, "tokenizer_config.json"))
@@ -278,18 +280,14 @@ def _token_text(settings: Mapping[str, Any], name: str) -> str:
 
 
 def _template(settings: Mapping[str, Any], checkpoint: str) -> Optional[str]:
+    beside = read_template(checkpoint)
+    if beside is not None:
+        return beside
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates by name
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
-    if isinstance(template, str):
-        return template
-    # transformers 4.43 and later write it to a file of its own.
-    beside = os.path.join(checkpoint, "chat_template.jinja")
-    if os.path.isfile(beside):
-        with open(beside, encoding="utf-8") as file:
-            return file.read()
-    return None
+    return template if isinstance(template, str) else None
 
 
 def parser() -> Parser:

@@ -284,8 +284,10 @@ def convert(key: Key, value: Any, plain: bool = True) -> Any:
         _check_bounds(key, value)
     if key.allowed and not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
                                for allowed in key.allowed):
-        shown = " or ".join(_shown(allowed) for allowed in key.allowed if allowed is not None)
-        raise ValueError(f"{'supports only' if key.role == FIXED else 'wants one of'} {shown}, not {_shown(value)}")
+        if key.role == FIXED:
+            shown = " or ".join(_shown(allowed) for allowed in key.allowed if allowed is not None)
+            raise ValueError(f"supports only {shown}, not {_shown(value)}")
+        raise ValueError(f"wants one of {', '.join(map(str, key.allowed))}, not {_shown(value)}")
     return value
 
 

@@ -209,8 +209,15 @@ def tokenizer_config(final: Final, files: CheckpointFiles) -> TokenizerConfig:
     options = {name[len(TOKENIZER):]: value for name, value in final.given.entries.items()
                if name.startswith(TOKENIZER) and KEYS[name].role == USED and KEYS[name].kind != "path"
                and value is not None}
-    return TokenizerConfig(_tokenizer_file(final, files, "vocab_file", "vocab.json"),
-                           _tokenizer_file(final, files, "merges_file", "merges.txt"), options)
+    vocab, merges = (_tokenizer_file(final, files, name, file_name)
+                     for name, file_name in (("vocab_file", "vocab.json"), ("merges_file", "merges.txt")))
+    if vocab is None or merges is None:  # transformers 5 writes both into one file
+        whole, source = files.find("tokenizer.json"), "beside the checkpoint"
+        if vocab is not None and os.path.basename(vocab) == "tokenizer.json":
+            whole, source = vocab, final.sources[TOKENIZER + "vocab_file"]
+        if whole is not None and vocab in (None, whole, files.find("vocab.json")):
+            vocab, merges = (final.put(TOKENIZER + name, whole, source) for name in ("vocab_file", "merges_file"))
+    return TokenizerConfig(vocab, merges, options)
 
 
 def _tokenizer_file(final: Final, files: CheckpointFiles, name: str, file_name: str) -> Optional[str]:

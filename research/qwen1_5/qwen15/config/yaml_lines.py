@@ -11,6 +11,7 @@ import yaml
 from .. import odd_characters
 from ..errors import UserError, did_you_mean
 from ..json_file import decoded
+from ..text_file import read_small
 
 _DEEPEST = 32
 _DEEPEST_NODE = 100  # brackets and sections together
@@ -76,11 +77,7 @@ def read(path: str) -> Document:
     try:
         if os.path.isdir(path):
             raise UserError("is a folder, not a YAML file", path, _nearest_file(path))
-        if os.path.getsize(path) > _LARGEST_FILE_BYTES:
-            raise UserError(f"{os.path.getsize(path)} bytes are too many for a configuration", path,
-                            "Is this the right file?")
-        with open(path, "rb") as file:
-            text = decoded(file.read(), path)
+        text = decoded(read_small(path, _LARGEST_FILE_BYTES, "a configuration"), path)
     except FileNotFoundError:
         raise UserError("no such file", path, _nearest_file(path)) from None
     except OSError as error:

@@ -164,7 +164,9 @@ def _gguf_sidecars(folder: str, contents: Mapping[str, object], changes: Mapping
                    ) -> Dict[str, bytes]:
     """config.json made of a GGUF file's metadata, and the tokenizer's files if they lie beside it."""
     found = {name: content for name, content in sidecars(folder, {}).items() if name not in (CONFIG_FILE, LAYOUT_FILE)}
-    absent = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if name not in found]
+    wanted = ("tokenizer_config.json",) if "tokenizer.json" in found else (
+        "vocab.json", "merges.txt", "tokenizer_config.json")
+    absent = [name for name in wanted if name not in found]
     if absent:
         plan.notes.append(f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not beside the .gguf file: copy "
                           "the tokenizer's files from the model's Hugging Face folder")

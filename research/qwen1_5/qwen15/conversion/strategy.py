@@ -21,6 +21,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ..checkpoint import wire
 from ..errors import UserError
+from ..text_file import read_small
 from .strips import Region, whole
 
 _LARGEST_BYTES = 64 * 2 ** 20
@@ -121,11 +122,7 @@ def read_strategy(path: str) -> Dict[str, Layout]:
 
 def _read_file(path: str) -> Dict[str, Layout]:
     try:
-        nbytes = os.path.getsize(path)
-        if nbytes > _LARGEST_BYTES:
-            raise UserError(f"{nbytes} bytes are too many for a strategy file", path, "Is it a checkpoint?")
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_small(path, _LARGEST_BYTES, "a strategy file", "Is it a checkpoint?")
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path) from None
     try:

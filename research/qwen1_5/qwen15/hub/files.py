@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 from typing import Collection, List, Optional
 
 from ..errors import EXIT_FAILED, UserError
+from ..json_file import read_json
 from ..progress import byte_bar
 
 _SETTINGS = re.compile(r"[^/]+\.(json|jinja)|merges\.txt")
@@ -42,9 +42,12 @@ def absent(folder: str) -> Optional[str]:
         return None
     for index in _INDEXES:
         if index in present:
-            with open(os.path.join(folder, index), encoding="utf-8") as file:
-                parts = set(json.load(file)["weight_map"].values())
-            return min(parts - present, default=None)
+            found = read_json(os.path.join(folder, index))
+            parts = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+                raise UserError("has no weight_map that names files", os.path.join(folder, index),
+                                "It is damaged, or not a checkpoint's index.")
+            return min(set(parts.values()) - present, default=None)
     if any(pattern.fullmatch(name) for pattern in _WEIGHTS for name in present):
         return None
     return "model.safetensors"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 from ..device import env_rank
 from ..errors import EXIT_FAILED, EXIT_USAGE, UserError
@@ -39,7 +39,7 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> str:
     except Exception as error:
         if not _is_network(error):
             raise _explained(error, name) from None
-        folder = _cached(name, _reason(error))
+        folder = _cached(name, f"{constants.ENDPOINT}: {_reason(error)}")
         tell(f"{name}: {constants.ENDPOINT} does not answer; the copy in the cache is used")
         return folder
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -103,8 +103,14 @@ def _is_network(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HTTP_LIBRARIES
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """Why there was no answer: what the system said, where it did, else the library's own words."""
     text = " ".join(str(error).split()) or type(error).__name__
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, OSError) and isinstance(cause.errno, int) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     return text if len(text) <= 150 else text[:147] + "..."
 
 

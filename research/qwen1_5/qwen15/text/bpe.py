@@ -23,14 +23,12 @@ import unicodedata
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ..errors import UserError
+from ..text_file import read_small
+from . import tokenizer_json
+from .tokenizer_json import PIECES
 
 if TYPE_CHECKING:
     import numpy as np
-
-# Qwen2's way of cutting text into pieces: contractions, words with one leading mark, single digits, runs of symbols,
-# line ends, other white space (the last blank stays with the next word).
-PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 # Unicode White_Space, which is \s for the regular expression above (Python's own \s has four more: \x1c to \x1f).
 _BLANK = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -77,8 +75,8 @@ class BytePairEncoder:
 
     Args:
         vocab_file: vocab.json, token (in the byte alphabet) to id; the ids are 0 to V-1, each once. Ids left out must
-            be among `added`.
-        merges_file: merges.txt, `left right` a line after an optional `#version` line.
+            be among `added`. Or a tokenizer.json.
+        merges_file: merges.txt, `left right` a line after an optional `#version` line. Or a tokenizer.json.
         added: tokens that are matched whole before any merging (control tokens), with their ids where these are known
             beforehand. Those that vocab.json has too need no merge, and may be written outside the byte alphabet.
         unknown: the token whose id stands for a byte that the vocabulary has no token for (some small vocabularies
@@ -322,11 +320,7 @@ def _is_symbol(character: str) -> bool:
 
 def _read_text(path: str, what: str) -> str:
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise UserError(f"has more than {_MOST_BYTES} bytes, too many for {what}", path, "Is this the right file?")
-        return data.decode()
+        return read_small(path, _MOST_BYTES, what).decode()
     except FileNotFoundError:
         raise UserError(f"there is no such file ({what})", path,
                         "vocab.json and merges.txt come with the Hugging Face checkpoint.") from None
@@ -346,11 +340,30 @@ def _looks_like_merges(text: str) -> bool:
 
 
 def _read_vocab(vocab_file: str, merges_file: str, added: Mapping[str, Optional[int]]) -> Dict[str, int]:
+    whole = tokenizer_json.is_one(vocab_file)
+    vocab = tokenizer_json.read(vocab_file).vocab if whole else _parse_vocab(vocab_file, merges_file)
+    if not isinstance(vocab, dict) or not set(map(type, vocab.values())) <= {int}:
+        fix = "vocab.json of the same checkpoint is wanted."
+        if isinstance(vocab, dict) and isinstance(vocab.get("model"), dict):
+            fix = "This looks like tokenizer.json, which is known by that name: " + fix
+        raise UserError("is JSON but not a vocabulary (token to id)", vocab_file, fix)
+    indices = set(vocab.values())
+    if len(indices) < len(vocab) or not indices or min(indices) < 0:
+        raise UserError(f"{len(vocab)} tokens share {len(indices)} ids, or an id is negative" if indices
+                        else "has no tokens", vocab_file, "The file was changed: fetch it again.")
+    holes = max(indices) + 1 - len(indices)
+    if holes > len(added) or holes and set(range(max(indices))) - indices - set(added.values()):
+        raise UserError(f"has {len(vocab)} tokens but ids up to {max(indices)}: {holes} are missing", vocab_file,
+                        "The file is truncated or was changed: fetch it again.")
+    return vocab
+
+
+def _parse_vocab(vocab_file: str, merges_file: str) -> Any:
     text = _read_text(vocab_file, "vocab.json")
     if not text.strip():
         raise UserError("is empty", vocab_file, "Fetch vocab.json again.")
     try:
-        vocab = json.loads(text)
+        return json.loads(text)
     except RecursionError:
         raise UserError("is nested too deeply for a vocabulary", vocab_file, "Fetch vocab.json again.") from None
     except ValueError as error:
@@ -362,24 +375,36 @@ def _read_vocab(vocab_file: str, merges_file: str, added: Mapping[str, Optional[
                         else f"is not JSON: {error}", vocab_file,
                         "The file is truncated: fetch vocab.json again." if at_end
                         else "It is damaged or another kind of file: fetch vocab.json again.") from None
-    if not isinstance(vocab, dict) or not set(map(type, vocab.values())) <= {int}:
-        fix = "vocab.json of the same checkpoint is wanted."
-        if isinstance(vocab, dict) and isinstance(vocab.get("model"), dict):
-            fix = "This looks like tokenizer.json: " + fix
-        raise UserError("is JSON but not a vocabulary (token to id)", vocab_file, fix)
-    indices = set(vocab.values())
-    if len(indices) < len(vocab) or not indices or min(indices) < 0:
-        raise UserError(f"{len(vocab)} tokens share {len(indices)} ids, or an id is negative" if indices
-                        else "has no tokens", vocab_file, "The file was changed: fetch vocab.json again.")
-    holes = max(indices) + 1 - len(indices)
-    if holes > len(added) or holes and set(range(max(indices))) - indices - set(added.values()):
-        raise UserError(f"has {len(vocab)} tokens but ids up to {max(indices)}: {holes} are missing", vocab_file,
-                        "The file is truncated or was changed: fetch vocab.json again.")
-    return vocab
 
 
 def _read_merges(merges_file: str, vocab: Dict[str, int], vocab_file: str) -> Tuple[List[int], List[int], List[int]]:
     """Per merge, most wanted first, the ids of its left part, of its right part, and of both joined."""
+    if tokenizer_json.is_one(merges_file):
+        pairs = tokenizer_json.read(merges_file).merges
+        left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    else:
+        parts = _parse_merges(merges_file, vocab_file)
+        left, right = parts[::2], parts[1::2]
+    if not left:
+        raise UserError("has no merges", merges_file, "Fetch it again.")
+    index_of = vocab.__getitem__
+    try:
+        return list(map(index_of, left)), list(map(index_of, right)), list(map(index_of, map(str.__add__, left, right)))
+    except KeyError:
+        foreign = [(a, b) for a, b in zip(left, right) if not {a, b, a + b} <= vocab.keys()]
+    a, b = foreign[0]
+    where = merges_file
+    if not tokenizer_json.is_one(merges_file):
+        lines, words = _read_text(merges_file, "merges.txt").split("\n"), f"{a} {b}".split()
+        where = f"{merges_file}:{next(number for number, line in enumerate(lines, 1) if line.split() == words)}"
+    token = next(token for token in (a, b, a + b) if token not in vocab)
+    raise UserError(f"merge {a!r} + {b!r} needs the token {token!r}, which {vocab_file} ({len(vocab)} tokens) does not "
+                    f"have; the same goes for {len(foreign)} of {len(left)} merges", where,
+                    "The two files belong to different models or one is cut: take both from the same checkpoint.")
+
+
+def _parse_merges(merges_file: str, vocab_file: str) -> List[str]:
+    """Left and right parts in turn."""
     text = _read_text(merges_file, "merges.txt")
     if text.lstrip()[:1] == "{":
         try:
@@ -391,20 +416,7 @@ def _read_merges(merges_file: str, vocab: Dict[str, int], vocab_file: str) -> Tu
                             merges_file, "Are the vocab and merges files swapped?")
     # Only the first line can be a comment: in Qwen's merges 96 real ones begin with '#'.
     body = (text.partition("\n")[2] if text.startswith("#version") else text).rstrip("\n")
-    parts = body.replace("\n", " ").split(" ") if _is_two_a_line(body) else _parts_line_by_line(text, merges_file)
-    if not parts:
-        raise UserError("has no merges", merges_file, "Fetch merges.txt again.")
-    left, right, index_of = parts[::2], parts[1::2], vocab.__getitem__
-    try:
-        return list(map(index_of, left)), list(map(index_of, right)), list(map(index_of, map(str.__add__, left, right)))
-    except KeyError:
-        foreign = [(a, b) for a, b in zip(left, right) if not {a, b, a + b} <= vocab.keys()]
-    a, b = foreign[0]
-    line = next(number for number, line in enumerate(text.split("\n"), 1) if line.split() == f"{a} {b}".split())
-    token = next(token for token in (a, b, a + b) if token not in vocab)
-    raise UserError(f"merge {a!r} + {b!r} needs the token {token!r}, which {vocab_file} ({len(vocab)} tokens) does not "
-                    f"have; the same goes for {len(foreign)} of {len(left)} merges", f"{merges_file}:{line}",
-                    "The two files belong to different models or one is cut: take both from the same checkpoint.")
+    return body.replace("\n", " ").split(" ") if _is_two_a_line(body) else _parts_line_by_line(text, merges_file)
 
 
 def _is_two_a_line(text: str) -> bool:

@@ -49,8 +49,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_pr
     Raises:
         UserError: no messages; the template refuses them or makes control tokens out of their text.
     """
-    if not messages:
-        raise UserError("there are no messages to make a prompt from")
+    _check_shape(messages)
     template = chat_template or tokenizer.chat_template or CHATML
     controls = tokenizer.all_special_tokens
 
@@ -79,7 +78,8 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_pr
                      _mapped(tools, without_marks))
     if [part for part in parts if isinstance(part, int)] != [part for part in blind if isinstance(part, int)]:
         raise UserError("the chat template makes control tokens out of the text of these messages",
-                        tokenizer.vocab_file, "Change the message, or the chat_template in tokenizer_config.json.")
+                        tokenizer.vocab_file,
+                        "Change the message, or the template in chat_template.jinja or tokenizer_config.json.")
     back = str.maketrans({substitute: character for character, substitute in spelled.items()})
     ids: List[int] = []
     for part in parts:
@@ -90,6 +90,23 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_pr
     return ids
 
 
+def _check_shape(messages: Any) -> None:
+    """See that these are messages at all; what a template wants of them beyond that is its own business."""
+    if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
+        raise UserError(f"a conversation is a list of messages, not {type(messages).__name__}", fix=_SHAPE)
+    if not messages:
+        raise UserError("there are no messages to make a prompt from")
+    for number, message in enumerate(messages, 1):
+        where = f"message {number}"
+        if not isinstance(message, Mapping):
+            raise UserError(f"it is {type(message).__name__}, not a message", where, _SHAPE)
+        if not isinstance(message.get("role"), str):
+            raise UserError("it has no role", where, _SHAPE)
+        if not isinstance(message.get("content"), (str, list, tuple, type(None))):
+            raise UserError(f"its content is {type(message['content']).__name__}, not text", where, _SHAPE)
+
+
+_SHAPE = "A message is {'role': 'user', 'content': 'text'}."
 _MARK, _WORD_OR_MARK = re.compile(r"[^\w\s]"), re.compile(r"\S")
 _EXCHANGES = re.compile(r"\b(replace|format|translate)\b")
 _ROLE = re.compile(r"system|user|assistant|tool|function|developer|ipython|observation|model")

@@ -49,5 +49,5 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], *, tools: Optio
         return _renderer.render(template, values)
     except template_engine.Refused as error:
         raise UserError(str(error), where or "chat template",
-                        "Look at chat_template in tokenizer_config.json, and at each message: it needs a role and a "
-                        "content that is text.") from None
+                        "Look at chat_template.jinja, or chat_template in tokenizer_config.json, and at each message: "
+                        "it needs a role and a content that is text.") from None

@@ -12,6 +12,7 @@ from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequ
 
 from ..errors import UserError
 from ..whole_file import write_whole
+from . import tokenizer_json
 from .bpe import BytePairEncoder
 from .matching import one_of
 from .sharing import SLICE, even_groups, processors, sliced
@@ -24,6 +25,7 @@ from .tokenizer_config import (
     check_options,
     default_template,
     read_config,
+    read_template,
     token_content,
     token_contents,
 )
@@ -104,18 +106,34 @@ class Qwen2Tokenizer:
     @classmethod
     def from_files(cls, vocab_file: str, merges_file: str, options: Optional[Mapping[str, Any]] = None
                    ) -> "Qwen2Tokenizer":
-        """A tokenizer from the two files and the tokenizer_config.json beside vocab_file, if any; `options` win."""
-        config = read_config(os.path.join(os.path.dirname(os.path.abspath(vocab_file)), CONFIG_NAME))
+        """A tokenizer from the two files and, beside vocab_file, tokenizer_config.json and chat_template.jinja, if any.
+
+        Both files may be a tokenizer.json, from which the added tokens come as well, unless tokenizer_config.json has
+        them. The template in a file of its own goes before that in tokenizer_config.json, as it does in transformers;
+        `options` win over both.
+        """
+        folder = os.path.dirname(os.path.abspath(vocab_file))
+        config = read_config(os.path.join(folder, CONFIG_NAME))
+        template = read_template(folder)
+        if template is not None:
+            config["chat_template"] = template
+        if config.get("added_tokens_decoder") is None and tokenizer_json.is_one(vocab_file):
+            config["added_tokens_decoder"] = tokenizer_json.read(vocab_file).added
         config.update(options or {})
         return cls(vocab_file, merges_file, **config)
 
     @classmethod
     def from_pretrained(cls, folder: str, **options: Any) -> "Qwen2Tokenizer":
-        """A tokenizer from a checkpoint's folder with vocab.json, merges.txt and perhaps tokenizer_config.json."""
+        """A tokenizer from a checkpoint's folder: vocab.json and merges.txt, or tokenizer.json where they are not both
+        there, and what `from_files` reads beside them."""
         folder = str(options.pop("pretrained_model_name_or_path", folder))
         if not os.path.isdir(folder):
             raise UserError("is not a folder", folder, "Nothing is downloaded here: give a checkpoint's local folder.")
-        return cls.from_files(os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt"), options)
+        files = [os.path.join(folder, name) for name in ("vocab.json", "merges.txt")]
+        whole = os.path.join(folder, tokenizer_json.FILE_NAME)
+        if os.path.isfile(whole) and not all(map(os.path.isfile, files)):
+            files = [whole, whole]
+        return cls.from_files(files[0], files[1], options)
 
     def _load(self, vocab_file: str, merges_file: str, options: Dict[str, Any]
               ) -> Tuple[Dict[str, Optional[str]], List[str]]:
@@ -517,8 +535,11 @@ class Qwen2Tokenizer:
         """
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         vocab = json.dumps(dict(sorted(self._bpe.vocab.items(), key=lambda item: item[1])), ensure_ascii=False)
-        with open(self.merges_file, encoding="utf-8") as file:
-            merges = file.read()
+        if tokenizer_json.is_one(self.merges_file):
+            merges = "\n".join(["#version: 0.2", *map(" ".join, tokenizer_json.read(self.merges_file).merges), ""])
+        else:
+            with open(self.merges_file, encoding="utf-8") as file:
+                merges = file.read()
         return (_write(save_directory, f"{prefix}vocab.json", vocab + "\n"),
                 _write(save_directory, f"{prefix}merges.txt", merges))
 

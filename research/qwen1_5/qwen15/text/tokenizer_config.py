@@ -9,8 +9,9 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 
 from .. import strict_json
 from ..errors import UserError
+from ..text_file import read_small
 
-CONFIG_NAME = "tokenizer_config.json"
+CONFIG_NAME, TEMPLATE_NAME = "tokenizer_config.json", "chat_template.jinja"
 _FIX = "Correct tokenizer_config.json, or fetch it again."
 _MOST_BYTES = 64 * 2 ** 20
 _MOST_TOKENS, _LONGEST_TOKEN, _MOST_UNUSED_IDS = 200_000, 1024, 65_536
@@ -23,14 +24,28 @@ class AddedToken(NamedTuple):
     special: bool = True
 
 
+def read_template(folder: str) -> Optional[str]:
+    """The chat template that transformers 4.43 and later write into a file of its own; None where there is none.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    path = os.path.join(folder, TEMPLATE_NAME)
+    try:
+        return read_small(path, _MOST_BYTES, "a chat template").decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", path) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text (byte {error.start})", path, "Fetch it again.") from None
+
+
 def read_config(path: str) -> Dict[str, Any]:
     """The contents of a tokenizer_config.json, {} where there is none. A UserError says what is wrong with it."""
     fix = "Fetch it again, or move it away to do without."
     try:
-        if os.path.getsize(path) > _MOST_BYTES:
-            raise UserError(f"has {os.path.getsize(path)} bytes, {_MOST_BYTES} are the most", path, fix)
-        with open(path, encoding="utf-8") as file:
-            config = strict_json.loads(file.read())
+        config = strict_json.loads(read_small(path, _MOST_BYTES, "a tokenizer_config.json", fix).decode("utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as error:
