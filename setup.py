@@ -8,6 +8,11 @@ from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
+if not (3, 9) <= sys.version_info[:2] <= (3, 12):
+    # pip looks for MindSpore before it looks at python_requires, and says only that there is none.
+    sys.exit(f"error: this is Python {sys.version.split()[0]}, and MindSpore has packages for 3.9 to 3.12. "
+             "Install with one of these.")
+
 SOURCE = "research/qwen1_5"
 
 

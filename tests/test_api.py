@@ -86,8 +86,11 @@ def test_mistakes(model, small_model, tmp_path):
         generate(model, "a", temperature=0, do_sample=True)
     with pytest.raises(UserError, match=r"this is a conversation.*Use model.chat\(messages\)."):
         generate(model, [{"role": "user", "content": "a"}])
-    with pytest.raises(TypeError, match="a prompt is a text, not int"):
-        generate(model, ["a", 3])
+    with pytest.raises(UserError, match=r"this is a conversation.*Use model.chat\(messages\)."):
+        generate(model, {"role": "user"})
+    for no_text in (3, ["a", 3]):
+        with pytest.raises(TypeError, match="a prompt is a text, not int"):
+            generate(model, no_text)
     with pytest.raises(UserError, match="is empty"):
         generate(model, "")
     with pytest.raises(UserError, match="prompt 2 is empty"):

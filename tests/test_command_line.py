@@ -97,10 +97,7 @@ def test_the_version_is_the_packages(capsys):
         assert capsys.readouterr().out == f"qwen15 {qwen15_main.version()}\n"
 
 
-HELPED = [name for name in VERBS if name != "launch"]
-
-
-@pytest.mark.parametrize("verb", HELPED)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_begins_with_one_line_of_usage_and_ends_with_examples(verb, capsys):
     shown = []
     for arguments in ([verb, "--help"], ["help", verb]):
@@ -108,10 +105,11 @@ def test_help_begins_with_one_line_of_usage_and_ends_with_examples(verb, capsys)
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     lines = shown[0].splitlines()
-    assert lines[0].startswith(f"usage: qwen15 {verb} " + {"bench": "WHAT", "completion": "SHELL"}.get(verb, "[flags]"))
-    assert lines[1] == ""
+    first = {"bench": "WHAT", "completion": "SHELL", "launch": "COMMAND [WORKER_NUM]"}.get(verb, "[flags]")
+    assert lines[0].startswith(f"usage: qwen15 {verb} {first}")
+    assert lines[1] == "" or verb == "launch"
     assert f"  qwen15 {verb}" in shown[0][shown[0].index("examples:"):]
-    assert lines[-1].startswith("exit codes: 0 ")
+    assert lines[-1].startswith("exit codes: ") and "0 " in lines[-1]
 
 
 def test_every_flag_has_a_sentence():

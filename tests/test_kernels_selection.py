@@ -100,6 +100,13 @@ def test_library_of_another_version_is_refused(monkeypatch):
         library.Library(path)
 
 
+def test_library_that_lacks_a_function_is_refused_by_its_name(tmp_path):
+    data = library.library_path().read_bytes()
+    (tmp_path / "other.so").write_bytes(data.replace(b"qwen15_busy_seconds\0", b"qwen15_idle_seconds\0"))
+    with pytest.raises(UserError, match="compiled from other sources .* they lack qwen15_busy_seconds. Build it with"):
+        library.Library(tmp_path / "other.so")
+
+
 def test_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

@@ -1,6 +1,7 @@
 """How soon a command answers: without MindSpore where none is needed, and within the promised times on this machine."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 
 import pytest
 from checkpoint_fixtures import dims, write_model
-from conftest import MODULE
+from conftest import MODULE, ROOT
 
 HEAVY = ("mindspore", "mindformers", "torch", "transformers")
 ANSWER_S = 0.5
@@ -109,3 +110,13 @@ def test_the_first_token_of_the_small_model_comes_within_six_seconds(small_model
     _, slower = shortest([sys.executable, "-c", "pass"], rounds=3)
     print(f"\nfirst token: {min(took_s):.2f} s, allowed {FIRST_TOKEN_S * slower * LEEWAY:.2f} s")
     assert min(took_s) <= FIRST_TOKEN_S * slower * LEEWAY
+
+
+@pytest.mark.parametrize("version", [(3, 8, 18), (3, 13, 0)])
+def test_installing_into_a_python_that_mindspore_lacks_says_so_in_one_line(version):
+    pytest.importorskip("setuptools.command.bdist_wheel", reason="setuptools before 70.1")
+    code = (f"import runpy, sys, setuptools.command.bdist_wheel; sys.version_info = {version}; "
+            "runpy.run_path('setup.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert re.match(r"error: this is Python 3.*, and MindSpore has packages for 3.9 to 3.12\.", done.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib import metadata
 from typing import Optional, Sequence
 
 from .command_line import EXIT_CODES
@@ -45,6 +44,8 @@ def overview() -> str:
 
 def version() -> str:
     """The installed package's version."""
+    from importlib import metadata  # half of what starting would take
+
     try:
         return metadata.version("qwen15-mindspore")
     except metadata.PackageNotFoundError:

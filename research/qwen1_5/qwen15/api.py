@@ -23,7 +23,7 @@ import os
 import threading
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
 
 from . import interrupts  # noqa: F401  (before NumPy, see there)
 from .config.flags import Flag
@@ -279,7 +279,8 @@ def generate(model: Model, prompt: Union[str, Sequence[str]], **settings: Any) -
         UserError: a prompt that is empty or too long, or a setting out of bounds; nothing is generated then.
         TypeError: a setting that does not exist.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    several = isinstance(prompt, Iterable) and not isinstance(prompt, (str, Mapping))
+    prompts: List[Any] = list(prompt) if several else [prompt]
     for each in prompts:
         if isinstance(each, Mapping):
             raise UserError("generate continues texts, and this is a conversation",
@@ -287,7 +288,7 @@ def generate(model: Model, prompt: Union[str, Sequence[str]], **settings: Any) -
         if not isinstance(each, str):
             raise TypeError(f"a prompt is a text, not {type(each).__name__}")
     made = model._generate(prompts, settings)
-    return made[0] if isinstance(prompt, str) else made
+    return made if several else made[0]
 
 
 def convert(source: Union[str, "os.PathLike[str]"], target: Union[str, "os.PathLike[str]"], *, dtype: str = "auto",

@@ -95,7 +95,11 @@ class Library:
                 ("probe_bandwidth", ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)),
                 ("probe_flops", ctypes.c_double, (ctypes.c_int64, ctypes.c_int)),
                 ("busy_seconds", ctypes.c_double, ())):
-            function = getattr(handle, f"qwen15_{name}")
+            try:
+                function = getattr(handle, f"qwen15_{name}")
+            except AttributeError:
+                raise UserError(f"the CPU kernels were compiled from other sources than this package's: they lack "
+                                f"qwen15_{name}", where=path, fix=build) from None
             function.restype, function.argtypes = result, arguments
 
     def can_run(self, kernels: str) -> bool:

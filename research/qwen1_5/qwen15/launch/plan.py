@@ -19,9 +19,11 @@ from . import machines, ports, secret, supervise
 from .messages import Machine
 from .rank_process import Task
 
-USAGE = """usage: msrun_launcher.sh COMMAND [WORKER_NUM]
-       msrun_launcher.sh COMMAND WORKER_NUM MASTER_PORT LOG_DIR JOIN CLUSTER_TIME_OUT
-       msrun_launcher.sh COMMAND WORKER_NUM LOCAL_WORKER MASTER_ADDR MASTER_PORT NODE_RANK LOG_DIR JOIN CLUSTER_TIME_OUT
+USAGE = """usage: qwen15 launch COMMAND [WORKER_NUM]
+       qwen15 launch COMMAND WORKER_NUM MASTER_PORT LOG_DIR JOIN CLUSTER_TIME_OUT
+       qwen15 launch COMMAND WORKER_NUM LOCAL_WORKER MASTER_ADDR MASTER_PORT NODE_RANK LOG_DIR JOIN CLUSTER_TIME_OUT
+
+scripts/msrun_launcher.sh takes the same.
 
 Starts COMMAND once per worker as one MindSpore cluster and watches it: the first failure ends all.
 With one or two arguments it runs in the foreground, the answer of rank 0 on stdout.
@@ -41,6 +43,11 @@ environment: QWEN15_HANG_TIMEOUT_S  seconds a worker may keep the others waiting
              QWEN15_RANK_SUM        mindspore: workers on CPUs add by MindSpore's collectives, not in shared memory
              QWEN15_LAUNCH_SECRET_FILE, or QWEN15_LAUNCH_SECRET
                                     a secret (a file with it, or itself) that the launchers of several machines share
+
+examples:
+  qwen15 launch "qwen15 predict --load_checkpoint models/Qwen1.5-7B-Chat --use_parallel True \\
+                 --options parallel_config.model_parallel=4 --chat --predict_data Hello" 4
+  qwen15 launch "qwen15 serve --config predict_qwen1_5_72b_chat.yaml --load_checkpoint /path/dir --use_parallel True" 4
 
 exit codes: that of the worker that failed first (128 + n for signal n); 0 fine, 2 usage, 130 interrupted"""
 
