@@ -323,12 +323,16 @@ def test_a_vocabulary_with_control_tokens_inside_equals_hugging_faces(small_mode
     assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
     assert ours.control_token_ids == set(theirs.added_tokens_decoder)
     for kind, text in dict(documents).items():  # the last of each kind
+        if kind == NEWER_MARKS and theirs.is_fast:
+            continue  # transformers 5 has the fast one alone: see above
         text = text[:40000]
-        ids = ours.encode(text)
-        assert ids == theirs.encode(text), first_difference(kind, text, ids, theirs.encode(text), ours)
+        ids, expected = ours.encode(text), theirs.encode(text)
+        if theirs.is_fast:  # it leaves out bytes that the vocabulary lacks
+            ids, expected = [token for token in ids if token], [token for token in expected if token]
+        assert ids == expected, first_difference(kind, text, ids, expected, ours)
         assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
     # It has no token for 21 of the bytes; those become the unknown token, which is <|endoftext|>.
-    assert ours.encode("a\x04b") == theirs.encode("a\x04b") and ours.encode("\x04") == [0]
+    assert ours.encode("\x04") == [0] and (theirs.is_fast or ours.encode("a\x04b") == theirs.encode("a\x04b"))
     assert ours.encode("<repo_name>x<|im_end|>", control_tokens=False)[:2] != [3, 104]
 
 
