@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from typing import List, Optional, Sequence
+import functools
+import os
+from typing import Callable, List, Optional, Sequence
 
 import numpy as np
-from kernels_remote import load
+from kernels_remote import COMMAND, load
 from qwen15.checkpoint import quantised
 
 F16, F32, BF16 = "float16", "float32", "bfloat16"
@@ -89,8 +91,27 @@ def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *
 
     `how` goes to a driver (kernels_driver.cpp): how many threads call at once, and how often each.
     """
-    library = load()
     output = np.full(output_shape, np.nan, np.float32)
+    _run(getattr(load()._handle, f"qwen15_{operator}"), inputs, output, *how)
+    return output
+
+
+def decode_kept(inputs: Sequence[object], rows: np.ndarray, logits_shape: Sequence[int]):
+    """The operator decoder on `inputs`, then `Library.decode_bound` on the weights it has kept: (logits, largest)."""
+    library = load()
+    logits, largest = np.full(logits_shape, np.nan, np.float32), np.zeros(len(rows), np.int32)
+    if os.environ.get(COMMAND):
+        _run(functools.partial(library._handle.decode_kept, rows, logits, largest), inputs, np.empty_like(logits))
+        return logits, largest
+    number = library.open_binding()
+    try:
+        _run(library._handle.qwen15_decoder, [*inputs[:7], np.array([number], np.int32), *inputs[8:]], logits.copy())
+        return logits, library.decode_bound(number, rows, logits)
+    finally:
+        library.close_binding(number)
+
+
+def _run(function: Callable, inputs: Sequence[object], output: np.ndarray, *how: int) -> None:
     arrays, names = [], []
     for value in flat(inputs):
         memory, dtype = (value.memory, value.dtype) if isinstance(value, Stored) else (np.ascontiguousarray(value),
@@ -101,12 +122,11 @@ def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *
     names.append(b"float32")
     n = len(arrays)
     shapes = [(ctypes.c_int64 * max(1, a.ndim))(*a.shape) for a in arrays]
-    result = getattr(library._handle, f"qwen15_{operator}")(
+    result = function(
         n, (ctypes.c_void_p * n)(*[a.ctypes.data for a in arrays]), (ctypes.c_int * n)(*[a.ndim for a in arrays]),
         (ctypes.c_void_p * n)(*[ctypes.addressof(s) for s in shapes]), (ctypes.c_char_p * n)(*names), None, None, *how)
     if result != 0:
-        raise RuntimeError(library.last_error)
-    return output
+        raise RuntimeError(load().last_error)
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -7,6 +7,8 @@
 // An operator's arguments are: callers, repeats, and for each parameter a dtype, its rank, its dimensions and a buffer. With
 // several callers that many threads call at once, `repeats` times each, into outputs of their own, while another thread
 // changes the size of the team; the outputs must not differ.
+// decode_kept's are: rows, sequences, columns, logits, vocab, largest, then those of the operator decoder, which is called
+// first and keeps the weights; memory that stays between requests there is none.
 // Every buffer is a heap block of exactly its size, so that a read or write beyond it is seen.
 #include <stdint.h>
 #include <stdio.h>
@@ -14,6 +16,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <string>
@@ -28,6 +31,10 @@ extern "C" {
 #define DECLARE(name) Operator qwen15_##name;
 OPERATORS(DECLARE)
 #undef DECLARE
+int64_t qwen15_open_binding(int cut);
+void qwen15_close_binding(int64_t number);
+int qwen15_decode_bound(int64_t number, const int32_t* rows, int64_t sequences, int64_t columns, float* logits, int64_t vocab,
+                        int32_t* largest);
 int qwen15_abi_version();
 const char* qwen15_kernels_name();
 const char* qwen15_last_error();
@@ -144,6 +151,23 @@ int64_t run_operator(Operator* run, std::vector<Argument>& all) {
   return failures.load();
 }
 
+int64_t decode_kept(std::vector<Argument>& a) {
+  constexpr size_t kOwn = 6;
+  size_t i = kOwn + 2;  // of decoder's parameter 0
+  for (int parameter = 0; parameter < 7; ++parameter) i += 3 + a[i + 1].whole;
+  int64_t number = qwen15_open_binding(0);
+  *a[i + 2 + a[i + 1].whole].as<int32_t>() = static_cast<int32_t>(number);
+  // Moved out and back, so that the buffers stay where the binding knows them.
+  std::vector<Argument> rest(std::make_move_iterator(a.begin() + kOwn), std::make_move_iterator(a.end()));
+  int64_t result = run_operator(qwen15_decoder, rest);
+  if (result == 0)
+    result = qwen15_decode_bound(number, a[0].as<int32_t>(), a[1].whole, a[2].whole, a[3].as<float>(), a[4].whole,
+                                 a[5].as<int32_t>());
+  std::move(rest.begin(), rest.end(), a.begin() + kOwn);
+  qwen15_close_binding(number);
+  return result;
+}
+
 void run(const std::string& name, std::vector<Argument>& a) {
   static const std::map<std::string, Operator*> operators = {
 #define NAMED(name) {"qwen15_" #name, qwen15_##name},
@@ -152,6 +176,7 @@ void run(const std::string& name, std::vector<Argument>& a) {
   };
   auto found = operators.find(name);
   if (found != operators.end()) return answer(run_operator(found->second, a));
+  if (name == "decode_kept") return answer(decode_kept(a));
   if (name == "qwen15_abi_version") return answer(static_cast<int64_t>(qwen15_abi_version()));
   if (name == "qwen15_kernels_name") return answer(qwen15_kernels_name());
   if (name == "qwen15_last_error") return answer(qwen15_last_error());

@@ -80,14 +80,25 @@ class RemoteHandle:
 
     def _operator(self, name: str, n, params, ndims, shapes, dtypes, _stream, _extra, callers: int = 1,
                   repeats: int = 1) -> int:
-        arguments: List[object] = [callers, repeats]
+        return self._call(name, callers, repeats, *self._parameters(n, params, ndims, shapes, dtypes))
+
+    def decode_kept(self, rows, logits, largest, n, params, ndims, shapes, dtypes, _stream, _extra) -> int:
+        """The operator decoder, then qwen15_decode_bound on what it has kept."""
+        return self._call("decode_kept", _Buffer(rows.ctypes.data, rows.nbytes), *rows.shape,
+                          _Buffer(logits.ctypes.data, logits.nbytes), logits.shape[1],
+                          _Buffer(largest.ctypes.data, largest.nbytes), 1, 1,
+                          *self._parameters(n, params, ndims, shapes, dtypes))
+
+    @staticmethod
+    def _parameters(n, params, ndims, shapes, dtypes) -> List[object]:
+        arguments: List[object] = []
         for i in range(n):
             dims = (ctypes.c_int64 * max(1, ndims[i])).from_address(shapes[i])[:ndims[i]]
             nbytes = ITEM_BYTES[dtypes[i].decode()]
             for size in dims:
                 nbytes *= size
             arguments += [dtypes[i], ndims[i], *dims, _Buffer(params[i], nbytes)]
-        return self._call(name, *arguments)
+        return arguments
 
     def qwen15_abi_version(self):
         return self._call("qwen15_abi_version")

@@ -14,6 +14,7 @@ from kernels_cases import (
     Stored,
     attention,
     call,
+    decode_kept,
     linear,
     relative_error,
     rmsnorm,
@@ -323,6 +324,36 @@ def decode_rows(case):
     batch = case.batch
     columns = [column[:, None] for column in (case.ids, batch.context_lens, batch.slots)]
     return np.concatenate([*columns, batch.tables, np.full((len(case.ids), 3), -1, np.int32)], 1).astype(np.int32)
+
+
+HEADS = {"different rows": None, "rows that come again": lambda head: head[np.arange(len(head)) % 397],
+         "zeros": lambda head: 0 * head, "infinite": lambda head: marked(head, 600, 0, np.inf),
+         "NaN first": lambda head: marked(head, 0, 3, np.nan), "NaN last": lambda head: marked(head, -1, 3, np.nan)}
+
+
+def marked(head, row, column, value):
+    """One row of zeros but for one value: logits of which only that row's are not finite."""
+    head[row] = 0
+    head[row, column] = value
+    return head
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("sequences", (1, 4, 11, 70))
+def test_a_decode_says_which_logit_is_the_first_of_the_largest(kernels, threads, dtype, head, sequences):
+    case = StackCase(dtype, F32, (1,) * sequences, (5,) * sequences)
+    values = weight(np.random.default_rng(4), (1003, case.hidden), dtype).values
+    case.head = Stored(values if HEADS[head] is None else HEADS[head](values), dtype)
+    logits, largest = decode_kept(case.inputs, decode_rows(case), (sequences, 1003))
+    np.testing.assert_array_equal(largest, first_of_the_largest(logits))
+    assert (largest == -1).any() == ("NaN" in head) or head == "infinite"
+    assert head != "zeros" or not largest.any()
+
+
+def first_of_the_largest(logits):
+    """`Network.largest` by NumPy."""
+    return np.where(np.isfinite(logits.max(1)), logits.argmax(1), -1)
 
 
 def test_decode_refuses_what_it_cannot_run_on(kernels, binding):

@@ -13,6 +13,7 @@ from kernels_cases import (
     Quantised,
     Stored,
     call,
+    decode_kept,
     flat,
     linear,
     relative_error,
@@ -27,6 +28,7 @@ from test_kernels import (  # noqa: F401  (fixtures)
     binding,
     decode_rows,
     driver,
+    first_of_the_largest,
     kernels,
     qkv,
     qkv_weights,
@@ -184,6 +186,24 @@ def test_a_decode_on_kept_quantised_weights_equals_the_whole_stack(kernels, bind
     assert kernels.bound_addresses(binding) == [memory.ctypes.data for memory in held]
     got = call("decode", [np.array([binding], np.int32), decode_rows(case), case.head], case.logits_shape)
     np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("scheme", ({"bits": 8, "group": 32}, {"bits": 4, "group": 64, "zero": True}), ids=scheme_name)
+@pytest.mark.parametrize("sequences", (1, 6, 40))
+def test_a_decode_on_a_quantised_head_says_which_logit_is_largest(kernels, threads, scheme, sequences):  # noqa: F811
+    case = QuantisedStack(F32, (1,) * sequences, (5,) * sequences, PLAIN4, PLAIN4)
+    case.head = Quantised(np.random.default_rng(4), (517, case.hidden), **scheme)
+    integers, scale, *_ = case.head.parts
+    for changed in ("nothing", "rows 20 and 500 alike and far ahead", "NaN"):
+        if changed == "NaN":
+            scale.memory[300] = np.nan
+        elif changed != "nothing":
+            scale.memory[[20, 500]] = 100 * scale.memory[20]
+            for part in case.head.parts:
+                if part is not scale:
+                    part[500] = part[20]
+        logits, largest = decode_kept(case.inputs, decode_rows(case), (sequences, 517))
+        np.testing.assert_array_equal(largest, first_of_the_largest(logits))
 
 
 def test_quantised_weights_that_do_not_fit_are_refused(kernels):  # noqa: F811

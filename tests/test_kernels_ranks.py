@@ -7,8 +7,10 @@ import time
 
 import numpy as np
 import pytest
+from kernels_cases import Stored, call
 from qwen15.errors import UserError
 from qwen15.kernels import library
+from test_kernels import StackCase, decode_rows, first_of_the_largest, weight
 
 if not hasattr(os, "memfd_create"):
     pytest.skip("this system makes no files in memory", allow_module_level=True)
@@ -131,6 +133,36 @@ def test_a_rank_that_does_not_come_is_named_by_all_within_the_limit(how):
 def test_two_runs_at_a_time_do_not_meet():
     first, second = start(2, add_all, 1), start(3, add_all, 1)
     assert len(collect(*first)) == 2 and len(collect(*second)) == 3
+
+
+def decode_sliced(kernels, rank, ranks, split_vocab, spoilt):
+    """One rank's decode of a network whose layers every rank holds whole, and whose head is cut among them."""
+    case = StackCase("bfloat16", "float32", (1, 1, 1), (5, 9, 20))
+    head = weight(np.random.default_rng(4 if not split_vocab else rank % 2), (600, case.hidden), "bfloat16").values
+    if spoilt and (rank == ranks - 1 or not split_vocab):
+        head[-1] = np.nan
+    case.head = Stored(head, "bfloat16")
+    vocab = 600 * ranks if split_vocab else 600
+    if split_vocab:
+        case.ids = case.ids % 101
+    number = kernels.open_binding(True, split_vocab)
+    parts = np.full(ranks if split_vocab else 1, number, np.int32)
+    call("decoder", [*case.inputs[:7], parts, *case.inputs[8:]], (3, vocab))
+    logits = np.full((3, vocab), np.nan, np.float32)
+    largest = kernels.decode_bound(number, decode_rows(case), logits)
+    return logits, largest
+
+
+@pytest.mark.parametrize("spoilt", (False, True))
+@pytest.mark.parametrize("split_vocab", (False, True))
+@pytest.mark.parametrize("ranks", (2, 3))
+def test_the_largest_logit_is_found_among_all_ranks_columns(ranks, split_vocab, spoilt):
+    """With a split vocabulary every second rank has the same rows, so that the largest is there twice."""
+    found = collect(*start(ranks, decode_sliced, split_vocab, spoilt))
+    for logits, largest in found:
+        np.testing.assert_array_equal(logits, found[0][0])
+        np.testing.assert_array_equal(largest, first_of_the_largest(logits))
+        assert spoilt == (largest == -1).any()
 
 
 def join_as(kernels, rank, ranks, other):

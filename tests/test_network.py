@@ -107,6 +107,9 @@ def test_prefill_and_decode_logits_within_1e_4_over_scattered_blocks(shape, oper
         lengths = lengths + 1
         logits = network.decode(np.array([t[-1] for t in texts], np.int32), lengths, table_array(tables, lengths, 3),
                                 np.concatenate([t.slots(n - 1, n) for t, n in zip(tables, lengths)]))
+        known = network.largest(logits)
+        assert (known is not None) == (operators == "kernels") and network.largest(logits.copy()) is None
+        assert known is None or known.tolist() == logits.argmax(-1).tolist()
 
 
 def test_prefill_in_pieces_gives_the_logits_of_the_whole(operators, tmp_path):

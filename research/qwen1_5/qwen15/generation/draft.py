@@ -145,16 +145,18 @@ class DraftModel(Speculation):
             return []
         counts = [stop - each.track.cached for each, stop in parts]
         if max(counts) <= _FEW:
-            logits = self._decode([(each, each.ids[each.track.cached:stop]) for each, stop in parts])
-            logits = logits[np.cumsum(counts) - 1]
+            logits, largest = self._decode([(each, each.ids[each.track.cached:stop]) for each, stop in parts])
+            last = np.cumsum(counts) - 1
+            logits, largest = logits[last], [largest[at] for at in last]
         else:
             logits = self._prefill(parts)
+            largest = _unknown(logits)
         ready = []
-        for (each, stop), row in zip(parts, logits):
+        for (each, stop), row, found in zip(parts, logits, largest):
             each.track.cached = stop
             self._publish(each.track, each.ids)
             if stop == len(each.ids):
-                ready.append((each, row))
+                ready.append((each, row, found))
         return self._chosen(ready)
 
     def _fed(self, running: List["_Guessing"]) -> List["_Guessing"]:
@@ -162,10 +164,10 @@ class DraftModel(Speculation):
         running = [each for each in running if self._reserved(each, len(each.ids) + len(each.made))]
         if not running:
             return []
-        logits = self._decode([(each, each.made[-1:]) for each in running])
+        logits, largest = self._decode([(each, each.made[-1:]) for each in running])
         for each in running:
             each.track.fed.append(each.made[-1])
-        return self._chosen(list(zip(running, logits)))
+        return self._chosen(list(zip(running, logits, largest)))
 
     def _reserved(self, each: "_Guessing", tokens: int) -> bool:
         try:
@@ -186,8 +188,9 @@ class DraftModel(Speculation):
                                         np.asarray(lengths, np.int32),
                                         table_array(tables, lengths, self.pool.block_size), np.concatenate(slots))
 
-    def _decode(self, parts: Sequence[Tuple["_Guessing", Sequence[int]]]) -> np.ndarray:
-        """Logits (rows, V) with a row for each token, behind what the cache holds of its stream."""
+    def _decode(self, parts: Sequence[Tuple["_Guessing", Sequence[int]]]) -> Tuple[np.ndarray, List[Optional[int]]]:
+        """Logits (rows, V) with a row for each token, behind what the cache holds of its stream, and the largest one's
+        id of each row where the network knows it."""
         ids: List[int] = []
         lengths: List[int] = []
         slots: List[int] = []
@@ -199,23 +202,33 @@ class DraftModel(Speculation):
                 lengths.append(place + 1)
                 slots.append(each.track.table.slot(place))
                 tables.append(each.track.table)
-        with interrupts.held():
-            return self.network.decode(np.asarray(ids, np.int32), np.asarray(lengths, np.int32),
-                                       table_array(tables, lengths, self.pool.block_size), np.asarray(slots, np.int32))
+        logits = self.network.decode(np.asarray(ids, np.int32), np.asarray(lengths, np.int32),
+                                     table_array(tables, lengths, self.pool.block_size), np.asarray(slots, np.int32))
+        largest = self.network.largest(logits)
+        return logits, _unknown(logits) if largest is None else largest.tolist()
 
-    def _chosen(self, ready: Sequence[Tuple["_Guessing", np.ndarray]]) -> List["_Guessing"]:
+    def _chosen(self, ready: Sequence[Tuple["_Guessing", np.ndarray, Optional[int]]]) -> List["_Guessing"]:
         """Add a guess to each; those whose logits are of no use end here."""
         going = []
-        for each, row in ready:
+        for each, row, largest in ready:
             row = row[:self._vocab_size]
             try:
-                token = int(self._selection.argmax(np.ascontiguousarray(row)[None])[0]) if each.sampler is None \
-                    else each.sampler.choose(row)
+                if each.sampler is not None:
+                    token = each.sampler.choose(row)
+                elif largest is not None and 0 <= largest < len(row):
+                    token = largest
+                else:
+                    token = int(self._selection.argmax(np.ascontiguousarray(row)[None])[0])
             except NonFiniteLogits:
                 continue
             each.made.append(token)
             going.append(each)
         return going
+
+
+def _unknown(logits: np.ndarray) -> List[Optional[int]]:
+    """Of no row the largest logit is known."""
+    return [None] * len(logits)
 
 
 class _Guessing:

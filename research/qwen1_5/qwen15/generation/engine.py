@@ -350,9 +350,8 @@ class Engine:
                 lengths.append(position + 1)
                 slots.append(continuation.table.slot(position))
                 tables.append(continuation.table)
-        with interrupts.held():
-            return self.network.decode(np.asarray(ids, np.int32), np.asarray(lengths, np.int32),
-                                       table_array(tables, lengths, self.pool.block_size), np.asarray(slots, np.int32))
+        return self.network.decode(np.asarray(ids, np.int32), np.asarray(lengths, np.int32),
+                                   table_array(tables, lengths, self.pool.block_size), np.asarray(slots, np.int32))
 
     def _choose(self, choices: List[_Choice], logits: np.ndarray, start_s: float, took_part: Sequence[Continuation],
                 clock: str) -> None:
@@ -376,10 +375,8 @@ class Engine:
         rows = [choice.row + i for choice in choices for i in range(len(choice.guesses) + 1)]
         plain = [at for choice, at in _starts(choices) if choice.continuation.sampler.is_plain_greedy
                  for at in range(at, at + len(choice.guesses) + 1)]
-        if len(plain) == len(logits):
-            tokens[:] = self._argmax(logits)
-        elif plain:
-            tokens[plain] = self._argmax(np.ascontiguousarray(logits[[rows[at] for at in plain]]))
+        if plain:
+            tokens[plain] = self._argmax(logits, [rows[at] for at in plain])
         for choice, start in _starts(choices):
             sampler, wanted = choice.continuation.sampler, choice.continuation.request.logprobs
             for i in range(len(choice.guesses) + 1):
@@ -392,8 +389,13 @@ class Engine:
                                                 or tokens[at] in choice.continuation.request.stop_ids):
                     break
 
-    def _argmax(self, logits: np.ndarray) -> np.ndarray:
-        """The most probable token of each row, -1 where the logits are not finite."""
+    def _argmax(self, logits: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        """The most probable token of each of these rows, -1 where the logits are not finite."""
+        found = self.network.largest(logits)
+        if found is not None:
+            return found[rows]
+        if len(rows) < len(logits):
+            logits = logits[rows]
         try:
             return self.selection.argmax(logits)
         except NonFiniteLogits:

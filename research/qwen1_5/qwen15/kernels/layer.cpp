@@ -219,10 +219,12 @@ void last_tokens(Team& team, const float* x, int64_t cols, const Batch& batch, f
   }
 }
 
-// Final norm and logits of B rows; ends without a barrier.
+// Final norm and logits of B rows, of whose columns this thread's go into `largest` (B,) too, where it is given; ends
+// without a barrier.
 void head_step(Team& team, const Kernels& k, const Head& s, const float* rows, int64_t count, const Operand& normed,
-               float* logits) {
+               float* logits, Largest* largest = nullptr) {
   Job job = plain(s.w, Vector(), logits, s.w.rows);
+  job.largest = largest;
   k.ask(team, job, count);
   normed.norm(team, k, rows, count, s.norm, s.eps);
   team.barrier();
@@ -432,10 +434,50 @@ std::vector<int64_t> logit_columns(const Stack& stack) {
   return begins;
 }
 
+// What every thread of the team has found of B rows while it made the head's columns.
+class Found {
+ public:
+  Found(int threads, int64_t rows) : rows_(rows), stride_((rows + 7) / 8 * 8), all_(threads * stride_) {}
+  Largest* of(int rank) { return all_.data() + rank * stride_; }
+  // Of all threads, row by row; `begin` is the number of their first column.
+  void merge(int64_t begin, Largest* out) const {
+    for (int64_t b = 0; b < rows_; ++b) {
+      out[b] = Largest();
+      for (size_t at = b; at < all_.size(); at += stride_) meet(&out[b], all_[at].value, all_[at].column);
+      if (out[b].column != Largest::kNone && out[b].column != Largest::kNaN)
+        out[b].column += static_cast<int32_t>(begin);
+    }
+  }
+
+ private:
+  int64_t rows_, stride_;  // whole cache lines for each thread
+  std::vector<Largest> all_;
+};
+
+// The ranks' own (B,) -> of all of them, in `own`. Every thread of the team calls it, behind a barrier; `all`
+// has room for those of every rank.
+void join_largest(Team& team, Ranks& ranks, std::vector<Largest>* own, std::vector<Largest>* all) {
+  constexpr int kFloats = sizeof(Largest) / sizeof(float);
+  int64_t rows = static_cast<int64_t>(own->size());
+  std::vector<int64_t> begins;
+  for (int r = 0; r <= ranks.ranks(); ++r) begins.push_back(r * kFloats);
+  ranks.join_columns(team, reinterpret_cast<const float*>(own->data()), rows, begins.data(), begins.back(),
+                     reinterpret_cast<float*>(all->data()));
+  if (team.rank() != 0) return;
+  for (int64_t b = 0; b < rows; ++b) {
+    Largest best;
+    for (int r = 0; r < ranks.ranks(); ++r) {
+      const Largest& other = (*all)[b * ranks.ranks() + r];
+      meet(&best, other.value, other.column);
+    }
+    (*own)[b] = best;
+  }
+}
+
 }  // namespace
 
 void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const int32_t* positions,
-             const int32_t* slots, float* logits) {
+             const int32_t* slots, float* logits, int32_t* largest) {
   const Layer& first = stack.layers[0];
   int64_t hidden = stack.table.cols, q_cols = first.qkv.wq.rows, width = q_cols + 2 * first.qkv.wk.rows;
   int64_t inner = first.gate_up.w1.rows, sequences = batch.sequences;
@@ -480,8 +522,12 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
   m.partial = memory.take<float>(partial_floats);
   m.part = memory.take<float>(part_floats);
   Piece piece;
+  Found found(largest == nullptr ? 0 : size, sequences);
+  std::vector<Largest> best(largest == nullptr ? 0 : sequences);
+  std::vector<Largest> bests(stack.ranks == nullptr ? 0 : stack.ranks->ranks() * best.size());
   run_team(size, [&](Team& team) {
     const Kernels& k = kernels();
+    Largest* own = largest == nullptr ? nullptr : found.of(team.rank());
     for (int64_t at = 0; at < batch.tokens; at += kPiece) {
       if (team.rank() == 0) cut(batch, at, at + kPiece < batch.tokens ? at + kPiece : batch.tokens, &piece);
       team.barrier();
@@ -496,11 +542,16 @@ void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const i
       }
       team.barrier();
     }
-    if (stack.ranks == nullptr) return head_step(team, k, stack.head, m.rows, sequences, m.head_normed, logits);
-    if (own_head.w.rows > 0) head_step(team, k, own_head, m.rows, sequences, m.head_normed, m.part);
+    if (stack.ranks == nullptr) return head_step(team, k, stack.head, m.rows, sequences, m.head_normed, logits, own);
+    if (own_head.w.rows > 0) head_step(team, k, own_head, m.rows, sequences, m.head_normed, m.part, own);
     team.barrier();
+    if (largest != nullptr && team.rank() == 0) found.merge(columns[stack.ranks->rank()], best.data());
     stack.ranks->join_columns(team, m.part, sequences, columns.data(), columns.back(), logits);
+    if (largest != nullptr) join_largest(team, *stack.ranks, &best, &bests);
   });
+  if (largest != nullptr && stack.ranks == nullptr) found.merge(0, best.data());
+  for (size_t b = 0; b < best.size(); ++b)
+    largest[b] = best[b].column >= 0 && best[b].value - best[b].value == 0.0f ? best[b].column : -1;
   if (stack.ranks != nullptr && !stack.ranks->complaint().empty())
     throw std::runtime_error(stack.ranks->complaint());
 }

@@ -58,7 +58,8 @@ void attention(const float* q, int64_t heads, const Cache& cache, const Batch& b
 void project(Matrix w, const float* x, int64_t tokens, const float* residual, float* out);
 void gate_up(const GateUp& step, const float* x, int64_t tokens, float* out);
 void head(const Head& step, const float* x, const Batch& batch, float* logits);
+// largest (B,), where it is given: the first column of each row's largest logit, -1 where that is not finite or one is NaN.
 void decoder(const Stack& stack, const int32_t* ids, const Batch& batch, const int32_t* positions,
-             const int32_t* slots, float* logits);
+             const int32_t* slots, float* logits, int32_t* largest = nullptr);
 
 }  // namespace qwen15

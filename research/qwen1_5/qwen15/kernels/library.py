@@ -14,7 +14,7 @@ from .. import machine
 from ..errors import UserError
 from .build import LIBRARY_NAME, OUTPUT_DIR
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 """What `qwen15_abi_version()` must return: the arguments of the functions below and the operators' inputs."""
 
 KERNELS = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon_dot", "neon", "portable")
@@ -80,8 +80,8 @@ class Library:
                 ("open_binding", ctypes.c_int64, (ctypes.c_int,)),
                 ("close_binding", None, (ctypes.c_int64,)),
                 ("bound_addresses", ctypes.c_int64, (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)),
-                ("decode_bound", ctypes.c_int, (ctypes.c_int64, _I32, ctypes.c_int64, ctypes.c_int64, _F32,
-                                                ctypes.c_int64)),
+                ("decode_bound", ctypes.c_int, (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+                                                ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)),
                 ("join_ranks", ctypes.c_int, (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_double)),
                 ("agree", ctypes.c_int, (_I32, ctypes.c_int64, ctypes.c_double)),
                 ("ranks_complaint", ctypes.c_char_p, ()),
@@ -189,12 +189,15 @@ class Library:
         self._handle.qwen15_bound_addresses(number, addresses, count)
         return list(addresses)
 
-    def decode_bound(self, number: int, rows: np.ndarray, logits: np.ndarray) -> None:
+    def decode_bound(self, number: int, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """A new token for each sequence on what is kept under this number; as the operator `decode` does it.
 
         Args:
             rows: (B, 3 + M) int32: id, context_len, slot, then the sequence's block table.
             logits: (B, V) float32, which are written.
+
+        Returns:
+            (B,) int32, the first id of each row's largest logit; -1 where that is infinite or a logit is NaN.
 
         Raises:
             RuntimeError: nothing is kept there, or a number in rows is out of its range.
@@ -204,8 +207,11 @@ class Library:
                 raise ValueError(f"wanted {np.dtype(dtype)} with 2 dimensions, row after row")
         if len(rows) != len(logits):
             raise ValueError(f"{len(rows)} rows and {len(logits)} of logits")
-        if self._handle.qwen15_decode_bound(number, _i32(rows), *rows.shape, _f32(logits), logits.shape[1]):
+        largest = np.empty(len(rows), np.int32)
+        if self._handle.qwen15_decode_bound(number, _address(rows), *rows.shape, _address(logits), logits.shape[1],
+                                            _address(largest)):
             raise RuntimeError(self.last_error)
+        return largest
 
     def join_ranks(self, file: int, rank: int, ranks: int, limit_s: float) -> None:
         """Join the other ranks of this machine through memory that all of them share.
@@ -332,6 +338,11 @@ def _logits(logits: np.ndarray, ndim: int) -> np.ndarray:
         raise ValueError(f"logits must be float32 with {ndim} dimensions and not empty, got {logits.dtype} "
                          f"{logits.shape}")
     return np.ascontiguousarray(logits)
+
+
+def _address(array: np.ndarray) -> int:
+    """Of its memory; a pointer of ctypes takes several microseconds to make where Python is cold."""
+    return array.__array_interface__["data"][0]
 
 
 def _f32(array: np.ndarray):

@@ -1,8 +1,10 @@
-// What happens to y = x W^T on its way out: bias and residual are added, or silu(y) meets the other matrix' product.
+// What happens to y = x W^T on its way out: bias and residual are added and the largest is
+// noted, or silu(y) meets the other matrix' product.
 //
 //   c (tokens, c_stride) float32 -> the job's output or activations
 #pragma once
 #include "matmul_dot.h"
+#include "select.h"
 
 namespace qwen15 {
 namespace {
@@ -39,6 +41,7 @@ void finish(const Job& job, int64_t token, int64_t tokens, int64_t row, int64_t 
       v_store(out + j, residual == nullptr ? v : v_add(v, v_load(residual + j)));
     }
     for (; j < n; ++j) out[j] = y[j] + bias[j] + (residual == nullptr ? 0.0f : residual[j]);
+    if (job.largest != nullptr) meet_columns(job.largest + token + t, out, n, row);
   }
 }
 

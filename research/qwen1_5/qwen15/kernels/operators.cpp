@@ -593,8 +593,9 @@ namespace {
 
 constexpr int kTable = 3;  // column of rows at which the block table begins
 
-// One new token for each sequence on what is bound: rows (B, columns), logits (B, V).
-void decode_bound(const Bound& bound, const int32_t* rows, int64_t sequences, int64_t columns, float* logits) {
+// One new token for each sequence on what is bound: rows (B, columns), logits (B, V), largest (B,) or null.
+void decode_bound(const Bound& bound, const int32_t* rows, int64_t sequences, int64_t columns, float* logits,
+                  int32_t* largest) {
   const Stack& stack = bound.stack;
   if (sequences < 1 || columns <= kTable)
     fail("rows are (%lld, %lld): no sequence, or no block table", static_cast<long long>(sequences),
@@ -625,7 +626,7 @@ void decode_bound(const Bound& bound, const int32_t* rows, int64_t sequences, in
   batch.block_tables = tables.data();
   batch.table_stride = columns - kTable;
   check_batch(batch, cache.num_blocks, cache.block_size);
-  decoder(stack, ids, batch, positions, slots, logits);
+  decoder(stack, ids, batch, positions, slots, logits, largest);
 }
 
 }  // namespace
@@ -643,18 +644,19 @@ QWEN15_API int qwen15_decode(int n, void** params, int* ndims, int64_t** shapes,
     int i = 2;
     if (call.matrix(i, "head", stack.head.w.cols, stack.head.w.rows).data != stack.head.w.data)
       fail("head is not the one that is kept under this binding");
-    decode_bound(*bound, rows, call.dim(1, 0), call.dim(1, 1), call.floats(i, "output", 2));
+    decode_bound(*bound, rows, call.dim(1, 0), call.dim(1, 1), call.floats(i, "output", 2), nullptr);
   });
 }
-// The same without MindSpore: rows (sequences, columns), logits (sequences, vocab) of the caller's.
+// The same without MindSpore: rows (sequences, columns), logits (sequences, vocab) of the caller's, and largest
+// (sequences,) as `decoder` gives it.
 QWEN15_API int qwen15_decode_bound(int64_t number, const int32_t* rows, int64_t sequences, int64_t columns, float* logits,
-                                   int64_t vocab) {
+                                   int64_t vocab, int32_t* largest) {
   return guarded("decode", [&] {
     std::shared_ptr<const Bound> bound = find_bound(number);
     if (vocab != bound->stack.vocab())
       fail("logits have %lld columns, the vocabulary %lld", static_cast<long long>(vocab),
            static_cast<long long>(bound->stack.vocab()));
-    decode_bound(*bound, rows, sequences, columns, logits);
+    decode_bound(*bound, rows, sequences, columns, logits, largest);
   });
 }
 QWEN15_API std::vector<int64_t> qwen15_decodeInferShape(int*, int64_t** shapes, AotExtra*) {

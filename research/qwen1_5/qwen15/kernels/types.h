@@ -66,6 +66,19 @@ struct Cache {  // one layer's keys and values, each (num_blocks, block_size, K,
   int64_t num_blocks = 0, block_size = 0, kv_heads = 0, head_dim = 0;
 };
 
+// The largest of a row's values met so far, in any order: the first of equal ones, as NumPy's argmax finds it.
+struct Largest {
+  static constexpr int32_t kNone = INT32_MAX, kNaN = -1;
+  float value = -__builtin_inff();
+  int32_t column = kNone;  // kNaN: one of the values was not a number
+};
+
+static inline void meet(Largest* best, float value, int32_t column) {
+  if (best->column == Largest::kNaN || column == Largest::kNone) return;
+  if (column == Largest::kNaN || value > best->value || (value == best->value && column < best->column))
+    best->value = value, best->column = column;
+}
+
 // One matmul y = x W^T with what is done to y on its way out:
 //   plain  out = y + bias + residual        (bias and residual optional; residual may be out itself)
 //   gated  act = silu(x W^T) * (x U^T)       (when `up` is given)
@@ -75,6 +88,7 @@ struct Job {
   const float* residual = nullptr;  // (T, out_stride)
   float* out = nullptr;             // (T, out_stride)
   int64_t out_stride = 0;
+  Largest* largest = nullptr;       // (T,) plain: meets the caller's columns of y while they are in its caches
   Matrix up;
   Activations act;  // gated: written here unless `out` is given
 };

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import Callable, Iterator, Optional
+from typing import Callable, Optional
 
 import numpy as np
 
+from .. import interrupts
 from ..config.schema import Config
 from .base import Network, rope_tables
 from .short_decode import ShortDecode
@@ -70,30 +70,32 @@ class CpuNetwork(Network):
 
     def decode(self, input_ids, context_lens, block_tables, slot_mapping):
         if self.short is not None and self.short.ready:
-            with self._explained():
-                return self.short.run(input_ids, context_lens, block_tables, slot_mapping)
+            return self._explained(self.short.run, input_ids, context_lens, block_tables, slot_mapping)
         ones = np.ones_like(context_lens)
-        return self._run(input_ids, context_lens - 1, slot_mapping, ones, context_lens, block_tables)
+        with interrupts.held():
+            return self._run(input_ids, context_lens - 1, slot_mapping, ones, context_lens, block_tables)
 
     def _run(self, *arrays: np.ndarray) -> np.ndarray:
         tensors = [self._ms.Tensor.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for array in arrays]
-        with self._explained():
-            logits = self._cell(*tensors).asnumpy()
+        logits = self._explained(lambda: self._cell(*tensors).asnumpy())
         if self.short is not None:
             self.short.note_whole_call()
         return logits
 
+    def largest(self, logits):
+        last = None if self.short is None else self.short.last
+        return None if last is None or last[0] is not logits else last[1]
+
     def agree(self, ids):
         if self.ranks == 1:
             return ids
-        with self._explained():
-            return self._agree(ids)
+        return self._explained(self._agree, ids)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """A rank that has not come is named, instead of the operator in which the others waited."""
+    def _explained(self, function: Callable[..., np.ndarray], *arguments: np.ndarray) -> np.ndarray:
+        """What the function returns. A rank that has not come is named, instead of the operator in which the others
+        waited."""
         try:
-            yield
+            return function(*arguments)
         except RuntimeError as error:
             lost = self._lost_rank()
             if lost is None:

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
-from .. import device, naming
+from .. import device, interrupts, naming
 from ..checkpoint import casting
 from ..checkpoint.tensors import LONG_NAMES
 from ..config.schema import Config, ModelConfig
@@ -84,7 +84,8 @@ class MindFormersNetwork(Network):
         return self._run("prefill", input_ids[None, :], context_lens, block_tables, slot_mapping)
 
     def decode(self, input_ids, context_lens, block_tables, slot_mapping):
-        return self._run("increment", input_ids[:, None], context_lens, block_tables, slot_mapping)
+        with interrupts.held():
+            return self._run("increment", input_ids[:, None], context_lens, block_tables, slot_mapping)
 
     def _run(self, phase: str, input_ids: np.ndarray, lengths: np.ndarray, block_tables: np.ndarray,
              slot_mapping: np.ndarray) -> np.ndarray:

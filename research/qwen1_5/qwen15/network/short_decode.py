@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from types import ModuleType
-from typing import Any, List
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class ShortDecode:
 
     Attributes:
         ready: steps may be short: a whole call has run, and the kernels know all parameters where they are.
+        last: the logits of the last `run`, and `Network.largest` of them: found while the head's columns were in the
+            caches, where a search of its own would fetch all logits from memory again.
     """
 
     def __init__(self, operators: ModuleType, cell: Any):
@@ -34,6 +36,7 @@ class ShortDecode:
         self._views: List[np.ndarray] = []
         self._logits = np.empty((0, cell.vocab_size), np.float32)
         self.ready = False
+        self.last: Optional[Tuple[np.ndarray, np.ndarray]] = None
         self._graph: Any = None
         weakref.finalize(self, cell.binding.close)
 
@@ -54,7 +57,7 @@ class ShortDecode:
         if len(rows) > len(self._logits):
             self._logits = np.empty((len(rows), self._network.vocab_size), np.float32)
         logits = self._logits[:len(rows)]
-        self._network.binding.decode(rows, logits)
+        self.last = logits, self._network.binding.decode(rows, logits)
         return logits
 
     def run_in_graph(self, input_ids: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray,

@@ -229,13 +229,14 @@ class Binding:
         """Where the last Decoder call found all of its `held`; empty before the first."""
         return self._library.bound_addresses(self._number)
 
-    def decode(self, rows: np.ndarray, logits: np.ndarray) -> None:
-        """`Decode` without MindSpore: rows (B, 3 + M) int32, logits (B, V) float32, which are written.
+    def decode(self, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """`Decode` without MindSpore: rows (B, 3 + M) int32, logits (B, V) float32, which are written; returned is what
+        `Network.largest` says of them.
 
         Raises:
             RuntimeError: no Decoder call has been made under this number, or a number in rows is out of its range.
         """
-        self._library.decode_bound(self._number, rows, logits)
+        return self._library.decode_bound(self._number, rows, logits)
 
     def close(self) -> None:
         """Forget them; Decode fails from then on."""
