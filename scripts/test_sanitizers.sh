@@ -18,7 +18,7 @@ cd "$root"
 for sanitizers in address,undefined thread; do
     say "building under -fsanitize=$sanitizers"
     mkdir "$folder/$sanitizers"
-    build_driver "$folder/$sanitizers" g++ --sanitizer "$sanitizers" -- \
+    build_driver "$folder/$sanitizers" g++ --here --sanitizer "$sanitizers" -- \
         -fno-omit-frame-pointer "-fsanitize=$sanitizers" -fno-sanitize-recover=all
     say "ranks in shared memory under -fsanitize=$sanitizers"
     g++ -std=c++17 -O1 -g -Wall -Wextra -pthread "-fsanitize=$sanitizers" -fno-sanitize-recover=all \

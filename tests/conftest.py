@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -36,22 +37,39 @@ LONGEST = ("test_ascend_emulation", "test_docs", "test_serve", "test_network", "
 """Files that take longest, longest first."""
 
 
-def pytest_collection_modifyitems(config, items):
-    """Mark what wants the machine for itself; begin with the longest files, so that no process waits for another.
+EVERY = int(os.environ.get("QWEN15_TEST_EVERY", "1"))
+"""One case in so many of each test runs: sanitizers and emulators are slow. Which ones, QWEN15_TEST_SEED says."""
+if EVERY > 1:
+    os.environ.setdefault("QWEN15_TEST_SEED", str(random.randrange(10 ** 6)))  # the same in all processes of this run
 
-    QWEN15_TEST_EVERY=N leaves the first of every N cases of each test: a slow emulator sees all tests, not all cases.
-    """
-    every = int(os.environ.get("QWEN15_TEST_EVERY", "1"))
-    seen = collections.Counter()
-    left_out = []
+
+def pytest_report_header():
+    """What brings a run of some cases back."""
+    return f"QWEN15_TEST_EVERY={EVERY} QWEN15_TEST_SEED={os.environ['QWEN15_TEST_SEED']}" if EVERY > 1 else None
+
+
+def some_cases(items, every, seed):
+    """One in `every` cases of each test, and so many more that every value of each parameter is there once."""
+    cases = collections.defaultdict(list)
     for item in items:
-        function = item.nodeid.partition("[")[0]
-        if seen[function] % every:
-            left_out.append(item)
-        seen[function] += 1
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for function, of_it in cases.items():
+        random.Random(f"{seed} {function}").shuffle(of_it)
+        seen = set()
+        for number, item in enumerate(of_it):
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()} \
+                if hasattr(item, "callspec") else {function}
+            if number * every < len(of_it) or not values <= seen:
+                yield item
+            seen |= values
+
+
+def pytest_collection_modifyitems(config, items):
+    """Mark what wants the machine for itself; begin with the longest files, so that no process waits for another."""
+    if EVERY > 1:
+        kept = set(some_cases(items, EVERY, os.environ["QWEN15_TEST_SEED"]))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     for item in items:
         if item.path.stem.startswith(ALONE):
             item.add_marker("alone")

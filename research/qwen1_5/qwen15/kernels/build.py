@@ -95,7 +95,7 @@ def instruction_sets(compiler: Sequence[str], target: Optional[str] = None,
 
 
 def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = None, target: Optional[str] = None,
-          verbose: bool = False, emulation: Optional[os.PathLike] = None) -> Path:
+          verbose: bool = False, emulation: Optional[os.PathLike] = None, here: bool = False) -> Path:
     """Compile the library and return its path.
 
     The library appears under its name only when it is complete; an older one is replaced.
@@ -107,6 +107,7 @@ def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = N
         verbose: print the compiler's commands on stderr.
         emulation: for tests, a folder of headers that stand for the intrinsics beyond AVX2: every x86 instruction set
             then runs on a CPU with AVX2, and slowly.
+        here: for tests, leave out the x86 instruction sets that this CPU has not.
 
     Raises:
         UserError: no compiler, or it failed (its message is in the error).
@@ -118,6 +119,8 @@ def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = N
     sources: Dict[str, Sequence[str]] = {name: () for name in SOURCES}
     flags: List[str] = list(FLAGS)
     sets = instruction_sets(compiler, target, emulation)
+    if here:
+        sets = {name: wanted for name, wanted in sets.items() if _runs_here(wanted)}
     sources.update(sets)
     present = [f"-DQWEN15_HAS_{Path(name).stem[4:].upper()}" for name in sets]
     sources["dispatch.cpp"] = (*present, "-DQWEN15_EMULATED") if emulation is not None else present
@@ -145,6 +148,13 @@ def build(output_dir: Optional[os.PathLike] = None, sanitizer: Optional[str] = N
     return path
 
 
+def _runs_here(flags: Sequence[str]) -> bool:
+    """Whether this CPU has what these flags of the compiler let it use (-mavx512bf16: avx512_bf16)."""
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    has = {name.replace("_", "") for line in told.splitlines() if line.startswith("flags") for name in line.split()}
+    return all("=" in flag or flag[2:].replace("-", "") in has for flag in flags)
+
+
 def _run(command: Sequence[str], verbose: bool) -> None:
     if verbose:
         print(" ".join(map(shlex.quote, command)), file=sys.stderr)
@@ -167,11 +177,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--target", metavar="TRIPLE", help="cross-compile, for example aarch64-linux-gnu")
     parser.add_argument("--emulation", metavar="FOLDER",
                         help="for tests: headers in place of the intrinsics beyond AVX2, so that all kernels run here")
+    parser.add_argument("--here", action="store_true",
+                        help="for tests: leave out the x86 instruction sets that this CPU has not")
     parser.add_argument("--verbose", action="store_true", help="show the compiler's commands and warnings")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     print(build(arguments.output_dir, arguments.sanitizer, arguments.target, arguments.verbose,
-                arguments.emulation))
+                arguments.emulation, arguments.here))
     return 0
 
 
