@@ -1,7 +1,11 @@
 """The module as MindFormers' users run it: a shipped YAML, MindFormers' own Trainer, this module's tokenizer and
 checkpoint."""
 
+import os
+import sys
+
 from mindformers import MindFormerConfig, Trainer, build_context
+from mindformers.tools.hub import dynamic_module_utils
 
 CPU_OPTIONS = {"use_past": False, "use_flash_attention": False, "is_dynamic": False, "use_rope_slice": True,
                "fused_rms_norm": False,
@@ -10,7 +14,7 @@ CPU_OPTIONS = {"use_past": False, "use_flash_attention": False, "is_dynamic": Fa
 
 
 def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, prompt: str, max_length: int,
-            imported: bool) -> dict:
+            register_path: str) -> dict:
     """Texts of `Trainer.predict` with the YAML as it is, but for the paths, the device and the sizes.
 
     Args:
@@ -19,8 +23,8 @@ def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, promp
         checkpoint: a converted .ckpt.
         sizes: keys of model_config that make the network small.
         prompt, max_length: what to continue, and the length of the result in tokens.
-        imported: import the tokenizer's module; otherwise MindFormers finds it by the YAML's auto_register and
-            REGISTER_PATH.
+        register_path: where MindFormers finds the tokenizer's module by the YAML's auto_register and REGISTER_PATH, and
+            Python does not; "" to import the module.
 
     Returns:
         only in the YAML: the checkpoint named in `load_checkpoint` alone.
@@ -28,7 +32,11 @@ def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, promp
         top_k of the YAML: sampled, top_k left to the YAML, which says 0: all tokens.
         end of text: greedy for the prompt followed by <|endoftext|>.
     """
-    if imported:
+    if register_path:
+        sys.path.remove(register_path)
+        os.environ["REGISTER_PATH"] = register_path
+        dynamic_module_utils.HubConstants.OM_MODULES_CACHE = os.path.abspath("modules")
+    else:
         import qwen1_5_tokenizer  # noqa: F401  registers itself
     config = MindFormerConfig(yaml_path)
     tokenizer = config.processor.tokenizer

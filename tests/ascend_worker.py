@@ -1,11 +1,10 @@
 """A process of its own for MindFormers, whose context can be set only once: answers requests, one JSON a line.
 
 A request is {"call": "<module>.<function>", "arguments": {...}}; the answer is {"result": ...} or {"error":
-"<traceback>"}. Answers go to the descriptor named on the command line, because MindSpore prints to stdout.
+"<traceback>"}. Answers go to a descriptor of their own, because MindSpore prints to stdout.
 
 Importing MindFormers, torch and transformers takes longer than most tests. So workers are forked from one process that
-has imported them, the nursery: that of the environment variable PARENT, or the first worker starts it. A worker with an
-environment of its own, which may change what importing does, is started for itself.
+has imported them, the nursery: that of the environment variable PARENT, or the first worker starts it.
 """
 
 import atexit
@@ -39,21 +38,14 @@ class Worker:
 
     Args:
         folder: its working directory; MindFormers writes its logs there.
-        environ: additional environment variables.
     """
 
-    def __init__(self, folder, **environ):
+    def __init__(self, folder):
         read_end, write_end = os.pipe()
         paths = os.pathsep.join(filter(None, (PACKAGES, HERE, os.environ.get("PYTHONPATH"))))
         self._errors = open(os.path.join(folder, "worker.log"), "w+", encoding="utf-8")
-        whole = {**os.environ, "PYTHONPATH": paths, "LOG_MF_PATH": os.path.join(folder, "log"), "GLOG_v": "3",
-                 **environ}
-        if environ:
-            self._process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), str(write_end)], stdin=subprocess.PIPE,
-                stdout=self._errors, stderr=self._errors, cwd=folder, pass_fds=(write_end,), text=True, env=whole)
-        else:
-            self._process = _Forked(folder, whole, write_end, self._errors.fileno())
+        environ = {**os.environ, "PYTHONPATH": paths, "LOG_MF_PATH": os.path.join(folder, "log"), "GLOG_v": "3"}
+        self._process = _Forked(folder, environ, write_end, self._errors.fileno())
         os.close(write_end)
         self._answers = os.fdopen(read_end, encoding="utf-8")
 
@@ -64,7 +56,7 @@ class Worker:
         line = self._answers.readline()
         if not line:
             self._errors.seek(0)
-            raise WorkerError(f"the worker died (exit code {self._process.wait()}):\n{self._errors.read()[-3000:]}")
+            raise WorkerError(f"the worker died:\n{self._errors.read()[-3000:]}")
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"])
@@ -73,14 +65,13 @@ class Worker:
     def close(self):
         """End the process."""
         self._process.kill()  # MindSpore's own end takes seconds
-        self._process.wait()
         self._process.stdin.close()
         self._answers.close()
         self._errors.close()
 
 
 class _Forked:
-    """A worker that a nursery has forked; as much of `subprocess.Popen` as `Worker` uses."""
+    """A worker that a nursery has forked, whose child it is: nobody here learns how it ended."""
 
     def __init__(self, folder, environ, answers: int, errors: int):
         read_end, write_end = os.pipe()
@@ -99,10 +90,6 @@ class _Forked:
             os.kill(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-    def wait(self) -> str:
-        """It is the nursery's child: nobody here learns how it ended."""
-        return "not known"
 
 
 class Nursery:
@@ -205,11 +192,6 @@ def _import_mindformers() -> None:
         del sys.modules[name]
 
 
-def _serve(descriptor: int) -> None:
-    _import_mindformers()
-    _answer(descriptor)
-
-
 def _answer(descriptor: int) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as answers:
         for line in sys.stdin:
@@ -224,7 +206,4 @@ def _answer(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1].isdigit():
-        _serve(int(sys.argv[1]))
-    else:
-        _nurse(sys.argv[1])
+    _nurse(sys.argv[1])

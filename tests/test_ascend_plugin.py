@@ -23,8 +23,7 @@ def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, t
     model.save(str(tmp_path), SIZES, tensors, dtype="float32", device_target="CPU")
     checkpoint = str(tmp_path / "ms.ckpt")
     convert_weight.main(["--torch_ckpt_dir", str(tmp_path), "--mindspore_ckpt_path", checkpoint])
-    where = {"PYTHONPATH": PACKAGES} if imported else {"PYTHONPATH": "", "REGISTER_PATH": PACKAGES}
-    worker = Worker(tmp_path, OM_MODULES_CACHE=str(tmp_path / "modules"), **where)
+    worker = Worker(tmp_path)
     try:
         asked = worker.call("mindformers.tools.hub.dynamic_module_utils.get_imports",
                             filename=str(module_dir / "qwen1_5_tokenizer.py"))
@@ -32,7 +31,7 @@ def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, t
         found = worker.call(
             "ascend_plugin.predict", yaml_path=str(module_dir / "predict_qwen1_5_14b.yaml"),
             vocabulary=str(qwen_vocabulary),
-            checkpoint=checkpoint, prompt=PROMPT, max_length=LENGTH, imported=imported,
+            checkpoint=checkpoint, prompt=PROMPT, max_length=LENGTH, register_path="" if imported else PACKAGES,
             sizes={"seq_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "n_kv_heads": 2,
                    "intermediate_size": 48,
                    "vocab_size": 151936, "rms_norm_eps": model.RMS_NORM_EPS, "theta": model.THETA})
