@@ -88,7 +88,7 @@ class Recorded:
         self._network = network
         self.supports_cached_prefill = network.supports_cached_prefill
         self.rank, self.ranks, self.vocab_size = network.rank, network.ranks, network.vocab_size
-        self.agree, self.find_non_finite = network.agree, network.find_non_finite
+        self.agree, self.largest, self.find_non_finite = network.agree, network.largest, network.find_non_finite
         self.rows = []
 
     def prefill(self, input_ids, query_lens, context_lens, block_tables, slot_mapping):
