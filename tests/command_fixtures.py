@@ -81,11 +81,20 @@ class Terminal:
     """A command in a terminal of its own."""
 
     def __init__(self, arguments, **changes):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 500, 0, 0))  # long lines stay in one piece
-            os.chdir(MODULE)
-            os.execve(arguments[0], arguments, environment(**changes))
+        size, environ = struct.pack("HHHH", 50, 500, 0, 0), environment(**changes)  # long lines stay in one piece
+        self._warm = None
+        if arguments[0] == sys.executable and warm_commands.can_run(arguments, environ):
+            self.fd, theirs = pty.openpty()
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
+            self._warm = warm_commands.begin(arguments[1:], MODULE, environ, [theirs])
+            self.pid = self._warm.pid
+            os.close(theirs)
+        else:
+            self.pid, self.fd = pty.fork()
+            if self.pid == 0:
+                fcntl.ioctl(0, termios.TIOCSWINSZ, size)
+                os.chdir(MODULE)
+                os.execve(arguments[0], arguments, environ)
         self.seen = ""
 
     def expect(self, pattern, timeout_s=120):
@@ -117,9 +126,15 @@ class Terminal:
                     self.seen += os.read(self.fd, 4096).decode("utf-8", "replace")
                 except OSError:
                     pass
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
+            code = self._code()
+            if code is not None:
                 os.close(self.fd)
-                return os.waitstatus_to_exitcode(status)
+                return code
         os.kill(self.pid, signal.SIGKILL)
         raise AssertionError(f"it does not end; the screen showed {self.seen!r}")
+
+    def _code(self):
+        if self._warm is not None:
+            return self._warm.wait(0)
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None

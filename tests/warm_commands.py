@@ -1,18 +1,21 @@
 """Commands run in forks of one process that has imported MindSpore: each starts in a tenth of a second, not in five.
 
 What runs is what a user runs, from the command line on, with its own arguments, folder, environment, streams and exit
-code. Starting itself, signals and terminals are tested with real processes.
+code, or in a terminal of its own. Starting itself and signals while it starts are tested with real processes.
 """
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -40,17 +43,11 @@ def run(arguments, cwd, env, stdin="", timeout=300):
     Returns:
         subprocess.CompletedProcess with text streams; a signal's number is negative.
     """
-    server = _server()
-    call, theirs = socket.socketpair()
     inner, outer = zip(*(os.pipe() for _ in range(3)))  # stdin, stdout, stderr: read ends, write ends
     given = [inner[0], outer[1], outer[2]]
-    with call:
-        with theirs:
-            socket.send_fds(server, [b"run"], [theirs.fileno(), *given])
+    with begin(arguments, cwd, env, given) as command:
         for fd in given:
             os.close(fd)
-        call.settimeout(timeout)
-        call.sendall(json.dumps([list(map(str, arguments)), str(cwd), env]).encode() + b"\n")
         said = [b"", b""]
 
         def read(index, fd):
@@ -62,17 +59,43 @@ def run(arguments, cwd, env, stdin="", timeout=300):
             reader.start()
         with contextlib.suppress(BrokenPipeError), open(outer[0], "wb") as file:
             file.write(stdin.encode())
-        with call.makefile("rb") as answers:
-            pid = int(answers.readline())
-            try:
-                status = int(answers.readline())
-            except socket.timeout:
-                os.kill(pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(arguments, timeout) from None
+        code = command.wait(timeout)
+        if code is None:
+            os.kill(command.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(arguments, timeout)
         for reader in readers:
             reader.join()
-    return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status),
+    return subprocess.CompletedProcess(arguments, code,
                                        *(text.decode("utf-8", "replace").replace("\r\n", "\n") for text in said))
+
+
+class begin:
+    """A command that runs; `streams` are its stdin, stdout and stderr, or one descriptor: the terminal it is to have.
+
+    Attributes:
+        pid: of its process, which is nobody's child here.
+    """
+
+    def __init__(self, arguments, cwd, env, streams):
+        self._call, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(_server(), [b"run"], [theirs.fileno(), *streams])
+        self._call.sendall(json.dumps([list(map(str, arguments)), str(cwd), env]).encode() + b"\n")
+        self._answers = self._call.makefile("rb", buffering=0)  # nothing is read ahead: `wait` looks at the socket
+        self.pid = int(self._answers.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._answers.close()
+        self._call.close()
+
+    def wait(self, timeout):
+        """Its exit code, a signal's number negative; None where it has not ended after so many seconds."""
+        if not select.select([self._call], [], [], timeout)[0]:
+            return None
+        return os.waitstatus_to_exitcode(int(self._answers.readline()))
 
 
 _running = None
@@ -122,8 +145,12 @@ def _serve(calls):
         arguments, cwd, environ = json.loads(file.readline())
     call.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, fd in enumerate(fds[1:]):
-        os.dup2(fd, number)
+    if len(fds) == 2:
+        os.setsid()
+        fcntl.ioctl(fds[1], termios.TIOCSCTTY, 0)
+    for number in range(3):
+        os.dup2(fds[1:][min(number, len(fds) - 2)], number)
+    for fd in fds[1:]:
         os.close(fd)
     os.environ.clear()
     os.environ.update(environ)
