@@ -283,8 +283,7 @@ def generate(model: Model, prompt: Union[str, Sequence[str]], **settings: Any) -
     prompts: List[Any] = list(prompt) if several else [prompt]
     for each in prompts:
         if isinstance(each, Mapping):
-            raise UserError("generate continues texts, and this is a conversation",
-                            fix="Use model.chat(messages).")
+            raise UserError("generate continues texts, and this is a conversation", fix="Use model.chat(messages).")
         if not isinstance(each, str):
             raise TypeError(f"a prompt is a text, not {type(each).__name__}")
     made = model._generate(prompts, settings)

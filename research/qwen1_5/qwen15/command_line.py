@@ -107,8 +107,7 @@ class Parser(argparse.ArgumentParser):
     def _unknown(self, word: str) -> UserError:
         """The line for an argument that nothing takes."""
         word = word.split("=", 1)[0] if word.startswith("-") else word
-        flags = [flag for action in self._actions for flag in action.option_strings
-                 if action.help != argparse.SUPPRESS]
+        flags = [flag for action in self._actions for flag in action.option_strings if action.help != argparse.SUPPRESS]
         if word[:1] in tuple(_DASHES):
             meant = "--" + word.lstrip(_DASHES + "-").split("=", 1)[0]
             return UserError(f"{word!r} begins with U+{ord(word[0]):04X}, which only looks like a hyphen", self.prog,

@@ -291,9 +291,8 @@ def resolve(target: str, environ: Optional[Mapping[str, str]] = None, root: str 
     return CPU, f"CPU, chosen by auto: {fault}"
 
 
-def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
-            root: str = "/", asked: Optional[Callable[[Ascend], CardAnswer]] = None,
-            card: Optional[int] = None) -> None:
+def require(target: str, where: Optional[str] = None, environ: Optional[Mapping[str, str]] = None, root: str = "/",
+            asked: Optional[Callable[[Ascend], CardAnswer]] = None, card: Optional[int] = None) -> None:
     """Refuse to compute on an Ascend that is not there, whose libraries do not load or whose card does not answer.
 
     `card` is the one to ask, see `ask`.

@@ -49,8 +49,7 @@ def contracts(dtype: str, head_dim: int, prepare: Callable[[Any], Any] = lambda 
     """
     run = _Runner(dtype, head_dim, prepare)
     if head_dim == HEAD_DIMS[0]:  # these operators have no head dimension
-        yield from (run.rms_norm(), run.silu(), run.int8_matmul(), run.int8_groups_matmul(),
-                    run.int4_matmul())
+        yield from (run.rms_norm(), run.silu(), run.int8_matmul(), run.int8_groups_matmul(), run.int4_matmul())
     yield from run.rotary_prefill()
     yield from run.rotary_decode()
     yield run.flash_attention()

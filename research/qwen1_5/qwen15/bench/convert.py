@@ -45,8 +45,7 @@ class Contender(NamedTuple):
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser("qwen15 bench convert", __doc__ or "",
-                  ["qwen15 bench convert --size 1.8b --against hf"])
+    made = Parser("qwen15 bench convert", __doc__ or "", ["qwen15 bench convert --size 1.8b --against hf"])
     options.add_checkpoint(made, _SIZE, _LAYERS)
     made.add_argument("--scratch", metavar="FOLDER",
                       help="where results are written and removed again (default: beside the checkpoint)")
@@ -163,8 +162,7 @@ def _run(name: str, contender: Contender, target: str) -> Dict[str, float]:
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     start_s = time.perf_counter()
     with subprocess.Popen(contender.command(target), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True,
-                          env={**os.environ, "PYTHONPATH": path}) as process:
+                          universal_newlines=True, env={**os.environ, "PYTHONPATH": path}) as process:
         peak_bytes = 0
         while not contender.reports and process.poll() is None:
             peak_bytes = max(peak_bytes, _peak_bytes(process.pid))

@@ -62,17 +62,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _row(ours: Ours, dtype: str, batch: int, context: int, new_tokens: int,
-         samples: Mapping[str, Sequence[rounds.Sample]]
-         ) -> Dict[str, Any]:
+         samples: Mapping[str, Sequence[rounds.Sample]]) -> Dict[str, Any]:
     mine = samples["qwen15"]
     middle = context + new_tokens / 2  # average number of tokens in the cache
     read = work.decode_bytes(ours.dims, dtype, batch, middle, ours.quantised_bytes)
     flop = work.decode_flop(ours.dims, batch, middle)
     step_s = rounds.median_seconds(mine)
     row = {"batch": batch, "context": context, "new_tokens": new_tokens, "step_ms": step_s * 1e3,
-           "tokens_per_s": batch / step_s,
-           "own_ms": rounds.median_own_seconds(mine) * 1e3, "bytes_per_step": read, "flop_per_step": flop,
-           **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
+           "tokens_per_s": batch / step_s, "own_ms": rounds.median_own_seconds(mine) * 1e3, "bytes_per_step": read,
+           "flop_per_step": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
     if "hf" in samples:
         row.update(hf_tokens_per_s=batch / rounds.median_seconds(samples["hf"]),
                    ratio_hf=rounds.ratio(mine, samples["hf"]))

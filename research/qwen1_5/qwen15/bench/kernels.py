@@ -172,8 +172,7 @@ class Cases:
         layers: List[Array] = []
         for _ in range(d.num_layers):
             cache = [Array(np.zeros((blocks, BLOCK, d.num_kv_heads, d.head_dim), self.pool.take(1).memory.dtype),
-                           self.dtype)
-                     for _ in range(2)]
+                           self.dtype) for _ in range(2)]
             layers += [self.floats(e), *self.matrix(q, e), self.floats(q), *self.matrix(kv, e), self.floats(kv),
                        *self.matrix(kv, e), self.floats(kv), *self.matrix(e, q), self.floats(e), *self.matrix(f, e),
                        *self.matrix(f, e), *self.matrix(e, f), *cache]
@@ -189,8 +188,7 @@ class Cases:
                        (sequences, d.vocab_size))
         flop = sequences * work.prefill_flop(d, each)
         read = work.decode_bytes(d, self.dtype, sequences, each, self.quantised_bytes())
-        return Case("whole network", tokens, each, read, flop,
-                    itertools.repeat(call))
+        return Case("whole network", tokens, each, read, flop, itertools.repeat(call))
 
     def selection(self) -> List[Case]:
         """Choosing the next token from one row of logits."""
@@ -203,8 +201,7 @@ class Cases:
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser("qwen15 bench kernels", __doc__ or "",
-                  ["qwen15 bench kernels --size 7b --tokens 1 512"])
+    made = Parser("qwen15 bench kernels", __doc__ or "", ["qwen15 bench kernels --size 7b --tokens 1 512"])
     made.add_argument("--size", default="0.5b", help=f"whose shapes: one of {', '.join(FAMILY)} (default 0.5b)")
     made.add_argument("--layers", type=options.positive, metavar="N",
                       help="another number of layers than the published one")
@@ -234,8 +231,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     library.load().exact_activations = args.dtype not in QUANTISED
     rows = [_measure(case, machine, args) for case in _all(cases, args.tokens, args.context)]
     facts = {"model": f"shapes of Qwen1.5-{args.size.upper()}", "dtype": args.dtype, "threads": machine.threads,
-             "rounds": args.rounds,
-             "kernels": machine.kernels, "against": _torch_note() if args.against else None}
+             "rounds": args.rounds, "kernels": machine.kernels, "against": _torch_note() if args.against else None}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(args, rows), plot)
     return 0
 
@@ -271,8 +267,7 @@ def _measure(case: Case, machine: Probes, args: argparse.Namespace) -> Dict[str,
                                 lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(multiplied)})
     mine = samples["qwen15"]
     row = {"operator": case.name, "tokens": case.tokens, "context": case.context or None,
-           "us": rounds.median_seconds(mine) * 1e6,
-           "samples": rounds.as_json(samples)}
+           "us": rounds.median_seconds(mine) * 1e6, "samples": rounds.as_json(samples)}
     if case.flop:
         row.update(read_bytes=case.read_bytes, flop=case.flop, **rounds.limits(mine, case.read_bytes, case.flop))
     if "torch" in samples:
@@ -320,5 +315,4 @@ def _bars(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> report
                                                                                     if row["context"] else "")
               for row in shown]
     return report.Bars(f"Kernels, shapes of Qwen1.5-{args.size.upper()}, {args.dtype}",
-                       "part of what bandwidth and peak allow", labels,
-                       {"qwen15": [row["of_both"] for row in shown]})
+                       "part of what bandwidth and peak allow", labels, {"qwen15": [row["of_both"] for row in shown]})

@@ -25,8 +25,7 @@ MEMORY_FACTOR, MEMORY_PLUS_BYTES = 1.25, 600_000_000
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser("qwen15 bench load", __doc__ or "",
-                  ["qwen15 bench load --checkpoint FOLDER --against hf"])
+    made = Parser("qwen15 bench load", __doc__ or "", ["qwen15 bench load --checkpoint FOLDER --against hf"])
     made.add_argument("--prompt", type=options.positive, default=512, metavar="N",
                       help="tokens of the prompt that is run (default 512)")
     made.add_argument("--new_tokens", type=options.at_least_two, default=16, metavar="N",
@@ -54,8 +53,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 taken[name].append(result)
     rows = [{"who": name, **{key: statistics.median(result[key] for result in results) for key in results[0]},
              "checkpoint_bytes": nbytes, "memory_goal_bytes": MEMORY_FACTOR * nbytes + MEMORY_PLUS_BYTES,
-             "samples": results}
-            for name, results in taken.items()]
+             "samples": results} for name, results in taken.items()]
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": threads, "rounds": args.rounds}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
     return 0

@@ -61,8 +61,7 @@ def hf_config(dims: naming.Dims, dtype: str) -> dict:
 
 
 def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0,
-                    shard_bytes: int = 5 * 10 ** 8,
-                    overwrite: bool = False) -> int:
+                    shard_bytes: int = 5 * 10 ** 8, overwrite: bool = False) -> int:
     """Write the folder: config.json, shards and their index. It appears under its name when it is complete.
 
     Args:

@@ -28,8 +28,7 @@ TEXTS = (
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser("qwen15 bench numerics", __doc__ or "",
-                  ["qwen15 bench numerics FOLDER"], usage="CHECKPOINT [flags]")
+    made = Parser("qwen15 bench numerics", __doc__ or "", ["qwen15 bench numerics FOLDER"], usage="CHECKPOINT [flags]")
     made.add_argument("checkpoint", help="a Hugging Face folder with tokenizer files")
     made.add_argument("--tokens", type=whole, default=64,
                       help="greedy tokens of each of %d prompts (default 64)" % len(TEXTS))
@@ -87,8 +86,7 @@ def _greedy(model, prompts: List[List[int]], count: int) -> List[List[int]]:
         ids = torch.tensor([prompt])
         with torch.no_grad():
             made.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-                                       min_new_tokens=count,
-                                       do_sample=False, pad_token_id=0)[0].tolist())
+                                       min_new_tokens=count, do_sample=False, pad_token_id=0)[0].tolist())
     return made
 
 

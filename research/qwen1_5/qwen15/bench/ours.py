@@ -46,8 +46,7 @@ class Ours:
         self.note = network.note
         self.quantised_bytes = network.quantised_bytes
         self.engine = Engine(network, Limits(model.dims.vocab_size, model.seq_length, model.num_blocks, block_size),
-                             None,
-                             session.selection())
+                             None, session.selection())
         self._library = library.load()
 
     def prefill(self, prompt: Sequence[int]) -> Timing:

@@ -62,8 +62,7 @@ class Stream:
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser("qwen15 bench overhead", __doc__ or "",
-                  ["qwen15 bench overhead"])
+    made = Parser("qwen15 bench overhead", __doc__ or "", ["qwen15 bench overhead"])
     options.add_lengths(made, 128, answer="tokens in a run")
     options.add_checkpoint(made)
     options.add_run(made, WHAT, against=False)

@@ -27,8 +27,7 @@ WHAT = "parallel"
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser("qwen15 bench parallel", __doc__ or "",
-                  ["qwen15 bench parallel --workers 1 2"])
+    made = Parser("qwen15 bench parallel", __doc__ or "", ["qwen15 bench parallel --workers 1 2"])
     made.add_argument("--workers", type=options.positive, nargs="+", default=[1, 2, 4], metavar="N",
                       help="how many (default 1 2 4)")
     made.add_argument("--prompt", type=options.positive, default=512, metavar="N",
@@ -59,8 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for row in rows:
         row["times_first"] = row["decode_tokens_per_s"] / rows[0]["decode_tokens_per_s"]
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "prompt": f"prompt {args.prompt}",
-             "new_tokens": f"answer {args.new_tokens}",
-             "rounds": args.rounds}
+             "new_tokens": f"answer {args.new_tokens}", "rounds": args.rounds}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
     return 0
 
@@ -70,9 +68,8 @@ def _run(workers: int, checkpoint: options.BenchCheckpoint, args: argparse.Names
     print(f"{workers} worker{'s' * (workers > 1)} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="qwen15_bench_") as folder:
         job = {"workers": workers, "checkpoint": os.path.abspath(checkpoint.path), "dtype": checkpoint.dtype,
-               "prompt": args.prompt,
-               "new_tokens": args.new_tokens, "rounds": args.rounds, "vocab_emb_dp": args.vocab_emb_dp,
-               "folder": folder}
+               "prompt": args.prompt, "new_tokens": args.new_tokens, "rounds": args.rounds,
+               "vocab_emb_dp": args.vocab_emb_dp, "folder": folder}
         path = os.path.join(folder, "job.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(job, file)
@@ -84,8 +81,7 @@ def _run(workers: int, checkpoint: options.BenchCheckpoint, args: argparse.Names
         if done.returncode:
             sys.stderr.write(done.stderr)
             raise UserError(f"failed with exit code {done.returncode}, see above",
-                            where=f"the run of {workers} workers",
-                            exit_code=EXIT_FAILED)
+                            where=f"the run of {workers} workers", exit_code=EXIT_FAILED)
         results = []
         for rank in range(workers):
             with open(os.path.join(folder, f"rank_{rank}.json"), encoding="utf-8") as file:

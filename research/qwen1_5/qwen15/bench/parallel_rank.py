@@ -78,8 +78,7 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     memory = _memory()
     network.agree(np.zeros(1, np.int32))
     result = {"rank": rank, "join_s": sum(joined_s), "load_s": load_s, "prefill_s": prefills, "decode_s": decodes,
-              **memory,
-              "note": network.note, "threads": os.environ.get("QWEN15_THREADS")}
+              **memory, "note": network.note, "threads": os.environ.get("QWEN15_THREADS")}
     if workers > 1:
         waited = _time_waits if network.note.endswith("in shared memory") else _profile
         result.update(waited(job["folder"], rank, prefill, decode))
@@ -158,9 +157,8 @@ def _profile(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any
     in_decode = [seconds for began, seconds in events if decode_began <= began < decode_began + decode_s]
     tokens = PROFILED_TOKENS - 1
     return {"profiled_prefill_s": prefill_s, "allreduce_prefill_s": sum(in_prefill),
-            "allreduces_a_prefill": len(in_prefill),
-            "profiled_decode_s": decode_s / tokens, "allreduce_decode_s": sum(in_decode) / tokens,
-            "allreduces_a_token": len(in_decode) / tokens}
+            "allreduces_a_prefill": len(in_prefill), "profiled_decode_s": decode_s / tokens,
+            "allreduce_decode_s": sum(in_decode) / tokens, "allreduces_a_token": len(in_decode) / tokens}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -16,8 +16,7 @@ WHAT = "prefill"
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser("qwen15 bench prefill", __doc__ or "",
-                  ["qwen15 bench prefill --tokens 128 512 2048"])
+    made = Parser("qwen15 bench prefill", __doc__ or "", ["qwen15 bench prefill --tokens 128 512 2048"])
     made.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N",
                       help="of the prompt (default 512)")
     options.add_checkpoint(made)

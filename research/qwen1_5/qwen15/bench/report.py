@@ -52,8 +52,7 @@ def json_line(what: str, argv: Sequence[str], facts: Mapping[str, Any], rows: Se
     """Everything measured, on one line: figures are rounded to six digits, samples are what they were taken from."""
     made = {"bench": what, "command": shlex.join(["qwen15", "bench", what, *argv]),
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **facts,
-            "machine": machine(),
-            "rows": list(rows)}
+            "machine": machine(), "rows": list(rows)}
     return json.dumps(_rounded(made), ensure_ascii=False)
 
 
@@ -149,8 +148,7 @@ def write_plot(path: str, bars: Bars) -> None:
                        fontsize=8, padding=1)
     for name, values in (bars.limit or {}).items():
         axes.hlines(values, [i - 0.45 for i in range(len(values))], [i + 0.45 for i in range(len(values))],
-                    colors="black",
-                    linestyles="dashed", linewidth=1.2, label=name)
+                    colors="black", linestyles="dashed", linewidth=1.2, label=name)
     axes.set_xticks(range(len(bars.labels)), bars.labels)
     axes.set_ylabel(bars.unit)
     axes.set_title(bars.title, fontsize=10, pad=26)

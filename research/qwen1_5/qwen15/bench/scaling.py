@@ -114,9 +114,8 @@ def _rows(jobs: Sequence[Job], counts: Sequence[int], probe: Callable[[], Mappin
         for threads_ in counts:
             taken = samples[job.what, threads_]
             median_s = rounds.median_seconds(taken)
-            made.append({"what": job.what, "threads": threads_,
-                         "working_threads": min(working[job.what, threads_][1:]), "ms": median_s * 1e3,
-                         "tokens_per_s": job.tokens / median_s, "of_best": best_s / median_s,
+            made.append({"what": job.what, "threads": threads_, "working_threads": min(working[job.what, threads_][1:]),
+                         "ms": median_s * 1e3, "tokens_per_s": job.tokens / median_s, "of_best": best_s / median_s,
                          "own_ms": rounds.median_own_seconds(taken) * 1e3, "read_bytes": job.read_bytes,
                          "flop": job.flop, **rounds.limits(taken, job.read_bytes, job.flop),
                          "samples": rounds.as_json({"qwen15": taken})})

@@ -88,8 +88,7 @@ def _jobs(count: int, vocab_size: int) -> List[ClientRequest]:
     """Requests of mixed lengths, the same at every call: 16 to 400 tokens in, 16 to 128 out."""
     random = np.random.default_rng(7)
     return [ClientRequest(random.integers(100, vocab_size, int(random.integers(16, 400))).tolist(),
-                          int(random.integers(16, 128)))
-            for _ in range(count)]
+                          int(random.integers(16, 128))) for _ in range(count)]
 
 
 @contextmanager
@@ -144,8 +143,7 @@ def _ask(port: int, job: ClientRequest, stream: bool = False) -> float:
 
 
 def _throughput(own: options.BenchCheckpoint, port: int, jobs: Sequence[ClientRequest], clients: int, rounds: int,
-                threads: Optional[int]
-                ) -> Dict[str, Any]:
+                threads: Optional[int]) -> Dict[str, Any]:
     """Tokens per second of so many clients, each asking when its last answer has come; beside the engine alone on the
     same."""
     from ..generation.request import Request

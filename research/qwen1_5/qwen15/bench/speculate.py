@@ -239,8 +239,7 @@ def _compared(name: str, engine: Engine, request: Request, speculation: Speculat
             "tokens_per_s": 1 / rounds.median_seconds(samples["guessed"]),
             "ratio": rounds.ratio(samples["guessed"], samples["plain"]),
             "tokens_per_step": (usage.generated_tokens - 1) / max(1, usage.decode_steps),
-            "guessed": usage.guessed_tokens, "accepted": usage.accepted_tokens,
-            "samples": rounds.as_json(samples)}
+            "guessed": usage.guessed_tokens, "accepted": usage.accepted_tokens, "samples": rounds.as_json(samples)}
 
 
 def _agreement(plain: Sequence[int], guessed: Sequence[int]) -> str:

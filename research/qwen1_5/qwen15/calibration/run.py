@@ -156,8 +156,7 @@ class Calibration:
 
     # ---- the disk ----
 
-    def _take_up(self, source: Checkpoint, config: HfConfig, recipe: Recipe
-                 ) -> Tuple[int, Optional[List[np.ndarray]]]:
+    def _take_up(self, source: Checkpoint, config: HfConfig, recipe: Recipe) -> Tuple[int, Optional[List[np.ndarray]]]:
         """(layers that are done, the activations that the next one is given) of an earlier run of the same."""
         assert self._folder is not None
         folder = self._folder.path

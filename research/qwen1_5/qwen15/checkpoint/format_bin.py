@@ -393,8 +393,7 @@ def _directory(entries: Sequence[Tuple[str, int, int, Any]], at: int, crcs: Mapp
         extra = struct.pack("<HHQQQ", 1, 24, nbytes, nbytes, offset)
         out += struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45, 45, _STREAMED, 0, 0, 0,
                            crcs[crc] if isinstance(crc, str) else crc, _ZIP64, _ZIP64, len(encoded), len(extra), 0, 0,
-                           0, 0,
-                           _ZIP64)
+                           0, 0, _ZIP64)
         out += encoded + extra
     size, end = len(out), at + len(out)
     out += struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, len(entries), len(entries), size, at)

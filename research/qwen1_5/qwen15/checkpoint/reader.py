@@ -254,8 +254,7 @@ class TensorFolder(Checkpoint):
                                 "Download index and shards again, from one revision.")
             if os.path.basename(self._file[name].path) != shard:
                 raise UserError(f"{name} should be in {shard}, it is in {os.path.basename(self._file[name].path)}",
-                                where,
-                                "Download index and shards again, from one revision.")
+                                where, "Download index and shards again, from one revision.")
         unlisted = sorted(set(self.infos) - set(_weight_map(where)))
         if unlisted:
             raise UserError(f"{len(unlisted)} tensors are in the shards and not in the index, the first is "
@@ -307,8 +306,7 @@ def open_checkpoint(path: Union[str, "os.PathLike[str]"], formats: Sequence[str]
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path) from None
     found = {kind: [name for name in names if format_of(name) == kind and not name.startswith(".")
-                    and (kind != "bin" or name.startswith("pytorch_model"))]
-             for kind in FORMATS if kind in formats}
+                    and (kind != "bin" or name.startswith("pytorch_model"))] for kind in FORMATS if kind in formats}
     for kind, index in INDEX_FILES.items():
         if index in names and kind in formats and not found[kind]:
             found[kind] = [index]
@@ -345,8 +343,7 @@ def _nothing_found(path: str, names: Sequence[str], formats: Sequence[str]) -> N
                         "Give one rank's folder, or merge the slices with transform_ckpt.py.")
     kinds = " or ".join(filter(None, (", ".join(f".{kind}" for kind in formats[:-1]), f".{formats[-1]}")))
     shown = f"only {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "it is empty"
-    raise UserError(f"holds no {kinds} weights, {shown}", path,
-                    "Give the folder that the weights were downloaded to.")
+    raise UserError(f"holds no {kinds} weights, {shown}", path, "Give the folder that the weights were downloaded to.")
 
 
 def _check_numbers(path: str, names: Sequence[str]) -> None:

@@ -67,8 +67,7 @@ class BatchProgress:
             self._stream.flush()
         total_s = self._clock() - self._begin_s
         return (f"{self._finished} prompts, {self._prompt_tokens} prompt tokens and {self._new_tokens} new tokens in "
-                f"{total_s:.2f} s: "
-                f"{self._new_tokens / max(total_s, 1e-9):.1f} new tokens/s{guesses(self._usages)}")
+                f"{total_s:.2f} s: {self._new_tokens / max(total_s, 1e-9):.1f} new tokens/s{guesses(self._usages)}")
 
     def _count(self, piece: Piece, usage: Usage) -> None:
         self._running.pop((piece.index, piece.choice), None)

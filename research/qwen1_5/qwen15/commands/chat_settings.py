@@ -27,9 +27,8 @@ def describe(settings: Settings) -> str:
     """A line for each value, with what it means."""
     values = {name: shown(getattr(settings, name)) for name in NAMES}
     width = max(map(len, values.values()))
-    lines = [f"{name:<18} {value:<{width}}  {_MEANING[name]}" + (" (no effect without do_sample)"
-                                                                 if name in settings.idle else "")
-             for name, value in values.items()]
+    lines = [f"{name:<18} {value:<{width}}  {_MEANING[name]}"
+             + (" (no effect without do_sample)" if name in settings.idle else "") for name, value in values.items()]
     return "\n".join([*lines, "/set NAME VALUE changes one."])
 
 

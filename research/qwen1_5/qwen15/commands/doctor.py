@@ -21,8 +21,7 @@ from ..generation import memory
 from ..launch.plan import DEFAULT_PORT
 
 _PYTHON = ((3, 9), (3, 12))
-_PAIRS = {spark.rpartition(".")[0]: formers.rpartition(".")[0]
-          for spark, (formers, _, _) in installation.PAIRS.items()}
+_PAIRS = {spark.rpartition(".")[0]: formers.rpartition(".")[0] for spark, (formers, _, _) in installation.PAIRS.items()}
 """MindSpore's minor version -> the MindFormers made for it: '2.9' -> '1.9'."""
 
 _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16",
@@ -271,10 +270,9 @@ def check_mindspore() -> Finding:
 def examine(vocab_file: Optional[str] = None, merges_file: Optional[str] = None, port: int = DEFAULT_PORT,
             deep: bool = False) -> List[Finding]:
     """All findings, in the order in which they are read."""
-    checks = [check_python(), *check_packages(), check_requirements(),
-              check_cpu(), check_kernels(), *filter(None, [check_reading()]), check_nodes(), *check_ascend(),
-              check_memory(),
-              check_msrun(), check_port(port)]
+    checks = [check_python(), *check_packages(), check_requirements(), check_cpu(), check_kernels(),
+              *filter(None, [check_reading()]), check_nodes(), *check_ascend(), check_memory(), check_msrun(),
+              check_port(port)]
     if vocab_file is not None or merges_file is not None:
         checks.append(check_tokenizer(vocab_file, merges_file))
     if deep:

@@ -39,9 +39,8 @@ def describe(session: Session, prompts: Sequence[Prompt]) -> str:
 
 def _model_line(config: Config) -> str:
     dims, model = config.model.dims, config.model
-    return (f"model: {dims.num_layers} layers, hidden {dims.hidden_size}, {dims.num_heads} heads, "
-            f"{dims.num_kv_heads} KV heads, vocabulary {dims.vocab_size}; weights {model.param_init_type}, KV cache "
-            f"{model.compute_dtype}, "
+    return (f"model: {dims.num_layers} layers, hidden {dims.hidden_size}, {dims.num_heads} heads, {dims.num_kv_heads} "
+            f"KV heads, vocabulary {dims.vocab_size}; weights {model.param_init_type}, KV cache {model.compute_dtype}, "
             f"sequences up to {model.seq_length} tokens")
 
 

@@ -48,9 +48,8 @@ class PredictOptions:
         """
         many = bool(args.predict_file or args.output_file)
         made = cls(tuple(args.predict_data), args.predict_file, args.chat, args.system, args.control_tokens,
-                   args.max_batch,
-                   args.output_format or ("jsonl" if many else "text"), args.output_file, args.echo, args.dry_run,
-                   args.ray, args.ray_workers, args.ray_cpus or cls.ray_cpus)
+                   args.max_batch, args.output_format or ("jsonl" if many else "text"), args.output_file, args.echo,
+                   args.dry_run, args.ray, args.ray_workers, args.ray_cpus or cls.ray_cpus)
         made._check(args.output_format, args.logprobs, args.ray_cpus)
         if args.prompt_logprobs is not None and made.output_format == "text":
             raise UserError("log probabilities need JSON", where="--prompt_logprobs", fix="Add --output_format jsonl.")

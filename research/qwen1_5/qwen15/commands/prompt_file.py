@@ -87,8 +87,7 @@ def _entry_of_json(index: int, where: str, line: str, settings: Settings, as_cha
                             fix=did_you_mean(key, _KEYS) or f"Known are {', '.join(_KEYS)}.")
     if ("prompt" in value) == ("messages" in value):
         raise UserError("has both a prompt and messages" if "prompt" in value else "has neither a prompt nor messages",
-                        where=where,
-                        fix='Example: {"prompt": "Gravity is", "max_new_tokens": 20}')
+                        where=where, fix='Example: {"prompt": "Gravity is", "max_new_tokens": 20}')
     source = _text(value, where, as_chat, system) if "prompt" in value else _messages(value, where, system)
     try:
         own = settings.changed({name: value[name] for name in SETTING_NAMES if name in value})

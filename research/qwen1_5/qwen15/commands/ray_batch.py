@@ -123,8 +123,7 @@ def _run(config: Config, todo: Todo, out: Optional[ResultFile], options: Predict
     driver = None
     try:
         count = _workers(ray, options, len(todo))
-        kind = ray.remote(num_cpus=options.ray_cpus, max_restarts=0,
-                          runtime_env={"env_vars": _ENVIRONMENT})(Worker)
+        kind = ray.remote(num_cpus=options.ray_cpus, max_restarts=0, runtime_env={"env_vars": _ENVIRONMENT})(Worker)
         driver = _Driver(ray, lambda: _Hand(kind.remote(config, max_batch, options.ray_cpus)), count, todo, max_batch,
                          write, progress, report)
         report.info(f"{count} workers with {options.ray_cpus} CPUs each on a Ray cluster of "

@@ -111,8 +111,7 @@ class Repl:
         if self._screen.interactive:
             name = os.path.basename(os.path.abspath(self._session.config.load_checkpoint or ""))
             self._report.info(f"chat with {name}, {self._conversation.settings.max_length} tokens of context. /help "
-                              f"shows the commands, "
-                              "Ctrl-C stops an answer, Ctrl-D leaves.")
+                              "shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
         while True:
             try:
                 with self._shared.waiting():
@@ -237,8 +236,7 @@ class Repl:
     def _system(self, argument: str) -> None:
         if not argument:
             self._screen.note("[no system message is set: the chat template's own is used]"
-                              if self._conversation.system is None
-                                else f"[system: {self._conversation.system}]")
+                              if self._conversation.system is None else f"[system: {self._conversation.system}]")
             return
         before = self._conversation.system
         self._conversation.system = argument

@@ -74,8 +74,7 @@ class ResultFile:
                 self._sync()
         except OSError as error:
             raise UserError(f"cannot be written: {error.strerror}; {len(self.done)} of {len(self.keys)} results are "
-                            f"there",
-                            where=self.path, fix="Make room; the same command continues.",
+                            "there", where=self.path, fix="Make room; the same command continues.",
                             exit_code=EXIT_FAILED) from None
 
     def close(self) -> None:

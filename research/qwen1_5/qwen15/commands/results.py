@@ -120,8 +120,7 @@ def record(entry: PromptEntry, ended: Ended) -> Dict[str, Any]:
         made["id"] = entry.name
     made["prompt" if isinstance(entry.source, str) else "messages"] = entry.source
     made.update({"text": answer.text, "token_ids": answer.token_ids, "prompt_tokens": usage.prompt_tokens,
-                 **_end(answer),
-                 "prefill_s": round(usage.prefill_s, 6), "decode_s": round(usage.decode_s, 6)})
+                 **_end(answer), "prefill_s": round(usage.prefill_s, 6), "decode_s": round(usage.decode_s, 6)})
     if usage.guessed_tokens is not None:
         made.update(decode_steps=usage.decode_steps, guessed_tokens=usage.guessed_tokens,
                     accepted_tokens=usage.accepted_tokens, tokens_per_step=_tokens_per_step([usage]))

@@ -88,8 +88,7 @@ def _parse(config: Mapping[str, Any], where: str) -> HfConfig:
                 head_dim=head_dim, vocab_size=_size(config, "vocab_size", where),
                 tie_word_embeddings=_flag(config, "tie_word_embeddings", where))
     return HfConfig(dims=dims, rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6, where),
-                    rope_theta=_theta(config, where),
-                    torch_dtype=_dtype(config, where),
+                    rope_theta=_theta(config, where), torch_dtype=_dtype(config, where),
                     max_position_embeddings=(None if config.get("max_position_embeddings") is None
                                              else _size(config, "max_position_embeddings", where)),
                     bos_token_id=_token(config, "bos_token_id", where), eos_token_ids=_tokens(config, where),

@@ -339,8 +339,7 @@ def plan_to_hugging_face(source_path: str, output: Output, config_path: Optional
         if config is None:
             if form == "folder":
                 raise UserError(f"no {CONFIG_FILE} beside it, without which a model folder cannot be loaded",
-                                source_path,
-                                "Give the model's own with --config_path.")
+                                source_path, "Give the model's own with --config_path.")
             config = infer_dims(ranks, slicing)
         weights = list(naming.weights(config.dims))
         plan = Plan(output.target, False, ranks, [], [], notes=[note for rank in ranks for note in rank.notes])

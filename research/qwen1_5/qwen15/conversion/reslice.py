@@ -209,8 +209,7 @@ def _check_ranks(before: Optional[Dict[str, Layout]], ranks: int, request: Resli
     for name, layout in (before or {}).items():
         if layout.ranks != ranks:
             raise UserError(f"cuts {name} over {layout.ranks} ranks, {request.source} has {ranks}",
-                            request.source_strategy,
-                            "Give the strategy of the job that wrote this checkpoint.")
+                            request.source_strategy, "Give the strategy of the job that wrote this checkpoint.")
 
 
 def _divisible(name: str, shape: Tuple[int, ...], layout: Layout, request: Reslicing) -> None:
@@ -270,8 +269,7 @@ def _fill(plan: Plan, request: Reslicing, ranks: Sequence[Checkpoint], cuts: Dic
     metadata = {"format": "ms"} if form == "safetensors" else {}
     plan.is_folder = single is None
     plan.files = [OutFile(f"rank_{rank}/{request.prefix}{rank}.{form}" if plan.is_folder else "", form, tuple(infos),
-                          metadata)
-                  for rank in range(parts)]
+                          metadata) for rank in range(parts)]
     for info in infos:
         cut = cuts[info.name]
         sources = ((Part(cut.view, info.name, whole(cut.shape)),) if cut.view is not None else

@@ -173,8 +173,7 @@ def _run_group(plan: Plan, numbers: Sequence[int], moves: Sequence[Move], folder
         # Entered last, so that it exits before the files are closed.
         blocks = stack.enter_context(Blocks(len(numbers)))
         writers = {number: FileWriter(fd, path, plan.files[number].steps(), blocks,
-                                      sizes.get(plan.files[number].name, 0))
-                   for number, (fd, path) in opened.items()}
+                                      sizes.get(plan.files[number].name, 0)) for number, (fd, path) in opened.items()}
         for last in _stops(moves, first):
             transfer(moves[first:last], writers, record.tally, allow_overflow, advance)
             if last < len(moves):

@@ -110,8 +110,7 @@ def _slicing(ranks: Sequence[Checkpoint], config: Optional[HfConfig], vocab_emb_
         found = embedding.shape[0] == vocab
     if vocab_emb_dp is not None and vocab_emb_dp != found and (config is None or config.dims.vocab_size % parts == 0):
         raise UserError(f"the slices hold the embedding as vocab_emb_dp {found} does, not {vocab_emb_dp}",
-                        ranks[0].path,
-                        "Leave --src_vocab_emb_dp out, or correct it.")
+                        ranks[0].path, "Leave --src_vocab_emb_dp out, or correct it.")
     return Slicing(parts, found)
 
 

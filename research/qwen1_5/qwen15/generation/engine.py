@@ -464,8 +464,7 @@ class Engine:
             box.append(step)
 
     def _end(self, continuation: Continuation, reason: str, token: Optional[int] = None,
-             logprobs: Optional[LogProbs] = None,
-             error: Optional[UserError] = None) -> None:
+             logprobs: Optional[LogProbs] = None, error: Optional[UserError] = None) -> None:
         usage = Usage(len(continuation.request.prompt), continuation.reused or 0, continuation.generated,
                       continuation.prefill_s, continuation.decode_s, continuation.decode_steps,
                       *((continuation.guessed, continuation.accepted) if self._guesses_for(continuation) else ()))

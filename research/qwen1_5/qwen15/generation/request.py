@@ -72,14 +72,12 @@ class Limits:
             raise UserError(f"{label} is empty", fix="Give at least one token of text.")
         highest, lowest = max(request.prompt), min(request.prompt)
         if highest >= self.vocab_size or lowest < 0:
-            raise UserError(f"{label} has token id {lowest if lowest < 0 else highest}, "
-                            f"the model's vocabulary ends at {self.vocab_size - 1}",
-                            fix="Use the tokenizer files of this checkpoint.")
+            raise UserError(f"{label} has token id {lowest if lowest < 0 else highest}, the model's vocabulary ends at "
+                            f"{self.vocab_size - 1}", fix="Use the tokenizer files of this checkpoint.")
         for token in request.params.bias_ids:
             if not 0 <= token < self.vocab_size:
-                raise UserError(f"{label} has a logit_bias for token id {token}, "
-                                f"the model's vocabulary ends at {self.vocab_size - 1}",
-                                fix="Use ids of this checkpoint.")
+                raise UserError(f"{label} has a logit_bias for token id {token}, the model's vocabulary ends at "
+                                f"{self.vocab_size - 1}", fix="Use ids of this checkpoint.")
         if length > self.seq_length:
             raise UserError(f"{label} has {length} tokens, seq_length is {self.seq_length}",
                             fix="Shorten it or raise model.model_config.seq_length.")

@@ -333,8 +333,7 @@ class Session:
             s = prompt.settings
             if s.n > 1 and not s.do_sample:
                 raise UserError(f"{prompt.label} asks for {s.n} answers, and without do_sample they would all be the "
-                                f"same",
-                                fix="Set do_sample, or n 1.")
+                                "same", fix="Set do_sample, or n 1.")
             seed = sampling.pick_seed(s.seed)
             for choice in range(s.n):
                 made.append(Request(prompt.ids, s.max_length, s.max_new_tokens, prompt.stop_ids,
@@ -460,8 +459,7 @@ def load_tokenizer(config: Config) -> Any:
     if files.vocab_file is None or files.merges_file is None:
         name = "vocab_file" if files.vocab_file is None else "merges_file"
         raise UserError("is not set and there is no such file beside the checkpoint",
-                        where=f"processor.tokenizer.{name}",
-                        fix=f"Pass --{name}, or set it in the YAML.")
+                        where=f"processor.tokenizer.{name}", fix=f"Pass --{name}, or set it in the YAML.")
     from ..text.tokenizer import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer.from_files(files.vocab_file, files.merges_file, files.options)
@@ -518,8 +516,7 @@ def mismatch(tokenizer: Any, as_chat: bool, prompts: Sequence[Prompt] = ()) -> O
     """
     if as_chat and not is_chat_model(tokenizer):
         return (f"note: this looks like a base model (its texts end with {tokenizer.eos_token}, not <|im_end|>): it "
-                f"continues texts "
-                "and was not trained to answer")
+                "continues texts and was not trained to answer")
     if not as_chat and is_chat_model(tokenizer) and any(tokenizer.im_start_id not in prompt.ids for prompt in prompts):
         return "note: this looks like a chat model, and the text goes to it as it stands; --chat asks it as a message"
     return None

@@ -100,8 +100,7 @@ def worth(chances: Sequence[float], rooms: Sequence[int], quantised: bool = Fals
     return max(plans, key=lambda plan: plan[0])[1]
 
 
-def _within(chances: Sequence[float], rooms: Sequence[int], quantised: bool, extra: float
-            ) -> Tuple[float, List[int]]:
+def _within(chances: Sequence[float], rooms: Sequence[int], quantised: bool, extra: float) -> Tuple[float, List[int]]:
     """(tokens for their time, how many guesses of each stream), `extra` time being spent on making them."""
     rows = len(chances)
     counts, expected, best = [0] * rows, float(rows), 0.0

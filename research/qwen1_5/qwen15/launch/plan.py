@@ -360,8 +360,7 @@ def open_link(plan: LaunchPlan, port: int, shared: Optional[bytes]) -> Optional[
         return machines.Member(here, plan.master_addr, link_port, shared=shared)
     if shared is None:
         supervise.say(f"warning: without a secret whoever reaches port {link_port} of {plan.master_addr} can join this "
-                      f"run or end it; "
-                      f"{secret.FILE} names a file with one, the same on every machine")
+                      f"run or end it; {secret.FILE} names a file with one, the same on every machine")
     try:
         return machines.Hub(here, plan.master_addr, link_port, shared=shared)
     except (OSError, OverflowError) as error:  # OverflowError: above 65535

@@ -74,9 +74,8 @@ class MindFormersNetwork(Network):
         self._compiled: Set[str] = set()
         self._table_width = -(-config.model.seq_length // config.model.block_size)
         held = sorted({f"int{form.bits}" for form in quantised.values()})
-        self.note = (f"{config.device_target}, MindFormers' LlamaForCausalLM on {self.ranks} card(s), "
-                     f"weights {' and '.join([*held, config.model.param_init_type])}, "
-                     f"KV cache {config.model.compute_dtype}")
+        self.note = (f"{config.device_target}, MindFormers' LlamaForCausalLM on {self.ranks} card(s), weights "
+                     f"{' and '.join([*held, config.model.param_init_type])}, KV cache {config.model.compute_dtype}")
 
     def prefill(self, input_ids, query_lens, context_lens, block_tables, slot_mapping):
         if not np.array_equal(query_lens, context_lens):
@@ -101,8 +100,7 @@ class MindFormersNetwork(Network):
         tables[:, :block_tables.shape[1]] = block_tables
         inputs = {"input_ids": input_ids, "batch_valid_length": lengths[None, :], "block_tables": tables,
                   "slot_mapping": slot_mapping}
-        tensors = {name: ms.Tensor.from_numpy(np.ascontiguousarray(array, np.int32))
-                   for name, array in inputs.items()}
+        tensors = {name: ms.Tensor.from_numpy(np.ascontiguousarray(array, np.int32)) for name, array in inputs.items()}
         with contextlib.ExitStack() as stack:
             if phase not in self._compiled:
                 stack.enter_context(stdout_to_stderr())
@@ -152,8 +150,7 @@ def check(model: ModelConfig, device_target: str) -> None:
     dims = model.dims
     if dims.hidden_size != dims.num_heads * dims.head_dim:
         raise UserError(f"head size {dims.head_dim} x {dims.num_heads} heads is not hidden_size {dims.hidden_size}; "
-                        "MindFormers' LlamaForCausalLM has no head size of its own", where,
-                        "Use --device_target CPU.")
+                        "MindFormers' LlamaForCausalLM has no head size of its own", where, "Use --device_target CPU.")
     if device_target == device.ASCEND:
         if dims.head_dim not in HEAD_DIMS:
             raise UserError(f"heads of {dims.head_dim} (hidden_size / num_heads); the fused attention on Ascend takes "

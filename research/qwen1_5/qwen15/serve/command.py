@@ -224,8 +224,7 @@ def web_of(session: Session, args: argparse.Namespace, config: Config, desk: Des
     metrics.watch("put_back_total", "Requests that lost their blocks to older ones and were computed again",
                   lambda: engine.scheduler.put_back)
     if engine.speculation is not None:
-        metrics.watch("guessed_tokens_total", "Guesses of next tokens that were checked",
-                      lambda: engine.guessed_tokens)
+        metrics.watch("guessed_tokens_total", "Guesses of next tokens that were checked", lambda: engine.guessed_tokens)
         metrics.watch("accepted_tokens_total", "Guesses that were right, each a token without a step of its own",
                       lambda: engine.accepted_tokens)
     names = tuple(args.served_model_name or [_name_of(config)])

@@ -317,8 +317,7 @@ class CallReader:
         template = self._session.tokenizer.chat_template or ""
         if "tools" not in template or "<tool_call>" not in template:
             raise Refusal(400, "This model's chat template has no tool calls (Qwen1.5 has none, Qwen2.5 does).",
-                          "tools",
-                          "unsupported_parameter")
+                          "tools", "unsupported_parameter")
         if choice == "none":
             return None, None
         forced = _forced_tools(choice, names)
@@ -366,8 +365,7 @@ def messages(value: Any) -> List[Dict[str, Any]]:
         role = message.get("role")
         if role not in ROLES:
             raise Refusal(400, f"{where}.role must be one of {', '.join(ROLES)}.", f"{where}.role")
-        _only(message, ("role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations"),
-              f"{where}.")
+        _only(message, ("role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations"), f"{where}.")
         content = message.get("content")
         if content is None:
             content = message.get("refusal")  # what the assistant said instead

@@ -55,8 +55,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_pr
 
     def rendered(some: Any, their_tools: Any) -> List[Union[int, str]]:
         text = render(template, some, tools=their_tools, add_generation_prompt=add_generation_prompt,
-                      where=tokenizer.vocab_file,
-                      **{**tokenizer.special_tokens_map, **variables})
+                      where=tokenizer.vocab_file, **{**tokenizer.special_tokens_map, **variables})
         return tokenizer.split_control(text)
 
     characters = {control[0] for control in controls}
@@ -117,8 +116,7 @@ def _blinded(message: Message, blinded: Callable[[str], str]) -> Message:
     if not isinstance(message, Mapping):
         return _mapped(message, blinded)
     return {key: value if key == "role" and isinstance(value, str) and _ROLE.fullmatch(value)
-            else _mapped(value, blinded)
-            for key, value in message.items()}
+            else _mapped(value, blinded) for key, value in message.items()}
 
 
 def _mask_spelled(text: str, controls: Iterable[str], substitutes: Dict[str, str]) -> str:

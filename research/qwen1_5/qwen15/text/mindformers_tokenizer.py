@@ -74,9 +74,8 @@ class Qwen2Tokenizer(tokenization_utils.PreTrainedTokenizer, _plain):
             rows = self.encode_batch(batch, control_tokens=control_tokens)
             batch = [(row or "", None) for row in rows]
         elif not is_split_into_words:
-            batch = [tuple(self._ids_of(text, control_tokens) for text in pair)
-                     if isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) else pair
-                     for pair in batch]
+            batch = [tuple(self._ids_of(text, control_tokens) for text in pair) if isinstance(pair, (list, tuple))
+                     and len(pair) == 2 and isinstance(pair[0], str) else pair for pair in batch]
         return super()._batch_encode_plus(batch, is_split_into_words=is_split_into_words, **options)
 
     def _ids_of(self, text: Any, control_tokens: Optional[bool]) -> Any:

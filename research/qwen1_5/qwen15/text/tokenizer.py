@@ -626,8 +626,7 @@ def _refuse(options: Mapping[str, Any]) -> None:
     wanted = [name for name, value in options.items() if name != "verbose" and (name not in idle or value)]
     if wanted:
         raise TypeError(f"not supported here: {', '.join(wanted)}; the Qwen2Tokenizer that qwen1_5_tokenizer gives "
-                        f"after "
-                        "`import mindformers` takes all of MindFormers' arguments")
+                        "after `import mindformers` takes all of MindFormers' arguments")
 
 
 def _is_json(value: Any) -> bool:
