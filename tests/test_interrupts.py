@@ -1,5 +1,6 @@
 """Ctrl-C reaches Python, and ends a run with exit code 130, although MindSpore puts its own handler in place."""
 
+import ctypes
 import signal
 import subprocess
 import threading
@@ -16,11 +17,21 @@ def test_a_held_signal_arrives_afterwards_even_when_the_handler_was_replaced_mea
     try:
         with interrupts.held():
             # What a library does in C: the handler is another one, and Python knows nothing of it.
-            import ctypes
-
             ctypes.CDLL(None).signal(int(signal.SIGINT), 0)  # SIG_DFL ends the process
             signal.raise_signal(signal.SIGINT)
             assert got == []
+        assert got == ["ours"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_that_a_library_has_left_behind_is_put_back():
+    got = []
+    before = signal.signal(signal.SIGINT, lambda *_: got.append("ours"))
+    try:
+        ctypes.CDLL(None).signal(int(signal.SIGINT), 0)
+        interrupts.put_back()
+        signal.raise_signal(signal.SIGINT)
         assert got == ["ours"]
     finally:
         signal.signal(signal.SIGINT, before)

@@ -7,6 +7,7 @@ NumPy's when this module is imported first.
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 
@@ -18,11 +19,26 @@ class held:
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def __exit__(self, *failure: object) -> None:
-        handler = signal.getsignal(signal.SIGINT)  # Python's default handler, whatever is installed now
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+        put_back()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
+
+def put_back() -> None:
+    """Put Python's handler back where a library has replaced it, which it may do some time after a graph has run; for
+    what runs often and holds nothing back."""
+    global _installed
+    if _current(signal.SIGINT) == _installed:
+        return
+    handler = signal.getsignal(signal.SIGINT)  # Python's default handler, whatever is installed now
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
+        _installed = _current(signal.SIGINT)
+
+
+_current = ctypes.pythonapi.PyOS_getsig
+_current.restype, _current.argtypes = ctypes.c_void_p, (ctypes.c_int,)
+_installed = _current(signal.SIGINT)
+"""The address of the handler that Python has installed."""
 
 with held():
     import numpy  # noqa: F401  (its linear algebra library starts threads)

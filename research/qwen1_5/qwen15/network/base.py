@@ -45,7 +45,8 @@ class Network:
                slot_mapping: np.ndarray) -> np.ndarray:
         """`prefill` with one new token for each sequence: input_ids, context_lens and slot_mapping are (B,).
 
-        Ctrl-C is held back in here where a framework runs that takes it: `interrupts.held` costs 0.15 ms.
+        Ctrl-C is held back in here where a framework runs that takes it, and put back where none does:
+        `interrupts.held` costs 0.15 ms.
         """
         raise NotImplementedError
 

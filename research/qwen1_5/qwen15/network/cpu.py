@@ -70,6 +70,7 @@ class CpuNetwork(Network):
 
     def decode(self, input_ids, context_lens, block_tables, slot_mapping):
         if self.short is not None and self.short.ready:
+            interrupts.put_back()
             return self._explained(self.short.run, input_ids, context_lens, block_tables, slot_mapping)
         ones = np.ones_like(context_lens)
         with interrupts.held():
