@@ -31,9 +31,10 @@ ALONE = ("test_bench_convert", "test_doctor", "test_kernels_selection", "test_la
          "test_tokenizer_speed")
 """Beginnings of the files whose tests measure time, count threads or start several ranks."""
 
-LONGEST = ("test_ascend_emulation", "test_docs", "test_serve", "test_network", "test_quantised_network", "test_kernels",
-           "test_convert", "test_predict", "test_repl", "test_batch", "test_bench", "test_ascend_graphs",
-           "test_tensor_parallel", "test_tokenizer", "test_engine")
+LONGEST = ("test_ascend_graphs", "test_kernels", "test_network", "test_ascend_emulation", "test_tokenizer", "test_docs",
+           "test_speculate_runs", "test_bench", "test_tensor_parallel", "test_repl", "test_tokenizer_mindformers",
+           "test_serve", "test_convert_faults", "test_quantised_network", "test_hub", "test_batch", "test_ascend_plugin",
+           "test_api", "test_predict", "test_calibration", "test_types")
 """Files that take longest, longest first."""
 
 

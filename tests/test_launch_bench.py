@@ -28,7 +28,8 @@ def test_one_and_two_workers(small_model, tmp_path):
     assert [row.split("|")[1].strip() for row in table if row.startswith("|")] == ["workers", "---", "1", "2"]
     one, two = json.loads(line)["rows"]
     assert "allreduce_decode_s" not in one and one["join_s"] == 0 < two["join_s"]
-    assert two["allreduces_a_token"] == two["allreduces_a_prefill"] == 5  # attention and MLP of each layer; logits
+    assert two["allreduces_a_prefill"] == 5  # attention and MLP of each layer; logits
+    assert two["allreduces_a_token"] == 6  # the largest of the logits too
     assert 0 < two["of_decode"] < 1 and 0 < two["of_prefill"] < 1
     assert all(rank["note"].endswith("ranks add in shared memory") for rank in two["ranks"])
     assert [rank["rank"] for rank in two["ranks"]] == [0, 1]
