@@ -33,8 +33,8 @@ ALONE = ("test_bench_convert", "test_doctor", "test_kernels_selection", "test_la
 
 LONGEST = ("test_ascend_graphs", "test_kernels", "test_network", "test_ascend_emulation", "test_tokenizer", "test_docs",
            "test_speculate_runs", "test_bench", "test_tensor_parallel", "test_repl", "test_tokenizer_mindformers",
-           "test_serve", "test_convert_faults", "test_quantised_network", "test_hub", "test_batch", "test_ascend_plugin",
-           "test_api", "test_predict", "test_calibration", "test_types")
+           "test_serve", "test_convert_faults", "test_quantised_network", "test_hub", "test_batch",
+           "test_ascend_plugin", "test_api", "test_predict", "test_calibration", "test_types")
 """Files that take longest, longest first."""
 
 
