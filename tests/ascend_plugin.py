@@ -5,7 +5,6 @@ import os
 import sys
 
 from mindformers import MindFormerConfig, Trainer, build_context
-from mindformers.tools.hub import dynamic_module_utils
 
 CPU_OPTIONS = {"use_past": False, "use_flash_attention": False, "is_dynamic": False, "use_rope_slice": True,
                "fused_rms_norm": False,
@@ -35,7 +34,6 @@ def predict(yaml_path: str, vocabulary: str, checkpoint: str, sizes: dict, promp
     if register_path:
         sys.path.remove(register_path)
         os.environ["REGISTER_PATH"] = register_path
-        dynamic_module_utils.HubConstants.OM_MODULES_CACHE = os.path.abspath("modules")
     else:
         import qwen1_5_tokenizer  # noqa: F401  registers itself
     config = MindFormerConfig(yaml_path)

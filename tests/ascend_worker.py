@@ -163,6 +163,9 @@ def _become(told: dict, descriptors: list) -> None:
     os.environ.clear()
     os.environ.update(told["environ"])
     sys.path[:0] = told["environ"]["PYTHONPATH"].split(os.pathsep)
+    from mindformers.tools.hub import dynamic_module_utils
+
+    dynamic_module_utils.HubConstants.OM_MODULES_CACHE = os.path.abspath("modules")  # not the user's
     try:
         _answer(answers)
     finally:

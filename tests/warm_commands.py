@@ -45,7 +45,7 @@ def run(arguments, cwd, env, stdin="", timeout=300):
     """
     inner, outer = zip(*(os.pipe() for _ in range(3)))  # stdin, stdout, stderr: read ends, write ends
     given = [inner[0], outer[1], outer[2]]
-    with begin(arguments, cwd, env, given) as command:
+    with Command(arguments, cwd, env, given) as command:
         for fd in given:
             os.close(fd)
         said = [b"", b""]
@@ -69,7 +69,7 @@ def run(arguments, cwd, env, stdin="", timeout=300):
                                        *(text.decode("utf-8", "replace").replace("\r\n", "\n") for text in said))
 
 
-class begin:
+class Command:
     """A command that runs; `streams` are its stdin, stdout and stderr, or one descriptor: the terminal it is to have.
 
     Attributes:
@@ -145,11 +145,13 @@ def _serve(calls):
         arguments, cwd, environ = json.loads(file.readline())
     call.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if len(fds) == 2:
+    streams = fds[1:]
+    if len(streams) == 1:
         os.setsid()
-        fcntl.ioctl(fds[1], termios.TIOCSCTTY, 0)
-    for number in range(3):
-        os.dup2(fds[1:][min(number, len(fds) - 2)], number)
+        fcntl.ioctl(streams[0], termios.TIOCSCTTY, 0)
+        streams *= 3
+    for number, fd in enumerate(streams):
+        os.dup2(fd, number)
     for fd in fds[1:]:
         os.close(fd)
     os.environ.clear()
