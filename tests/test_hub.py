@@ -12,6 +12,7 @@ import pytest
 from command_fixtures import make_random
 from conftest import MODULE
 from hub_server import Hub
+from official_configs import QWEN1_5
 from qwen15.commands import predict
 from qwen15.errors import UserError
 from qwen15.hub import files, names
@@ -240,6 +241,30 @@ def test_names_are_looked_up_by_predicting_and_converting(hub, monkeypatch):
         with pytest.raises(UserError, match="tiny/model"):  # the look-up's folder holds no network
             main([flag, "tiny/random@v2", "--hub", "modelscope"])
     assert asked == [("tiny/random@v2", "modelscope")] * 2
+
+
+def test_make_yaml_takes_a_name(hub, user, tmp_path):
+    """From the hub's protocol to the file: the model's name stands in it, MindFormers' network is told the folder."""
+    (hub.folder / "tiny" / "model" / "config.json").write_text(json.dumps(QWEN1_5["0_5b"]))
+
+    def run(*words, **changes):
+        return subprocess.run([sys.executable, "-m", "qwen15", "make-yaml", *words], env={**user.environ, **changes},
+                              cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    done = run("--checkpoint", "tiny/model@main", "--output", "made.yaml")
+    assert done.returncode == 0 and "tiny/model@main: 5 files" in done.stderr, done.stderr
+    text = (tmp_path / "made.yaml").read_text()
+    assert text.startswith("# tiny/model@main: written by qwen15 make-yaml") and "hidden_size: 1024" in text
+    newer = run("--checkpoint", "tiny/model", "--mcore")
+    assert newer.stdout.startswith("# tiny/model, for MindFormers' newer network"), newer.stderr
+    folder, = (line for line in newer.stdout.splitlines() if line.startswith("pretrained_model_dir: "))
+    assert str(user.cache) in folder
+    from_modelscope = run("--checkpoint", "tiny/model", "--hub", "modelscope", MODELSCOPE_ENDPOINT=hub.url,
+                          MODELSCOPE_CACHE=str(tmp_path / "modelscope"))
+    assert "hidden_size: 1024" in from_modelscope.stdout, from_modelscope.stderr
+    absent = run("--checkpoint", "tiny/nosuch")
+    line, = absent.stderr.splitlines()
+    assert absent.returncode == 2 and line.startswith("error: tiny/nosuch: "), absent.stderr
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ BELOW = {
     "calibration": ["conversion", "network", "text", "ops", "config", "checkpoint"],
     "generation": ["text", "network", "config", "checkpoint", "ops", "kernels"],
     "serve": ["generation", "network", "text", "config", "checkpoint"],
-    "commands": ["ascend", "generation", "network", "conversion", "launch", "text", "config", "checkpoint", "ops",
-                 "kernels"],
+    "commands": ["ascend", "generation", "network", "conversion", "launch", "text", "config", "hub", "checkpoint",
+                 "ops", "kernels"],
     "bench": ["commands", "ascend", "generation", "network", "conversion", "launch", "text", "config", "checkpoint",
               "ops", "kernels"],
 }

@@ -11,12 +11,13 @@ import json
 import os
 
 
-def render(checkpoint: str, dtype: str, seq_length: int, block_size: int, num_blocks: int, model_parallel: int,
-           max_device_memory: str) -> str:
+def render(checkpoint: str, name: str, dtype: str, seq_length: int, block_size: int, num_blocks: int,
+           model_parallel: int, max_device_memory: str) -> str:
     """The YAML's text, for MindFormers' own `run_mindformer.py --config`.
 
     Args:
         checkpoint: the downloaded folder with config.json and .safetensors.
+        name: the model's, for the first line.
         dtype: of weights and computation.
         seq_length: longest sequence.
         block_size, num_blocks: of the KV cache.
@@ -25,7 +26,7 @@ def render(checkpoint: str, dtype: str, seq_length: int, block_size: int, num_bl
     """
     folder = os.path.abspath(checkpoint)
     return f"""\
-# {os.path.basename(folder)}, for MindFormers' newer network (use_legacy: False): written by qwen15 make-yaml --mcore.
+# {name}, for MindFormers' newer network (use_legacy: False): written by qwen15 make-yaml --mcore.
 # Run it with MindFormers' own run_mindformer.py; run_qwen1_5.py uses the older network. Sizes come from config.json.
 seed: 0
 run_mode: 'predict'

@@ -13,8 +13,10 @@ from ..command_line import Parser, whole
 from ..config.hf_config import dims_from_hf_config
 from ..config.keys import KEYS, MODEL, convert, size_bytes
 from ..config.schema import ModelConfig, ParallelConfig
+from ..conversion.cli import add_hub_flag
 from ..errors import UserError
 from ..generation import memory
+from ..hub.resolve import resolve
 from ..json_file import read_json
 from ..naming import Dims, indivisible
 from ..text.tokenizer_config import read_template
@@ -172,19 +174,20 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def yaml_for(checkpoint: str, model_parallel: Optional[int] = None) -> PredictYaml:
+def yaml_for(checkpoint: str, model_parallel: Optional[int] = None, name: Optional[str] = None) -> PredictYaml:
     """The YAML's contents for a Hugging Face folder of the Qwen2ForCausalLM architecture.
 
     Args:
         checkpoint: folder with config.json, and generation_config.json and tokenizer_config.json where it has them.
         model_parallel: ranks; None takes the fewest of 1, 2, 4, 8 on which a 64 GB card has room.
+        name: the model's, for the first line; None for the folder's.
 
     Raises:
         UserError: no such folder, a model that is not supported (by name), or ranks that do not divide it.
     """
     if not os.path.isdir(checkpoint):
-        raise UserError("is not a folder", checkpoint, "Give the downloaded model's folder, the one with config.json; "
-                        "hf download OWNER/NAME fetches a model and prints its folder.")
+        raise UserError("is not a folder", checkpoint, "Give the downloaded model's folder, the one with config.json, "
+                        "or the model's name on a hub: OWNER/NAME.")
     hf = dims_from_hf_config(checkpoint)
     generation = _generation_settings(os.path.join(checkpoint, "generation_config.json"))
     tokenizer = _settings(os.path.join(checkpoint, "tokenizer_config.json"))
@@ -200,7 +203,7 @@ def yaml_for(checkpoint: str, model_parallel: Optional[int] = None) -> PredictYa
     length = tokenizer.get("model_max_length")
     sequences = 2 if hf.dims.num_kv_heads == hf.dims.num_heads else 4
     contents = PredictYaml(
-        title=f"{os.path.basename(os.path.abspath(checkpoint))}: written by qwen15 make-yaml from its config.json.",
+        title=f"{name or _folder_name(checkpoint)}: written by qwen15 make-yaml from its config.json.",
         dims=hf.dims, rms_norm_eps=hf.rms_norm_eps, theta=hf.rope_theta, seq_length=seq_length, block_size=block_size,
         num_blocks=sequences * seq_length // block_size, dtype=hf.torch_dtype, eos_token_id=tuple(eos),
         pad_token_id=pad, bos_token_id=bos, max_decode_length=min(2048, seq_length), sampling=sampling,
@@ -210,6 +213,10 @@ def yaml_for(checkpoint: str, model_parallel: Optional[int] = None) -> PredictYa
                 _token_text(tokenizer, "pad_token")),
         chat_template=_template(tokenizer, checkpoint))
     return _spread(contents, model_parallel, checkpoint)
+
+
+def _folder_name(checkpoint: str) -> str:
+    return os.path.basename(os.path.abspath(checkpoint))
 
 
 def _spread(contents: PredictYaml, model_parallel: Optional[int], where: str) -> PredictYaml:
@@ -294,8 +301,12 @@ def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 make-yaml", (
         "Write the prediction YAML of a Qwen1.5, Qwen2 or Qwen2.5 checkpoint (Qwen2ForCausalLM, dense) from its "
-        "config.json."), ["qwen15 make-yaml --checkpoint models/Qwen2.5-7B-Instruct --output predict_qwen2_5_7b.yaml"])
-    made.add_argument("--checkpoint", required=True, metavar="DIR", help="the downloaded model's folder")
+        "config.json."), ["qwen15 make-yaml --checkpoint models/Qwen2.5-7B-Instruct --output predict_qwen2_5_7b.yaml",
+                         "qwen15 make-yaml --checkpoint Qwen/Qwen2.5-7B-Instruct"])
+    made.add_argument("--checkpoint", required=True, metavar="DIR",
+                      help="the downloaded model's folder, or its name on a hub, OWNER/NAME[@REVISION], which fetches "
+                           "the whole model")
+    add_hub_flag(made)
     made.add_argument("--output", metavar="FILE",
                         help="YAML file to write, stdout by default; one that is there is not overwritten")
     made.add_argument("--model_parallel", type=whole, metavar="N",
@@ -310,8 +321,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser().parse_args(argv)
     if args.model_parallel is not None and args.model_parallel < 1:
         raise UserError(f"must be at least 1, not {args.model_parallel}", "--model_parallel")
-    contents = yaml_for(args.checkpoint, args.model_parallel)
-    text = _mcore(contents, args.checkpoint) if args.mcore else render(contents)
+    folder = resolve(args.checkpoint, args.hub)
+    name = _folder_name(folder) if folder == args.checkpoint else args.checkpoint
+    contents = yaml_for(folder, args.model_parallel, name)
+    text = _mcore(contents, folder, name) if args.mcore else render(contents)
     needs = (f"{contents.model_parallel} card(s), {memory.gib(card_bytes(contents))} on each; KV cache "
              f"{contents.block_size * contents.num_blocks} tokens")
     if args.output is None:
@@ -322,9 +335,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _mcore(contents: PredictYaml, checkpoint: str) -> str:
+def _mcore(contents: PredictYaml, checkpoint: str, name: str) -> str:
     """The YAML of MindFormers' newer network, which reads the folder itself."""
-    return mcore_yaml.render(checkpoint, contents.dtype or "bfloat16", contents.seq_length, contents.block_size,
+    return mcore_yaml.render(checkpoint, name, contents.dtype or "bfloat16", contents.seq_length, contents.block_size,
                              contents.num_blocks, contents.model_parallel, contents.max_device_memory)
 
 
