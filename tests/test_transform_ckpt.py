@@ -21,6 +21,7 @@ from checkpoint_fixtures import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qwen15 import naming
+from qwen15.checkpoint import wire
 from qwen15.conversion.reslice import Reslicing, plan_transform
 from qwen15.conversion.run import run
 from qwen15.conversion.slices import Slicing
@@ -229,6 +230,15 @@ def test_a_damaged_strategy_is_read_as_what_it_is_or_refused(tmp_path, mutations
             assert 0 < layout.ranks <= 2 ** 16
     except UserError as error:
         assert "s.ckpt" in str(error)
+
+
+@pytest.mark.parametrize("number", [5, 2 ** 40, 2 ** 63])
+def test_a_number_where_a_strategy_has_a_name_is_refused(tmp_path, number):
+    """Also a large one, which is not the length of a text that is to be made."""
+    layout = wire.bytes_field(2, wire.bytes_field(1, wire.integer_field(1, 2)) + wire.bytes_field(2, b""))
+    (tmp_path / "s.ckpt").write_bytes(wire.bytes_field(3, wire.integer_field(1, number) + layout))
+    with pytest.raises(UserError, match=r"s\.ckpt: not a strategy file, or damaged: a number where a message belongs"):
+        read_strategy(str(tmp_path / "s.ckpt"))
 
 
 # ---- what is refused ----

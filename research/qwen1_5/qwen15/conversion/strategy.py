@@ -165,7 +165,7 @@ def _layout_item(message: Union[int, memoryview]) -> Tuple[str, Layout]:
     name, layout = None, None
     for number, value in wire.fields(wire.message(message)):
         if number == 1:
-            name = bytes(value).decode("utf-8")
+            name = bytes(wire.message(value)).decode("utf-8")
         elif number == 2:
             layout = _layouts(value)
     if not name or layout is None:
