@@ -323,6 +323,11 @@ def test_work_of_the_published_half_billion():
     assert work.prefill_flop(dims, 1) == work.decode_flop(dims, 1, 1)
 
 
+def test_the_heading_leaves_out_what_is_not_there():
+    line = report.heading("decode", {"model": "tiny", "threads": 2, "against": None})
+    assert line.startswith("decode: tiny, 2 threads; ") and "None" not in line
+
+
 def test_table_leaves_out_empty_columns():
     columns = (report.Column("a", report.text("a")), report.Column("b", report.number("b", ".1f")),
                report.Column("c", report.text("c")))

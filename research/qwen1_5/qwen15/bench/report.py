@@ -57,9 +57,11 @@ def json_line(what: str, argv: Sequence[str], facts: Mapping[str, Any], rows: Se
 
 
 def heading(what: str, facts: Mapping[str, Any]) -> str:
-    """The line over a table: what was measured, on what, when."""
+    """The line over a table: what was measured, on what, when. A fact that is None, as who was compared is when nobody
+    was, stands in the JSON alone."""
     here = machine()
-    details = ", ".join(f"{value} {key}" if isinstance(value, int) else str(value) for key, value in facts.items())
+    details = ", ".join(f"{value} {key}" if isinstance(value, int) else str(value) for key, value in facts.items()
+                        if value is not None)
     return f"{what}: {details}; {here['cores']} cores of {here['cpu']}, {datetime.date.today().isoformat()}"
 
 
