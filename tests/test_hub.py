@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import convert_weight
 import pytest
@@ -16,6 +17,7 @@ from official_configs import QWEN1_5
 from qwen15.commands import predict
 from qwen15.errors import UserError
 from qwen15.hub import files, names
+from qwen15.hub.huggingface import fetch as fetch_from_hugging_face
 from qwen15.hub.modelscope import fetch as fetch_from_modelscope
 
 pytest.importorskip("huggingface_hub")
@@ -134,6 +136,26 @@ def test_what_the_hub_refuses_is_one_line(hub, user):
     busy, broken = user.refusals("tiny/s429", "tiny/s500", code=1)
     assert "takes no more requests for now (status 429)" in busy and "answers with status 500" in broken
     assert not hub.downloads()
+
+
+def test_a_hub_that_is_overloaded_is_not_asked_again_and_again(monkeypatch):
+    """huggingface_hub asks a hub that answers 503 six times, in 20 s, and wraps the answer; only a lost connection is
+    for this program to try again."""
+    import huggingface_hub
+
+    tried = []
+
+    def download(*_, **__):
+        tried.append(1)
+        answer = OSError("503 Server Error")
+        answer.response = SimpleNamespace(status_code=503)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not on this disk") from answer
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=()))
+    with pytest.raises(UserError, match="answers with status 503") as caught:
+        fetch_from_hugging_face(names.HubName("tiny/model"), print)
+    assert caught.value.exit_code == 1 and len(tried) == 1
 
 
 def test_the_token_is_sent(hub, user):

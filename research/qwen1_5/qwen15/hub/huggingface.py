@@ -96,9 +96,16 @@ def _status(error: Exception) -> Any:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def _answered(error: Exception) -> Exception:
+    """Of an error and its causes the one with the hub's answer; the first cause where there is none."""
+    while _status(error) is None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
 def _is_network(error: Exception) -> bool:
     """No answer came, whichever library says so: huggingface_hub has changed from requests to httpx."""
-    if _status(error) is not None:
+    if _status(_answered(error)) is not None:  # huggingface_hub has tried it again itself where that helps
         return False
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HTTP_LIBRARIES
 
@@ -118,10 +125,8 @@ def _explained(error: Exception, name: HubName) -> Exception:
     """The line for what went wrong; the error itself when it is not the hub's."""
     from huggingface_hub import constants, errors
 
+    error = _answered(error)
     status, code = _status(error), EXIT_USAGE
-    while status is None and error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-        status = _status(error)
     if isinstance(error, errors.GatedRepoError):
         what = "is for those who have accepted its terms"
         fix = f"Accept them at {constants.ENDPOINT}/{name.repo}, then: hf auth login"
