@@ -10,8 +10,8 @@ from conftest import MODULE, ROOT
 PACKAGE = MODULE / "qwen15"
 
 GROUND = ["errors", "finding", "naming", "family", "json_file", "strict_json", "odd_characters", "whole_file",
-          "command_line", "device", "machine", "cluster", "interrupts", "progress", "reporting", "terminal",
-          "text_file"]
+          "command_line", "device", "machine", "cluster", "interrupts", "progress", "reporting", "start",
+          "terminal", "text_file"]
 """Files beside the wings that any wing may import."""
 BELOW = {
     "text": [],

@@ -1,8 +1,10 @@
 """Ctrl-C reaches Python, and ends a run with exit code 130, although MindSpore puts its own handler in place."""
 
 import ctypes
+import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -70,3 +72,14 @@ def test_an_interrupted_run_ends_with_130(tmp_path, small_model, into_file):
     assert told.splitlines()[-1].startswith("interrupted")
     if into_file:
         assert "the same command continues" in told
+
+
+@pytest.mark.parametrize("words", [["run_qwen1_5.py"], ["convert_weight.py"], ["convert_reversed.py"],
+                                   ["transform_ckpt.py"], ["-m", "qwen15"]], ids=lambda words: words[-1])
+def test_a_ctrl_c_while_a_command_imports_is_told_in_a_word(words, tmp_path):
+    """It comes in the middle of importing a module that errors.py needs."""
+    (tmp_path / "difflib.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, *words, "--help"], cwd=MODULE, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}:{MODULE}"}, timeout=60,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Optional, Sequence
 
-from qwen15.errors import run_main
+if __name__ == "__main__":
+    from qwen15 import start
+
+    start.hold()
+
+from typing import Optional, Sequence  # noqa: E402
+
+from qwen15.errors import run_main  # noqa: E402
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

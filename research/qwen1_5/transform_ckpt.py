@@ -5,6 +5,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+if __name__ == "__main__":
+    from qwen15 import start
+
+    start.hold()
+
 from qwen15.command_line import Parser, boolean, program, whole  # noqa: E402
 from qwen15.conversion.cli import add_common_flags, carry_out  # noqa: E402
 from qwen15.errors import UserError, run_main  # noqa: E402

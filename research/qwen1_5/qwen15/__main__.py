@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import Optional, Sequence
 
-from .command_line import EXIT_CODES
-from .errors import UserError, did_you_mean, run_main
-from .verbs import GROUPS, VERBS
+from . import start
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import Optional, Sequence
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -17,6 +18,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Raises:
         UserError: there is no such verb, or what the verb raises.
     """
+    import importlib
+
+    from .errors import UserError, did_you_mean
+    from .verbs import VERBS
+
     arguments = sys.argv[1:] if argv is None else list(argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
     if name in ("-V", "--version", "version"):
@@ -35,6 +41,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def overview() -> str:
     """Every verb in its group, one a line."""
+    from .command_line import EXIT_CODES
+    from .verbs import GROUPS, VERBS
+
     width = max(map(len, VERBS))
     lines = ["usage: qwen15 VERB [flags]; qwen15 VERB --help shows a verb's flags and examples"]
     for group, verbs in GROUPS.items():
@@ -54,6 +63,9 @@ def version() -> str:
 
 def run() -> int:
     """Entry point of the `qwen15` script: exit codes as everywhere."""
+    start.hold()
+    from .errors import run_main
+
     return run_main(main)
 
 

@@ -10,7 +10,7 @@ import sys
 import traceback
 from typing import Callable, Iterable, Optional, Sequence
 
-from . import terminal
+from . import start, terminal
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -59,6 +59,7 @@ def run_main(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Opt
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments or os.environ.get("QWEN15_DEBUG") == "1"
     try:
+        start.release()
         return _flushed(main, argv)
     except UserError as error:
         if debug:
