@@ -516,6 +516,12 @@ def test_what_others_have_in_the_scratch_folder_s_place_stays(tmp_path):
     with pytest.raises(UserError, match="holds thesis.txt, which this program did not write"):
         convert("ranks", tmp_path / "hf", tmp_path / "x")
     assert open(os.path.join(scratch, "thesis.txt")).read() == "mine"
+    other = partial_path(str(tmp_path / "y"))
+    with open(other, "w") as file:
+        file.write("mine")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'y'}: cannot be written: File exists ({other})")):
+        convert("ranks", tmp_path / "hf", tmp_path / "y")
+    assert open(other).read() == "mine" and not (tmp_path / "y").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

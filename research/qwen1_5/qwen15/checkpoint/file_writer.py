@@ -31,7 +31,8 @@ if hasattr(_libc, "fallocate"):
 
 @contextmanager
 def told(path: str) -> Iterator[None]:
-    """Turn what the operating system says about writing `path` into a line for the user."""
+    """Turn what the operating system says about writing `path` into a line for the user, which also names another
+    file where that one is in the way: what is written stands beside its place until it is whole."""
     try:
         yield
     except OSError as error:
@@ -42,7 +43,9 @@ def told(path: str) -> Iterator[None]:
             fix = "The limit on a file's size is too low (see `ulimit -f`), or the file system allows no such files."
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fix = "Write to a folder that you may write to."
-        raise UserError(f"cannot be written: {error.strerror or error}", path, fix, exit_code=EXIT_FAILED) from None
+        other = f" ({error.filename})" if isinstance(error.filename, str) and error.filename != path else ""
+        raise UserError(f"cannot be written: {error.strerror or error}{other}", path, fix,
+                        exit_code=EXIT_FAILED) from None
 
 
 class Blocks:
