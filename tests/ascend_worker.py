@@ -10,6 +10,7 @@ has imported them, the nursery: that of the environment variable PARENT, or the 
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import json
@@ -133,6 +134,7 @@ def _nurse(path: str) -> None:
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
         from transformers import Qwen2ForCausalLM  # noqa: F401
+    gc.freeze()  # MindSpore collects garbage whenever it compiles: a second for all that is imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries them
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)

@@ -1,6 +1,7 @@
 """What many tests need: random models as transformers would save them, the small real model, the real vocabulary."""
 
 import collections
+import gc
 import importlib.util
 import os
 import random
@@ -76,6 +77,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("alone")
     place = {stem: number for number, stem in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_are_not_looked_through():
+    """MindSpore collects garbage whenever it compiles, which took a second beside the objects of torch and
+    transformers: those that are there before a file's tests stay out of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def require(*modules: str) -> None:

@@ -6,6 +6,7 @@ code, or in a terminal of its own. Starting itself and signals while it starts a
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -166,6 +167,7 @@ def _warm_up():
     quiet_frameworks("info")
     for name in _NEEDED:
         importlib.import_module(name)
+    gc.freeze()  # MindSpore collects garbage whenever it compiles: forks need not look through what is imported
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads: a fork would lose all but one"
 
