@@ -39,6 +39,16 @@ def operators(request, monkeypatch):
     return request.param
 
 
+def both(names, values, reference):
+    """Every value with the kernels; with the reference operators, which compute and compile ten times as long, those in
+    `reference`, and all of them in the slow tests."""
+    kinds = [("kernels", value, ()) for value in values] + [("reference", value, ()) for value in reference] + [
+        ("reference", value, pytest.mark.slow) for value in values if value not in reference]
+    return pytest.mark.parametrize(f"operators, {names}", [
+        pytest.param(operators, *(value if isinstance(value, tuple) else (value,)), marks=marks)
+        for operators, value, marks in kinds], indirect=["operators"])
+
+
 def open_network(folder, tmp_path, dtype="float32", compute_dtype=None, block_size=4, num_blocks=64):
     yaml = tmp_path / "predict.yaml"
     yaml.write_text(f"load_checkpoint: '{folder}'\nmodel:\n  model_config:\n    param_init_type: {dtype}\n"
@@ -74,16 +84,16 @@ def random_prompts(vocabulary, count, longest=40, seed=5):
     return [random.integers(0, vocabulary, random.integers(1, longest)).tolist() for _ in range(count)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_greedy_tokens_equal_transformers_for_64_tokens(shape, operators, tmp_path):
+@both("shape, count", [(shape, 64) for shape in SHAPES], reference=[("one KV head, tied", 12)])
+def test_greedy_tokens_equal_transformers(shape, count, operators, tmp_path):
     model = random_model(tmp_path / "hf", **SHAPES[shape])
     config, network = open_network(tmp_path / "hf", tmp_path, num_blocks=160)
     prompts = random_prompts(model.config.vocab_size, 6)
-    ours = greedy(config, network, prompts, 64)
+    ours = greedy(config, network, prompts, count)
     assert ours == [hf_greedy(model, p, tokens) for p, tokens in zip(prompts, ours)]
 
 
-@pytest.mark.parametrize("shape", ["grouped", "head size 64, tied"])
+@both("shape", ["grouped", "head size 64, tied"], reference=["grouped"])
 def test_prefill_and_decode_logits_within_1e_4_over_scattered_blocks(shape, operators, tmp_path):
     model = random_model(tmp_path / "hf", **SHAPES[shape])
     _, network = open_network(tmp_path / "hf", tmp_path, block_size=3, num_blocks=40)
@@ -128,7 +138,7 @@ def test_prefill_in_pieces_gives_the_logits_of_the_whole(operators, tmp_path):
     assert np.abs(logits[0] - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@both("dtype", ["bfloat16", "float16"], reference=["bfloat16"])
 def test_16_bit_logits_are_as_close_to_float32_as_transformers_own(dtype, operators, tmp_path):
     model = random_model(tmp_path / "hf", dtype=dtype, hidden_size=256, intermediate_size=640, num_attention_heads=8,
                          num_key_value_heads=4, num_hidden_layers=4)
@@ -150,19 +160,6 @@ def test_16_bit_logits_are_as_close_to_float32_as_transformers_own(dtype, operat
     assert np.mean(ours) <= np.mean(theirs), (np.mean(ours), np.mean(theirs))
 
 
-def test_small_real_model_equals_transformers_on_20_prompts(small_model, operators, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    if operators == "reference":
-        pytest.skip("takes minutes with the reference operators: see the slow test")
-    _compare_small_model(small_model, transformers, tmp_path, 64)
-
-
-@pytest.mark.slow
-def test_small_real_model_equals_transformers_with_reference_operators(small_model, monkeypatch, tmp_path):
-    monkeypatch.setenv("QWEN15_KERNELS", "reference")
-    _compare_small_model(small_model, pytest.importorskip("transformers"), tmp_path, 64)
-
-
 PROMPTS = [
     "The capital of France is", "Gravity is", "def fibonacci(n):\n", "Once upon a time", "1, 2, 3, 5, 8,",
     "Water boils at",
@@ -172,10 +169,15 @@ PROMPTS = [
 ]
 
 
-def _compare_small_model(folder, transformers, tmp_path, count):
-    model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(folder)
-    config, network = open_network(folder, tmp_path, block_size=32, num_blocks=96)
+@pytest.mark.parametrize("operators, count, judged", [
+    ("kernels", 16, 5), pytest.param("kernels", 64, 20, marks=pytest.mark.slow),
+    pytest.param("reference", 64, 20, marks=pytest.mark.slow)], indirect=["operators"])
+def test_small_real_model_equals_transformers_on_20_prompts(small_model, operators, count, judged, tmp_path):
+    """`count` tokens of each prompt, and all their logits for the first `judged` prompts."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.Qwen2ForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
+    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(small_model)
+    config, network = open_network(small_model, tmp_path, block_size=32, num_blocks=96)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     ours = greedy(config, network, prompts, count)
     for text, prompt, tokens in zip(PROMPTS, prompts, ours):
@@ -184,7 +186,8 @@ def _compare_small_model(folder, transformers, tmp_path, count):
     # In float64 transformers has no rounding of its own; in float32 it is 9e-5 from that, which would be most of the
     # bound.
     model = model.double()
-    for text, prompt, tokens, logits in zip(PROMPTS, prompts, ours, forced_logits(network, prompts, ours)):
+    for text, prompt, tokens, logits in zip(PROMPTS, prompts, ours,
+                                            forced_logits(network, prompts[:judged], ours[:judged])):
         with torch.no_grad():
             expected = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1:].numpy()
         assert np.abs(logits - expected).max() < 1e-4, text

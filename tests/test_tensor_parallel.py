@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import warm_commands
 from conftest import ROOT, random_model
 from stored_form_fixtures import Kind, quantised_model
 
@@ -38,16 +40,13 @@ context: {{device_target: CPU}}
 
 def run(folder, ranks, kernels):
     environment = {**os.environ, "QWEN15_KERNELS": kernels, "PYTHONPATH": str(ROOT / "research" / "qwen1_5")}
-    arguments = [str(folder / "job.json"), str(folder)]
+    arguments = [str(WORKER), str(folder / "job.json"), str(folder)]
     if ranks == 1:
-        command = [sys.executable, str(WORKER), *arguments]
+        done = warm_commands.run(arguments, folder, environment)
     else:
-        import shlex
-
-        worker = shlex.join(["python", str(WORKER), *arguments])
-        command = ["bash", str(ROOT / "scripts" / "msrun_launcher.sh"), worker, str(ranks)]
         environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(["bash", str(ROOT / "scripts" / "msrun_launcher.sh"), shlex.join(["python", *arguments]),
+                               str(ranks)], env=environment, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
 
