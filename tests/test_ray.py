@@ -20,6 +20,7 @@ import yaml
 from command_fixtures import error_line, make_random
 from conftest import MODULE
 from qwen15.errors import UserError
+from qwen15.ray_environment import ENVIRONMENT
 from qwen15.serve import replicas
 
 for name in ("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"):
@@ -39,7 +40,7 @@ def test_the_yamls_arguments_are_the_flags_of_serve():
     shipped, = yaml.safe_load((MODULE / "ray_serve.yaml").read_text())["applications"]
     assert shipped["import_path"] == "qwen15.serve.replicas:application"
     parser().parse_args(replicas.command_line(shipped["args"]))
-    assert shipped["runtime_env"] == {"env_vars": replicas.ENVIRONMENT}  # its ray_actor_options replace the code's
+    assert shipped["runtime_env"] == {"env_vars": ENVIRONMENT}  # its ray_actor_options replace the code's
 
 
 @pytest.mark.parametrize("arguments, line", [

@@ -18,6 +18,7 @@ from typing import IO, Any, Callable, Deque, Dict, Iterator, List, Optional, Tup
 from ..config.schema import Config
 from ..errors import EXIT_FAILED, EXIT_OK, UserError
 from ..generation.session import Prompt, Session
+from ..ray_environment import ENVIRONMENT
 from ..reporting import Reporter, quiet_frameworks, stdout_to_stderr
 from .batch_progress import BatchProgress
 from .options import PredictOptions
@@ -31,8 +32,6 @@ SHARE_BATCHES = 4
 """A share holds at most so many batches' worth of prompts: long enough to keep a batch full, short enough to lose."""
 MOST_DEATHS = 3
 """So many workers may die with the same prompt before it is the prompt that is blamed."""
-_ENVIRONMENT = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
-"""MindSpore's generated protobuf code is older than what Ray loads before it; this implementation takes both."""
 _CONNECT_S = 10.0
 _TELL_S = 30.0
 """After so long without any worker the user is told what is waited for."""
@@ -123,7 +122,7 @@ def _run(config: Config, todo: Todo, out: Optional[ResultFile], options: Predict
     driver = None
     try:
         count = _workers(ray, options, len(todo))
-        kind = ray.remote(num_cpus=options.ray_cpus, max_restarts=0, runtime_env={"env_vars": _ENVIRONMENT})(Worker)
+        kind = ray.remote(num_cpus=options.ray_cpus, max_restarts=0, runtime_env={"env_vars": ENVIRONMENT})(Worker)
         driver = _Driver(ray, lambda: _Hand(kind.remote(config, max_batch, options.ray_cpus)), count, todo, max_batch,
                          write, progress, report)
         report.info(f"{count} workers with {options.ray_cpus} CPUs each on a Ray cluster of "

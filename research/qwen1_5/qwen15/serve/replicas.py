@@ -1,8 +1,8 @@
 """`qwen15 serve` as a Ray Serve application: a gate before replicas of the model that come and go with the load.
 
-A client reaches Ray's proxy, the proxy the `Gate`, the gate one of the `Model`s. A model is a whole server: it reads
-requests, queues them at its desk and runs its engine. The gate carries HTTP to it and back, asks for the API key, and
-tells a client whose replica has died in OpenAI's form; to Ray that is an exception like any other.
+A client reaches Ray's proxy, the proxy the `Gate`, the gate one of the `Replica`s. A replica is a whole server: it
+reads requests, queues them at its desk and runs its engine. The gate carries HTTP to it and back, asks for the API key,
+and tells a client whose replica has died in OpenAI's form; to Ray that is an exception like any other.
 
 Ray is imported inside the functions that need it: only its clusters have it.
 """
@@ -17,6 +17,7 @@ from typing import Any, AsyncIterator, Dict, List, Mapping, MutableMapping, Opti
 
 from .. import interrupts
 from ..errors import UserError, did_you_mean
+from ..ray_environment import ENVIRONMENT
 from .command import configuration, parser, web_of
 from .refusal import Refusal
 
@@ -28,9 +29,6 @@ _RAYS_OWN = {"host": "http_options.host", "port": "http_options.port",
 _SPARE = 64
 """Requests that a replica takes beyond what its desk queues: the desk tells a client that it is full, Ray would let it
 wait."""
-ENVIRONMENT = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
-"""MindSpore's generated protobuf code is older than what Ray loads before it; this implementation takes both. A YAML
-with `ray_actor_options` replaces those of the code, so ray_serve.yaml says it for the application as well."""
 _HEAD = {"node:__internal_head__": 0.001}
 
 Message = MutableMapping[str, Any]
@@ -51,12 +49,12 @@ def application(arguments: Mapping[str, Any]) -> Any:
     argv = command_line(arguments)
     args = parser().parse_args(argv)
     configuration(args)
-    model = serve.deployment(Model, name=MODEL, max_ongoing_requests=args.max_batch + args.max_waiting + _SPARE,
-                             ray_actor_options={"num_cpus": 2, "runtime_env": {"env_vars": ENVIRONMENT}},
-                             health_check_period_s=5)
+    replica = serve.deployment(Replica, name=MODEL, max_ongoing_requests=args.max_batch + args.max_waiting + _SPARE,
+                               ray_actor_options={"num_cpus": 2, "runtime_env": {"env_vars": ENVIRONMENT}},
+                               health_check_period_s=5)
     gate = serve.deployment(Gate, name=GATE, max_ongoing_requests=10 ** 5,
                             ray_actor_options={"num_cpus": 0, "resources": _HEAD})
-    return gate.bind(model.bind(argv), args.api_key, args.max_body_mib * 2 ** 20)
+    return gate.bind(replica.bind(argv), args.api_key, args.max_body_mib * 2 ** 20)
 
 
 def command_line(arguments: Mapping[str, Any]) -> List[str]:
@@ -90,7 +88,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-class Model:
+class Replica:
     """A replica: one open session behind its own desk.
 
     Args:
@@ -197,7 +195,7 @@ class Gate:
     """What clients reach.
 
     Args:
-        model: handle of the deployment `Model`.
+        model: handle of the deployment MODEL.
         api_key: what clients must send, None for nothing.
         body_bytes: longest body.
     """
