@@ -3,8 +3,8 @@
 #
 #   bash scripts/test.sh --install    installs only
 #
-#   QWEN15_TEST_JOBS  processes that run tests side by side (default: 2 when there are as many cores); what measures time or starts
-#                     several ranks runs by itself afterwards
+#   QWEN15_TEST_JOBS  processes that run tests side by side (default: 2 when there are as many cores); what measures time
+#                     runs by itself afterwards
 #   QWEN15_TEST_MARK  which tests (default: not slow)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -28,14 +28,15 @@ DATA = Path(os.environ.get("QWEN15_TEST_DATA", ROOT / "models"))
 sys.path.insert(0, str(MODULE))
 
 
-ALONE = ("test_bench_convert", "test_doctor", "test_kernels_selection", "test_launch", "test_ray", "test_startup",
-         "test_tokenizer_speed")
-"""Beginnings of the files whose tests measure time, count threads or start several ranks."""
+ALONE = ("test_bench_convert", "test_kernels_selection", "test_startup", "test_tokenizer_speed")
+"""Files whose tests measure time or count threads."""
 
-LONGEST = ("test_ascend_graphs", "test_kernels", "test_network", "test_ascend_emulation", "test_tokenizer", "test_docs",
-           "test_speculate_runs", "test_bench", "test_tensor_parallel", "test_repl", "test_tokenizer_mindformers",
-           "test_serve", "test_convert_faults", "test_quantised_network", "test_hub", "test_batch",
-           "test_ascend_plugin", "test_api", "test_predict", "test_calibration", "test_types")
+LONGEST = ("test_ascend_graphs", "test_kernels", "test_docs", "test_network", "test_bench", "test_tokenizer",
+           "test_launch_faults", "test_launch_machines", "test_tensor_parallel", "test_repl", "test_launch_bench",
+           "test_launch", "test_ascend_emulation", "test_speculate_runs", "test_launch_predict", "test_launch_cluster",
+           "test_tokenizer_mindformers", "test_serve", "test_convert_faults", "test_quantised_network", "test_hub",
+           "test_batch", "test_ascend_plugin", "test_api", "test_predict", "test_calibration", "test_types",
+           "test_launch_speculate", "test_launch_chat")
 """Files that take longest, longest first."""
 
 

@@ -12,8 +12,7 @@ pytest.importorskip("mindspore")
 ENDS_WITHIN_S = 10
 
 
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow),
-                                     pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4, 8))])
 def test_ranks_join_and_add_up(workers, tmp_path):
     with Launch(worker("add"), workers, folder=tmp_path) as run:
         assert run.wait() == 0, run.err
@@ -53,12 +52,9 @@ def name_of(victim):
     return "the scheduler" if victim == SCHEDULER else f"rank {victim}"
 
 
-FAST = [(1, "decoding"), (SCHEDULER, "loading")]
-
-
-@pytest.mark.parametrize("victim, phase", [
-    pytest.param(victim, phase, marks=[] if (victim, phase) in FAST else pytest.mark.slow)
-    for phase in ("start", "loading", "decoding") for victim in (0, 1, SCHEDULER)])
+@pytest.mark.slow  # the usual tests have the same with the real program: test_launch_faults.py
+@pytest.mark.parametrize("phase", ["start", "loading", "decoding"])
+@pytest.mark.parametrize("victim", [0, 1, SCHEDULER])
 def test_a_killed_process_is_named_and_ends_all(victim, phase, tmp_path):
     with Launch(worker("phases", "400"), 2, folder=tmp_path) as run:
         to_phase(run, phase)
@@ -71,7 +67,8 @@ def test_a_killed_process_is_named_and_ends_all(victim, phase, tmp_path):
             assert re.search(r"last lines of \S*worker_1\.log\n(.*\n)*step 3 sum 2\n", run.err)
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
 def test_an_exception_in_one_rank_ends_all_and_its_last_words_are_shown(rank, tmp_path):
     (tmp_path / "load").touch()
     with Launch(worker("phases", "400", f"raise:{rank}:3"), 2, folder=tmp_path) as run:

@@ -26,7 +26,7 @@ def words(yaml, parallel, *more):
             "--predict_data", PROMPT, "--max_new_tokens", "40", *more]
 
 
-@pytest.mark.parametrize("way", ["ngram", "draft"])
+@pytest.mark.parametrize("way", [pytest.param("ngram", marks=pytest.mark.slow), "draft"])
 def test_two_workers_give_the_answer_of_one_process(way, yaml, tmp_path):
     plain = subprocess.run([sys.executable, *words(yaml, False)], cwd=MODULE, capture_output=True, timeout=300)
     assert plain.returncode == 0, plain.stderr.decode()
