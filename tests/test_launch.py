@@ -20,7 +20,7 @@ from qwen15 import cluster, machine
 from qwen15.errors import UserError
 from qwen15.launch import plan as launch
 from qwen15.launch import ports, secret, supervise
-from qwen15.launch.rank_process import _WithoutNotices
+from qwen15.launch.rank_process import _Relay, _WithoutNotices
 
 SCRIPT = str(WORKER)
 
@@ -287,6 +287,30 @@ def test_piped_input_reaches_rank_0_only(tmp_path):
         run.popen.stdin = None
         assert run.wait() == 0 and run.out == "输入".encode(), run.err
         assert run.log("worker_1.log") == ""
+
+
+def test_what_was_said_after_an_answer_comes_after_it(tmp_path):
+    """stdout and stderr of a rank are passed on by a thread each, here a slow one for stdout."""
+    (answers, answer), (notes, note), (result, both) = os.pipe(), os.pipe(), os.pipe()
+
+    def slowly(data):
+        time.sleep(0.2)
+        return data
+
+    with open(tmp_path / "log", "wb", buffering=0) as log:
+        first = _Relay(open(answers, "rb", buffering=0), both, log, slowly, None)
+        relays = [first, _Relay(open(notes, "rb", buffering=0), both, log, bytes, None, after=first)]
+        os.write(answer, b"Paris\n")
+        os.write(note, b"1 token in 1 s\n")
+        for relay in relays:
+            relay.start()
+        for end in (answer, note):
+            os.close(end)
+        for relay in relays:
+            relay.join(10)
+    assert os.read(result, 100) == b"Paris\n1 token in 1 s\n"
+    os.close(result)
+    os.close(both)
 
 
 def test_mindspore_notices_stay_in_the_log():

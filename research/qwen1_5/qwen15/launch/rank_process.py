@@ -12,13 +12,15 @@ import termios
 import threading
 import time
 from dataclasses import dataclass
-from typing import BinaryIO, Callable, List, Mapping, Optional, Tuple
+from typing import IO, BinaryIO, Callable, List, Mapping, Optional, Tuple
 
 from ..errors import EXIT_FAILED
 from ..terminal import VARIABLE as TERMINAL_VARIABLE
 from ..terminal import Terminal
 
 _PR_SET_PDEATHSIG = 1
+_IN_ORDER_S = 0.5
+"""How long stderr waits for what was written to stdout before it: no longer, as stdout's reader may be a slow one."""
 NOTICE = re.compile(rb"\[(DEBUG|INFO|WARNING)\] [A-Z_]+\([0-9]+[,:]")
 """MindSpore's log lines below ERROR."""
 
@@ -99,9 +101,12 @@ class RankProcess:
         """Copy stdout and stderr to our own and to the log; set `on_closed` when our stdout has lost its reader."""
         log = open(self.log_path, "ab", buffering=0)
         quiet = bytes if self.task.environ.get("GLOG_v") in ("0", "1", "2") else _WithoutNotices()
-        for arguments in ((self._popen.stdout, 1, log, bytes, on_closed), (self._popen.stderr, 2, log, quiet, None)):
-            self._relays.append(_Relay(*arguments))
-            self._relays[-1].start()
+        stdout, stderr = self._popen.stdout, self._popen.stderr
+        assert stdout is not None and stderr is not None, "it was started with `relayed`"
+        answer = _Relay(stdout, 1, log, bytes, on_closed)
+        self._relays += [answer, _Relay(stderr, 2, log, quiet, None, after=answer)]
+        for relay in self._relays:
+            relay.start()
 
     @property
     def has_answered(self) -> bool:
@@ -111,8 +116,8 @@ class RankProcess:
     def settle_relay(self, timeout_s: float) -> None:
         """Wait until what the process, which is stopped, has written so far has been passed on."""
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and not all(relay.idle() for relay in self._relays):
-            time.sleep(0.005)
+        for relay in self._relays:
+            relay.settle(deadline - time.monotonic())
 
     def finish_relay(self, timeout_s: float) -> None:
         """Wait until what the process wrote has been passed on."""
@@ -176,13 +181,15 @@ class _Prepare:
 class _Relay(threading.Thread):
     """Copies bytes until the end of `source`: all to `log`, those that `chosen` gives back to `target`.
 
-    A target that cannot be written to any more sets `closed`; the log goes on.
+    A target that cannot be written to any more sets `closed`; the log goes on. What another relay `after` has got comes
+    before what is read here.
     """
 
-    def __init__(self, source: BinaryIO, target: int, log: BinaryIO, chosen: Callable[[bytes], bytes],
-                 closed: Optional[threading.Event]):
+    def __init__(self, source: IO[bytes], target: int, log: BinaryIO, chosen: Callable[[bytes], bytes],
+                 closed: Optional[threading.Event], after: Optional["_Relay"] = None):
         super().__init__(daemon=True)
         self._source, self._target, self._log, self._chosen, self._closed = source, target, log, chosen, closed
+        self._after = after
         self._busy = threading.Lock()  # held from reading a piece until it is written
         self._writing = True
         self.answered = False
@@ -196,6 +203,8 @@ class _Relay(threading.Thread):
                     data = os.read(self._source.fileno(), 65536)
                     if not data:
                         return
+                    if self._after is not None:
+                        self._after.settle(_IN_ORDER_S)
                     self._pass_on(data)
 
     def _pass_on(self, data: bytes) -> None:
@@ -209,6 +218,12 @@ class _Relay(threading.Thread):
                 self._writing = False
                 if self._closed is not None:
                     self._closed.set()
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until all that has been written to the source so far has been passed on."""
+        deadline = time.monotonic() + timeout_s
+        while not self.idle() and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def idle(self) -> bool:
         """All that has been written to the source so far has been passed on."""
