@@ -54,7 +54,8 @@ void matmul(Team& team, const Job* jobs, int job_count, Activations x, int64_t t
   if (tokens < kPackFrom) {
     if (dtype == DType::f32) return few_tokens<F32Row>(team, jobs, job_count, x, tokens);
     if (dtype == DType::f16) return few_tokens<F16Row>(team, jobs, job_count, x, tokens);
-    return few_tokens<PairRow>(team, jobs, job_count, x, tokens);
+    if (tokens < kSplitFrom) return few_tokens<PairRow>(team, jobs, job_count, x, tokens);
+    return few_tokens<SplitRow>(team, jobs, job_count, x, tokens);
   }
   if (dtype == DType::f32) return many_tokens<F32Row>(team, jobs, job_count, x, tokens);
   if (dtype == DType::f16) return many_tokens<F16Row>(team, jobs, job_count, x, tokens);

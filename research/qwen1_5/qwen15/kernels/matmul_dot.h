@@ -28,6 +28,24 @@ inline float dot(const typename R::E* w, int64_t cols, const typename R::X* x) {
   return v_sum(v_add(v_add(acc0, acc1), v_add(acc2, acc3)));
 }
 
+// acc[t * P + p] += what was loaded at P places against the same columns of N tokens, each vector of which is loaded
+// once.
+template <class R, int N, int P>
+inline void meet_tokens(V* acc, const typename R::L* l, const typename R::X* x, int64_t x_stride) {
+#pragma GCC unroll 2
+  for (int i = 0; i < R::parts; ++i) {
+    decltype(R::part(l[0], 0)) w[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) w[p] = R::part(l[p], i);
+#pragma GCC unroll 16
+    for (int t = 0; t < N; ++t) {
+      auto columns = R::x_part(x + t * x_stride, i);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) acc[t * P + p] = R::meet(acc[t * P + p], w[p], columns);
+    }
+  }
+}
+
 // Rows at P places of a matrix against N tokens: out[(p * tokens + t) * kRowBlock + r] (+)= w[p * apart + r] . x[t].
 //
 // Each place is read in address order. Two streams far apart keep more of the memory busy than one; rows that lie side
@@ -55,10 +73,7 @@ __attribute__((noinline)) void dot_places(const typename R::E* w, int64_t apart,
       typename R::L l[P];
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) l[p] = R::load_rest(w + p * apart, head);
-#pragma GCC unroll 16
-      for (int t = 0; t < N; ++t)
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) acc[0][t * P + p] = R::mac(acc[0][t * P + p], l[p], x + t * x_stride);
+      meet_tokens<R, N, P>(acc[0], l, x, x_stride);
       i = R::step;
     }
 #endif
@@ -76,10 +91,7 @@ __attribute__((noinline)) void dot_places(const typename R::E* w, int64_t apart,
           typename R::L l[P];
 #pragma GCC unroll 2
           for (int p = 0; p < P; ++p) l[p] = R::load(w + p * apart + at);
-#pragma GCC unroll 16
-          for (int t = 0; t < N; ++t)
-#pragma GCC unroll 2
-            for (int p = 0; p < P; ++p) acc[c][t * P + p] = R::mac(acc[c][t * P + p], l[p], x + t * x_stride + at);
+          meet_tokens<R, N, P>(acc[c], l, x + at, x_stride);
         }
       }
     for (; i < cols; i += R::step) {
@@ -87,10 +99,7 @@ __attribute__((noinline)) void dot_places(const typename R::E* w, int64_t apart,
       typename R::L l[P];
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) l[p] = part == R::step ? R::load(w + p * apart + i) : R::load_part(w + p * apart + i, part);
-#pragma GCC unroll 16
-      for (int t = 0; t < N; ++t)
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) acc[0][t * P + p] = R::mac(acc[0][t * P + p], l[p], x + t * x_stride + i);
+      meet_tokens<R, N, P>(acc[0], l, x + i, x_stride);
     }
     float sums[round_up(kSums, 4)];
 #pragma GCC unroll 32

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kDotBytes = 32768;  // bytes of activations at once then: they stay in the first cache level
 constexpr int64_t kReusedRows = 8;    // rows at once when they meet several groups of tokens
+constexpr int64_t kSplitFrom = 9;     // tokens from which a SplitRow pays; with fewer the memory is what limits
 constexpr int64_t kPackFrom = 64;     // tokens from which packing pays
 
 // Elements from a gated job's first matrix to its second one when a row of each can be read side by side, 0 otherwise:
@@ -45,7 +46,8 @@ struct Places {
   }
 };
 
-// Activations for one matrix: as they are, or a copy of them with `head` zeros before every row; see dot_places.
+// Activations for one matrix: as they are, or a copy of them with `head` zeros before every row (see dot_places), or in
+// the order in which a row's parts meet them.
 template <class R>
 struct Shifted {
   typedef typename R::X X;
@@ -63,6 +65,7 @@ struct Shifted {
     data = (X*)x.data;
     stride = x.stride;
     head = 0;
+    if (R::parts == 2) return split(x, cols, tokens, memory);
 #ifdef QWEN15_LOAD_REST
     constexpr uintptr_t kElement = sizeof(typename R::E), kVector = R::step * kElement;
     uintptr_t past = (uintptr_t)w % kVector;
@@ -79,6 +82,23 @@ struct Shifted {
     }
 #else
     (void)cols, (void)tokens, (void)memory;
+#endif
+  }
+
+ private:
+  void split(Activations x, int64_t cols, int64_t tokens, void* memory) {
+#ifdef QWEN15_SPLIT
+    data = (X*)memory;
+    stride = padded_cols(cols);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < cols; i += 2 * W) {
+        V v[2] = {v_load((const float*)x.data + t * x.stride + i), v_load((const float*)x.data + t * x.stride + i + W)};
+        v_split(v);
+        v_store((float*)data + t * stride + i, v[0]);
+        v_store((float*)data + t * stride + i + W, v[1]);
+      }
+#else
+    (void)x, (void)cols, (void)tokens, (void)memory;
 #endif
   }
 };
@@ -114,7 +134,8 @@ void dot_group(const typename R::E* w, int64_t apart, int64_t stride, int64_t ro
 template <class R, int P>
 void dot_block(const typename R::E* w, int64_t apart, int64_t rows, int64_t cols, const Shifted<R>& x, int64_t tokens, float* out) {
   int64_t groups = (tokens + kDotTokens - 1) / kDotTokens, most = (tokens + groups - 1) / groups;
-  int64_t pieces = (cols * most * (int64_t)sizeof(typename R::X) + kDotBytes - 1) / kDotBytes, longest = kSum * R::step;
+  int64_t pieces = (cols * most * (int64_t)sizeof(typename R::X) + kDotBytes - 1) / kDotBytes;
+  int64_t longest = kSum * R::step / R::parts;
   if (pieces * longest < cols) pieces = (cols + longest - 1) / longest;
   int64_t piece = round_up((cols + pieces - 1) / pieces, 64), step = groups == 1 ? rows : kReusedRows;
   constexpr int64_t kItem = sizeof(typename R::E);

@@ -36,24 +36,60 @@ struct Cut {
   int64_t groups() const { return cols / group; }
 };
 
-// Activations as int16 rows: one for each token, or two that add up to it.
-struct Words {
-  int16_t* q = nullptr;     // (rows, stride); for 4 bits in the order in which nibbles come out of a vector
-  float* scale = nullptr;   // (rows, scale_stride), of each segment, zeros after them
-  float* sums = nullptr;    // (rows, sum_stride), what scale q of a group sums up to, times -middle; zeros after them
-  int64_t rows = 0, stride = 0, scale_stride = 0, sum_stride = 0;
+// Rows of activations that weights meet at once: those of a group, `count` of all from `first` on. As many as there are
+// kernels for (1 to 4, 6, 8): all rows in as few groups as can be, of nearly the same size.
+struct RowGroup {
+  int64_t first, count, left;  // `left` groups, this one included
 
-  static int64_t scales(int64_t cols) { return round_up(cols / kQuantBlock, 16) + 16; }
-  static int64_t bytes(int64_t cols, int64_t rows) {
-    return rows * ((round_up(cols, kStep) + 32) * 2 + 2 * scales(cols) * 4);
+  explicit RowGroup(int64_t rows) : first(0), left((rows + kQuantRows - 1) / kQuantRows) { measure(rows); }
+  void next(int64_t rows) {
+    first += count;
+    --left;
+    if (left > 0) measure(rows);
   }
-  void place(void* memory, int64_t count, int64_t cols) {
+
+ private:
+  void measure(int64_t rows) {
+    count = (rows - first + left - 1) / left;
+    if (count > 4) count = round_up(count, 2);  // there is an even number of them
+  }
+};
+
+constexpr int64_t quads_of(int64_t rows) { return (rows + 3) / 4; }
+// Which of `rows` rows of a quad a lane has after its sums have been folded, see i_pair and i_quad; -1: none.
+constexpr int row_of_lane(int64_t rows, int lane) {
+  return rows == 1 ? 0 : rows == 2 ? lane % 2 : lane % 4 < rows ? lane % 4 : -1;
+}
+
+// Activations as int16 rows: one for each token, or two that add up to it. The rows of a group lie beside each other,
+// as the loop over columns meets them:
+//   q      (steps, rows, step) int16; for 4 bits in the order in which nibbles come out of a vector
+//   scale  (segments, quads, W) float32, in the lanes where a row's sums are; where a vector holds several segments,
+//          each 128 bits of it, (steps, quads, W)
+//   sums   (groups of columns, quads, W) float32: what scale q of a group sums up to, times -middle, in one lane a row;
+//          of a single row (groups,), and zeros after them
+struct Words {
+  int64_t rows = 0, cols = 0;
+  char* memory = nullptr;
+
+  struct Group {
+    int16_t* q;
+    float *scale, *sums;
+  };
+
+  static int64_t scale_floats(int64_t cols) { return (round_up(cols, kStep) / kQuantBlock) * W; }
+  static int64_t row_bytes(int64_t cols) { return round_up(cols, kStep) * 2 + 2 * scale_floats(cols) * 4; }
+  static int64_t bytes(int64_t cols, int64_t count) { return count * row_bytes(cols); }
+
+  void place(void* room, int64_t count, int64_t columns) {
     rows = count;
-    stride = round_up(cols, kStep) + 32;
-    scale_stride = sum_stride = scales(cols);
-    scale = (float*)memory;
-    sums = scale + rows * scale_stride;
-    q = (int16_t*)(sums + rows * sum_stride);
+    cols = columns;
+    memory = (char*)room;
+  }
+  Group group(const RowGroup& g) const {
+    char* at = memory + g.first * row_bytes(cols);
+    float* scale = (float*)(at + g.count * round_up(cols, kStep) * 2);
+    return {(int16_t*)at, scale, scale + quads_of(g.count) * scale_floats(cols)};
   }
 };
 
@@ -75,10 +111,15 @@ inline void part_words(int16_t* q, bool nibbles) {
 constexpr float kMostWord = 32767;
 #endif
 
-// One row of x (cols,) -> int16; `rest` (cols,), where it is given, becomes what they leave over. `middle` is the zero
-// point where the weights have none of their own, 1 where they have.
-inline void make_words(const float* x, const Cut& cut, float middle, int16_t* q, float* scale, float* sums, float* rest,
-                       int64_t padded_cols) {
+// One row of x (cols,) -> row `row` of a group of `rows`, whose memory is zero; `rest` (cols,), where it is given,
+// becomes what its int16 leave over. `middle` is the zero point where the weights have none of their own, 1 where they
+// have.
+inline void make_words(const float* x, const Cut& cut, float middle, const Words::Group& to, int64_t rows, int64_t row,
+                       float* rest) {
+  const int64_t step = cut.nibbles ? kStep : kQuantBlock, padded_cols = round_up(cut.cols, step);
+  const int64_t quads = quads_of(rows), quad = row / 4, members = rows - 4 * quad < 4 ? rows - 4 * quad : 4;
+  const int quarters = W / 4;
+  auto words = [&](int64_t column) { return to.q + (column / step * rows + row) * step + column % step; };
   for (int64_t j = 0; j < cut.segments(); ++j) {
     const float* from = x + j * cut.segment;
     V high = v_zero(), nan = v_zero();
@@ -87,40 +128,36 @@ inline void make_words(const float* x, const Cut& cut, float middle, int16_t* q,
       high = v_max(high, v_max(v, v_sub(v_zero(), v)));
       nan = v_add(nan, v_sub(v, v));  // not a number where v is not finite
     }
-    float top = v_highest(high), bad = v_sum(nan), step = top / kMostWord + bad;
-    float inverse = step > 1e-36f ? 1.0f / step : 0.0f;
-    scale[j] = step > 1e-36f || step != step ? step : 0.0f;
-    int16_t* to = q + j * cut.segment;
+    float top = v_highest(high), bad = v_sum(nan), unit = top / kMostWord + bad;
+    float inverse = unit > 1e-36f ? 1.0f / unit : 0.0f, scale = unit > 1e-36f || unit != unit ? unit : 0.0f;
     I total = i_zero();
     for (int64_t i = 0; i < cut.segment; i += 2 * W) {
       V a = v_zero(), b = v_zero();  // and stay so where something is not finite: the scale says it
-      if (step == step) {
+      if (unit == unit) {
         a = v_round(v_mul(v_load(from + i), v_set(inverse)));
         b = v_round(v_mul(v_load(from + i + W), v_set(inverse)));
       }
-      total = s_store(to + i, a, b, total);
+      total = s_store(words(j * cut.segment + i), a, b, total);
       if (rest != nullptr) {
-        v_store(rest + j * cut.segment + i, v_fma(a, v_set(-scale[j]), v_load(from + i)));
-        v_store(rest + j * cut.segment + i + W, v_fma(b, v_set(-scale[j]), v_load(from + i + W)));
+        v_store(rest + j * cut.segment + i, v_fma(a, v_set(-scale), v_load(from + i)));
+        v_store(rest + j * cut.segment + i + W, v_fma(b, v_set(-scale), v_load(from + i + W)));
       }
     }
+    float* lanes = to.scale + ((cut.mixed() ? j / quarters : j) * quads + quad) * W;
+    for (int lane = 0; lane < W; ++lane)
+      if (row_of_lane(members, lane) == row % 4 && (!cut.mixed() || lane / 4 == j % quarters)) lanes[lane] = scale;
     int64_t g = j * cut.segment / cut.group;
-    float sum = -middle * scale[j] * v_sum(i_float(total));
-    sums[g] = (j * cut.segment % cut.group == 0 ? 0.0f : sums[g]) + sum;
+    to.sums[rows == 1 ? g : (g * quads + quad) * W + row % 4] += -middle * scale * v_sum(i_float(total));
   }
-  for (int64_t j = cut.segments(); j < Words::scales(cut.cols); ++j) scale[j] = 0.0f;
-  for (int64_t g = cut.groups(); g < Words::scales(cut.cols); ++g) sums[g] = 0.0f;
-  memset(q + cut.cols, 0, (padded_cols - cut.cols) * sizeof(int16_t));
 #ifdef QWEN15_DOT_BYTES
-  for (int64_t i = 0; i < padded_cols; i += kQuantBlock) part_words(q + i, cut.nibbles);
+  for (int64_t i = 0; i < padded_cols; i += kQuantBlock) part_words(words(i), cut.nibbles);
 #else
   if (!cut.nibbles) return;
-  constexpr int kBlocks = W / 4;  // of 32 columns in a vector
   for (int64_t i = 0; i < padded_cols; i += kStep) {
-    int16_t step[kStep];
-    memcpy(step, q + i, sizeof step);
-    for (int b = 0; b < kBlocks; ++b)
-      for (int k = 0; k < 4; ++k) memcpy(q + i + (k * kBlocks + b) * 8, step + b * kQuantBlock + k * 8, 16);
+    int16_t plain[kStep];
+    memcpy(plain, words(i), sizeof plain);
+    for (int b = 0; b < quarters; ++b)
+      for (int k = 0; k < 4; ++k) memcpy(words(i) + (k * quarters + b) * 8, plain + b * kQuantBlock + k * 8, 16);
   }
 #endif
 }
@@ -164,101 +201,68 @@ struct Scales {
 };
 
 #ifdef QWEN15_DOT_BYTES
-// acc[t][p] += 16 columns w of each place; x has their upper bytes and kQuantBlock bytes further on the lower ones.
-template <int N, int P>
-inline void mac_parts(I* acc, const int8x16_t* w, const char* x, int64_t x_bytes) {
+// acc[t] += 16 columns; x has the upper bytes of N rows, and kQuantBlock bytes further on the lower ones.
+template <int N>
+inline void mac_parts(I* acc, int8x16_t w, const char* x) {
 #pragma GCC unroll 8
-  for (int t = 0; t < N; ++t) {
-    int8x16_t upper = v_any<int8x16_t>(x + t * x_bytes), lower = v_any<int8x16_t>(x + t * x_bytes + kQuantBlock);
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) acc[t * P + p] = i_dot(acc[t * P + p], w[p], upper, lower);
-  }
+  for (int t = 0; t < N; ++t, x += 2 * kQuantBlock)
+    acc[t] = i_dot(acc[t], w, v_any<int8x16_t>(x), v_any<int8x16_t>(x + kQuantBlock));
 }
 
-// acc[t][p] += 32 columns of 8 bits
-template <int N, int P>
-inline void mac_bytes(I* acc, const uint8_t* const* w, int64_t at, const int16_t* x, int64_t x_stride) {
-#pragma GCC unroll 2
-  for (int i = 0; i < kQuantBlock; i += 16) {
-    int8x16_t l[P];
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) l[p] = v_any<int8x16_t>(w[p] + at + i);
-    mac_parts<N, P>(acc, l, (const char*)(x + at) + i, 2 * x_stride);
-  }
+// acc[t] += 32 columns of 8 bits
+template <int N>
+inline void mac_bytes(I* acc, const uint8_t* w, const int16_t* x) {
+  mac_parts<N>(acc, v_any<int8x16_t>(w), (const char*)x);
+  mac_parts<N>(acc, v_any<int8x16_t>(w + 16), (const char*)x + 16);
 }
 
-// acc[t][p] += a vector of 4-bit columns
-template <int N, int P>
-inline void mac_nibbles(I* acc, const S* raw, const int16_t* x, int64_t x_stride) {
-  int8x16_t low[P], high[P];
-#pragma GCC unroll 2
-  for (int p = 0; p < P; ++p) {
-    uint8x16_t bytes = vreinterpretq_u8_s16(raw[p]);
-    low[p] = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
-    high[p] = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
-  }
-  mac_parts<N, P>(acc, low, (const char*)x, 2 * x_stride);
-  mac_parts<N, P>(acc, high, (const char*)x + 16, 2 * x_stride);
+// acc[t] += a vector of 4-bit columns
+template <int N>
+inline void mac_nibbles(I* acc, S raw, const int16_t* x) {
+  uint8x16_t bytes = vreinterpretq_u8_s16(raw);
+  mac_parts<N>(acc, vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), (const char*)x);
+  mac_parts<N>(acc, vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), (const char*)x + 16);
 }
 #else
-// acc[t][p] += 32 columns of 8 bits
-template <int N, int P>
-inline void mac_bytes(I* acc, const uint8_t* const* w, int64_t at, const int16_t* x, int64_t x_stride) {
+// acc[t] += 32 columns of 8 bits
+template <int N>
+inline void mac_bytes(I* acc, const uint8_t* w, const int16_t* x) {
 #pragma GCC unroll 4
   for (int i = 0; i < kQuantBlock; i += 2 * W) {
-    S l[P];
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) l[p] = s_load_bytes(w[p] + at + i);
+    S l = s_load_bytes(w + i);
 #pragma GCC unroll 8
-    for (int t = 0; t < N; ++t) {
-      S v = s_load(x + t * x_stride + at + i);
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) acc[t * P + p] = i_madd(acc[t * P + p], l[p], v);
-    }
+    for (int t = 0; t < N; ++t) acc[t] = i_madd(acc[t], l, s_load(x + t * kQuantBlock + i));
   }
 }
 
-// acc[t][p] += a vector of 4-bit columns
-template <int N, int P>
-inline void mac_nibbles(I* acc, const S* raw, const int16_t* x, int64_t x_stride) {
-  if (N <= 2) {
+// acc[t] += a vector of 4-bit columns
+template <int N>
+inline void mac_nibbles(I* acc, S raw, const int16_t* x) {
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k)
-#pragma GCC unroll 2
-      for (int t = 0; t < N; ++t) {
-        S v = s_load(x + t * x_stride + k * 2 * W);
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) acc[t * P + p] = i_madd(acc[t * P + p], s_nibble(raw[p], k), v);
-      }
-    return;
-  }
-#pragma GCC unroll 2
-  for (int p = 0; p < P; ++p) {
-    S n[4];
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) n[k] = s_nibble(raw[p], k);
+  for (int k = 0; k < 4; ++k) {
+    S nibbles = s_nibble(raw, k);
 #pragma GCC unroll 8
-    for (int t = 0; t < N; ++t)
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k)
-        acc[t * P + p] = i_madd(acc[t * P + p], n[k], s_load(x + t * x_stride + k * 2 * W));
+    for (int t = 0; t < N; ++t) acc[t] = i_madd(acc[t], nibbles, s_load(x + t * kStep + k * 2 * W));
   }
 }
-
 #endif
 
-// At most kScaleRows rows at P places against N rows of x from `first` on: out[(p * x.rows + first + t) * kRowBlock +
-// r].
+// Sums of N rows, at most 4, in the lanes that row_of_lane says.
+template <int N>
+inline V fold(const I* acc) {
+  if (N == 1) return i_float(acc[0]);
+  if (N == 2) return i_pair(acc[0], acc[N - 1]);
+  return i_quad(acc[0], acc[1 % N], acc[2 % N], acc[N - 1]);
+}
+
+// At most kScaleRows rows at P places against a group of N rows of x: out[(p * stride + t) * kRowBlock + r].
 template <bool kNibbles, int kColumns, int N, int P>
-__attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x,
-                                          int64_t first, Scales* scales, float* out, int64_t ahead) {
+__attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows, const Cut& cut, const Words::Group& x,
+                                          Scales* scales, float* out, int64_t stride, int64_t ahead) {
   constexpr bool kMixed = kNibbles && kColumns < kStep;  // a vector has columns of several segments
-  constexpr int kBlocks = W / 4, kSums = N * P;
-  constexpr int64_t step = kMixed ? kStep : kColumns;
-  const int16_t* q = x.q + first * x.stride;
-  const int64_t x_stride = x.stride, cols = cut.cols, segments = cut.segments(), groups = cut.groups();
-  const int64_t row_bytes = places[0].m->row_bytes(), scale_stride = x.scale_stride, sum_stride = x.sum_stride;
-  const float *x_scale = x.scale + first * scale_stride, *x_sums = x.sums + first * sum_stride;
+  constexpr int kQuarters = W / 4, kQuads = (int)quads_of(N), kLast = N - 4 * (kQuads - 1);
+  constexpr int64_t kAtOnce = kMixed ? kStep : kColumns;
+  const int64_t cols = cut.cols, segments = cut.segments(), groups = cut.groups(), row_bytes = places[0].m->row_bytes();
   const uint8_t* w[P];
   bool zeros[P];
 #pragma GCC unroll 2
@@ -267,112 +271,115 @@ __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows
     zeros[p] = kNibbles || places[p].m->zero != nullptr;
     scales[p].read(*places[p].m, places[p].row, rows, cut);
   }
+  float sums[P][kQuads][kScaleRows][4];
   for (int64_t r = 0; r < rows; ++r) {
-    V total[kSums];
+    V total[P][kQuads];
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 8
-      for (int t = 0; t < N; ++t) total[t * P + p] = v_zero();
-      if (zeros[p])
-        for (int64_t g = 0; g < groups; g += W) {
-          V z = v_load(scales[p].zero + r * groups + g);
-#pragma GCC unroll 8
-          for (int t = 0; t < N; ++t)
-            total[t * P + p] = v_fma(z, v_load(x_sums + t * sum_stride + g), total[t * P + p]);
-        }
+#pragma GCC unroll 2
+      for (int q = 0; q < kQuads; ++q) total[p][q] = v_zero();
+      if (!zeros[p]) continue;
+      const float* zero = scales[p].zero + r * groups;
+      if (N == 1)
+        for (int64_t g = 0; g < groups; g += W) total[p][0] = v_fma(v_load(zero + g), v_load(x.sums + g), total[p][0]);
+      else
+        for (int64_t g = 0; g < groups; ++g)
+#pragma GCC unroll 2
+          for (int q = 0; q < kQuads; ++q)
+            total[p][q] = v_fma(v_set(zero[g]), v_load(x.sums + (g * kQuads + q) * W), total[p][q]);
     }
     const float* s[P];
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) s[p] = scales[p].scale + r * segments;
-    int64_t j = 0;
-    for (int64_t i = 0; i < cols; i += step, ++j) {
-      I acc[kSums];
-#pragma GCC unroll 16
-      for (int a = 0; a < kSums; ++a) acc[a] = i_zero();
-      if (kNibbles) {
-#pragma GCC unroll 4
-        for (int64_t at = 0; at < step; at += kStep) {
-          S raw[P];
+    const int16_t* words = x.q;
+    const float* x_scale = x.scale;
+    for (int64_t i = 0, j = 0; i < cols; i += kAtOnce, ++j, words += N * kAtOnce, x_scale += kQuads * W) {
 #pragma GCC unroll 2
-          for (int p = 0; p < P; ++p) {
+      for (int p = 0; p < P; ++p) {
+        I acc[N];
+#pragma GCC unroll 8
+        for (int t = 0; t < N; ++t) acc[t] = i_zero();
+        if (kNibbles) {
+#pragma GCC unroll 4
+          for (int64_t at = 0; at < kAtOnce; at += kStep) {
             const uint8_t* from = w[p] + (i + at) / 2;
             if (at / 2 % 64 == 0) __builtin_prefetch(from + ahead, 0, 1);
+            S raw;
             if (kMixed && i + kStep > cols) {
               uint8_t rest[kStep / 2] = {0};
               memcpy(rest, from, (cols - i) / 2);
-              raw[p] = s_load(rest);
+              raw = s_load(rest);
             } else {
-              raw[p] = s_load(from);
+              raw = s_load(from);
             }
+            mac_nibbles<N>(acc, raw, words + N * at);
           }
-          mac_nibbles<N, P>(acc, raw, q + i + at, x_stride);
-        }
-      } else {
+        } else {
 #pragma GCC unroll 4
-        for (int64_t at = 0; at < step; at += kQuantBlock) {
-#pragma GCC unroll 2
-          for (int p = 0; p < P; ++p)
+          for (int64_t at = 0; at < kAtOnce; at += kQuantBlock) {
             if (at % 64 == 0) __builtin_prefetch(w[p] + i + at + ahead, 0, 1);
-          mac_bytes<N, P>(acc, w, i + at, q, x_stride);
+            mac_bytes<N>(acc, w[p] + i + at, words + N * at);
+          }
         }
-      }
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) {
-        V weight_scale = kMixed ? v_spread(s[p] + j * kBlocks) : v_set(s[p][j]);
-#pragma GCC unroll 8
-        for (int t = 0; t < N; ++t) {
-          const float* xs = x_scale + t * scale_stride;
-          V both = v_mul(weight_scale, kMixed ? v_spread(xs + j * kBlocks) : v_set(xs[j]));
-          total[t * P + p] = v_fma(i_float(acc[t * P + p]), both, total[t * P + p]);
-        }
+        V scale = kMixed ? v_spread(s[p] + j * kQuarters) : v_set(s[p][j]);
+        if constexpr (kQuads == 2) total[p][0] = v_fma(fold<4>(acc), v_mul(scale, v_load(x_scale)), total[p][0]);
+        const int last = kQuads - 1;
+        total[p][last] = v_fma(fold<kLast>(acc + 4 * last), v_mul(scale, v_load(x_scale + last * W)), total[p][last]);
       }
     }
-    float sums[round_up(kSums, 4)];
-#pragma GCC unroll 4
-    for (int a = 0; a < kSums; a += 4)
-      v_sum4(total[a], total[a + 1 < kSums ? a + 1 : a], total[a + 2 < kSums ? a + 2 : a],
-             total[a + 3 < kSums ? a + 3 : a], sums + a);
-    for (int t = 0; t < N; ++t)
-      for (int p = 0; p < P; ++p) out[(p * x.rows + first + t) * kRowBlock + r] = sums[t * P + p];
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) w[p] += row_bytes;
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
+      for (int q = 0; q < kQuads; ++q) v_quarters(total[p][q], sums[p][q][r]);
+      w[p] += row_bytes;
+    }
   }
+  for (int p = 0; p < P; ++p)
+    for (int t = 0; t < N; ++t) {
+      float* to = out + (p * stride + t) * kRowBlock;
+      const int members = t / 4 < kQuads - 1 ? 4 : kLast;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* lanes = sums[p][t / 4][r];
+        to[r] = members == 1   ? (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
+                : members == 2 ? lanes[t % 4] + lanes[t % 4 + 2]
+                               : lanes[t % 4];
+      }
+    }
 }
 
 template <int N, int P>
-void quant_group(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x, int64_t first, Scales* scales,
-                 float* out, int64_t ahead) {
+void quant_group(const QuantPlace* places, int64_t rows, const Cut& cut, const Words::Group& x, Scales* scales,
+                 float* out, int64_t stride, int64_t ahead) {
   auto* run = cut.nibbles ? cut.segment == 128  ? quant_rows<true, 128, N, P>
                             : cut.segment == 64 ? quant_rows<true, 64, N, P>
                                                 : quant_rows<true, 32, N, P>
               : cut.segment == 128 ? quant_rows<false, 128, N, P>
               : cut.segment == 64  ? quant_rows<false, 64, N, P>
                                    : quant_rows<false, 32, N, P>;
-  run(places, rows, cut, x, first, scales, out, ahead);
+  run(places, rows, cut, x, scales, out, stride, ahead);
 }
 
 // `rows` rows at each of P places against all rows of x, some of both at a time: the weights come from memory for the
 // first rows of x and from the caches for the others.
 template <int P>
 void quant_block(const QuantPlace* places, int64_t rows, const Cut& cut, const Words& x, Scales* scales, float* out) {
-  constexpr int kMost = kQuantRows / P;
-  int64_t groups = (x.rows + kMost - 1) / kMost, most = reading().hint == 0 ? 0 : reading().ahead;
+  int64_t most = reading().hint == 0 ? 0 : reading().ahead;
   for (int64_t r = 0; r < rows; r += kScaleRows) {
     int64_t n = rows - r < kScaleRows ? rows - r : kScaleRows;
     QuantPlace here[P];
     for (int p = 0; p < P; ++p) here[p] = {places[p].m, places[p].row + r};
-    for (int64_t t = 0, left = groups; left > 0; --left) {
-      int64_t group = (x.rows - t + left - 1) / left, ahead = t > 0 ? 0 : most;
-      if (group > 4) group = round_up(group, 2);  // there is an even number of them
-      switch (group) {
-        case 1: quant_group<1, P>(here, n, cut, x, t, scales, out + r, ahead); break;
-        case 2: quant_group<2, P>(here, n, cut, x, t, scales, out + r, ahead); break;
-        case 3: quant_group<3, P>(here, n, cut, x, t, scales, out + r, ahead); break;
-        case 4: quant_group<4, P>(here, n, cut, x, t, scales, out + r, ahead); break;
-        case 6: quant_group<(6 < kMost ? 6 : kMost), P>(here, n, cut, x, t, scales, out + r, ahead); break;
-        default: quant_group<kMost, P>(here, n, cut, x, t, scales, out + r, ahead);
+    for (RowGroup group(x.rows); group.left > 0; group.next(x.rows)) {
+      int64_t ahead = group.first > 0 ? 0 : most;
+      Words::Group words = x.group(group);
+      float* to = out + group.first * kRowBlock + r;
+      switch (group.count) {
+        case 1: quant_group<1, P>(here, n, cut, words, scales, to, x.rows, ahead); break;
+        case 2: quant_group<2, P>(here, n, cut, words, scales, to, x.rows, ahead); break;
+        case 3: quant_group<3, P>(here, n, cut, words, scales, to, x.rows, ahead); break;
+        case 4: quant_group<4, P>(here, n, cut, words, scales, to, x.rows, ahead); break;
+        case 6: quant_group<(P == 1 ? 6 : 4), P>(here, n, cut, words, scales, to, x.rows, ahead); break;
+        default: quant_group<(P == 1 ? 8 : 4), P>(here, n, cut, words, scales, to, x.rows, ahead);
       }
-      t += group;
     }
   }
 }
@@ -380,7 +387,7 @@ void quant_block(const QuantPlace* places, int64_t rows, const Cut& cut, const W
 // out (2, x.rows, kRowBlock) = the rows at both places, of which the second may have fewer.
 inline void quant_places(const QuantPlace* places, int64_t rows, int64_t second, const Cut& cut, const Words& x,
                          Scales* scales, float* out) {
-  if (x.rows > kQuantRows / 2) {  // more rows of x at once are worth more than two places
+  if (x.rows > kQuantRows / 2) {  // bound by arithmetic: both places at once would be one more function to compile
     quant_block<1>(places, rows, cut, x, scales, out);
     if (second > 0) quant_block<1>(places + 1, second, cut, x, scales, out + x.rows * kRowBlock);
     return;
@@ -416,19 +423,14 @@ struct QuantInput {
     has_zero = m.zero != nullptr;
     int each = exact ? 2 : 1;
     words.place(memory, rows(tokens, exact), cut.cols);
-    int64_t padded_cols = round_up(cut.cols, kStep);
-    if (int64_t last = words.rows - 1; last >= tokens * each) {  // stands where one is missing to an even number
-      memset(words.q + last * words.stride, 0, words.stride * sizeof(int16_t));
-      memset(words.scale + last * words.scale_stride, 0, words.scale_stride * sizeof(float));
-      memset(words.sums + last * words.sum_stride, 0, words.sum_stride * sizeof(float));
-    }
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int e = 0; e < each; ++e) {
-        int64_t row = t * each + e;
-        const float* from = e == 0 ? (const float*)x.data + t * x.stride : rest;
-        make_words(from, cut, has_zero ? 1.0f : 8.0f, words.q + row * words.stride,
-                   words.scale + row * words.scale_stride, words.sums + row * words.sum_stride,
-                   exact && e == 0 ? rest : nullptr, padded_cols);
+    memset(memory, 0, Words::bytes(cut.cols, words.rows));  // also the row that makes their number even
+    int64_t row = 0;
+    for (RowGroup group(words.rows); group.left > 0; group.next(words.rows))
+      for (int64_t i = 0; i < group.count && row < tokens * each; ++i, ++row) {
+        bool second = exact && row % 2 == 1;
+        const float* from = second ? rest : (const float*)x.data + row / each * x.stride;
+        make_words(from, cut, has_zero ? 1.0f : 8.0f, words.group(group), group.count, i,
+                   exact && !second ? rest : nullptr);
       }
     return words;
   }

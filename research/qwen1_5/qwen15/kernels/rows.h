@@ -23,6 +23,14 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
   }                                                         \
   static inline void unpair(V*) {}
 
+// What was loaded meets the activations as it is, in one multiplication.
+#define QWEN15_WHOLE                                                               \
+  static constexpr int parts = 1;                                                  \
+  static inline L part(L w, int) { return w; }                                     \
+  static inline V x_part(const X* x, int) { return v_load(x); }                    \
+  static inline V meet(V acc, L w, V x) { return v_mac(acc, w, x); }               \
+  static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
+
 // Row in memory -> float vectors; activations are float32.
 struct F32Row {
   typedef float E;  // element in memory
@@ -36,7 +44,7 @@ struct F32Row {
 #endif
   static inline V floats(const E* p) { return v_load(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part(p, n); }
-  static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
+  QWEN15_WHOLE
   static inline void store(E* p, V v) { v_store(p, v); }
   QWEN15_PAIR_IN_ORDER
 };
@@ -53,7 +61,7 @@ struct F16Row {
 #endif
   static inline V floats(const E* p) { return v_load_f16(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part_f16(p, n); }
-  static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
+  QWEN15_WHOLE
   static inline void store(E* p, V v) { v_store_f16(p, v); }
   QWEN15_PAIR_IN_ORDER
 };
@@ -70,7 +78,7 @@ struct BF16Row {
 #endif
   static inline V floats(const E* p) { return v_load_bf16(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
-  static inline V mac(V acc, L w, const X* x) { return v_fma(w, v_load(x), acc); }
+  QWEN15_WHOLE
   static inline void store(E* p, V v) { v_store_bf16(p, v); }
   static inline void pair(const E* p, V* v) { v_load_bf16_pair(p, v); }
   static inline void pair_part(const E* p, int n, V* v) { v_load_part_bf16_pair(p, n, v); }
@@ -91,6 +99,10 @@ struct PairRow {
 #endif
   static inline V floats(const E* p) { return v_load_bf16(p); }
   static inline V floats_part(const E* p, int n) { return v_load_part_bf16(p, n); }
+  static constexpr int parts = 1;
+  static inline L part(L w, int) { return w; }
+  static inline B x_part(const X* x, int) { return b_load(x); }
+  static inline V meet(V acc, L w, B x) { return v_dot_pairs(acc, w, x); }
   static inline V mac(V acc, L w, const X* x) { return v_dot_pairs(acc, w, b_load(x)); }
   static inline void store(E* p, V v) { v_store_bf16(p, v); }
   static inline void pair(const E* p, V* v) { v_load_bf16_pair(p, v); }
@@ -100,7 +112,29 @@ struct PairRow {
 #else
 typedef BF16Row PairRow;
 #endif
+
+#ifdef QWEN15_SPLIT
+// bf16 rows, 2 W columns with two instructions: the even ones, then the odd ones; activations lie in that order (v_split).
+struct SplitRow {
+  typedef uint16_t E;
+  typedef float X;
+  typedef S L;
+  static constexpr int step = 2 * W, parts = 2;
+  static inline L load(const E* p) { return s_load(p); }
+  static inline L load_part(const E* p, int n) {
+    E whole[step] = {0};
+    memcpy(whole, p, n * sizeof(E));
+    return s_load(whole);
+  }
+  static inline V part(L w, int i) { return i == 0 ? v_even_bf16(w) : v_odd_bf16(w); }
+  static inline V x_part(const X* x, int i) { return v_load(x + i * W); }
+  static inline V meet(V acc, V w, V x) { return v_mac(acc, w, x); }
+};
+#else
+typedef PairRow SplitRow;
+#endif
 #undef QWEN15_PAIR_IN_ORDER
+#undef QWEN15_WHOLE
 
 template <class X>
 inline void store_activation(X* p, V v);

@@ -20,6 +20,7 @@ inline V v_sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V v_mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V v_div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V v_mac(V acc, V a, V b) { return v_fma(a, b, acc); }
 inline V v_max(V a, V b) { return _mm512_max_ps(a, b); }
 inline V v_min(V a, V b) { return _mm512_min_ps(a, b); }
 inline float v_sum(V v) { return _mm512_reduce_add_ps(v); }
@@ -129,6 +130,18 @@ inline I i_madd(I acc, S a, S b) {
 #else
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
+}
+// Sums of the lanes of each 128 bits, as floats: lanes of a and b in turn, each a sum of two; and the four whole sums.
+inline I i_paired(I a, I b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); }
+inline V i_pair(I a, I b) { return i_float(i_paired(a, b)); }
+inline V i_quad(I a, I b, I c, I d) {
+  I first = i_paired(a, b), second = i_paired(c, d);
+  return i_float(_mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second)));
+}
+// out (4,) = the sum of v's 128 bits
+inline void v_quarters(V v, float* out) {
+  V halves = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1))));
 }
 // Whole numbers a and b as 2 W int16 to p; total + a + b
 inline I s_store(int16_t* p, V a, V b, I total) {

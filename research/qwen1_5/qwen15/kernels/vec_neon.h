@@ -29,6 +29,7 @@ inline V v_mul(V a, V b) { return vmulq_f32(a, b); }
 inline V v_div(V a, V b) { return vdivq_f32(a, b); }
 inline V v_fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 // b where one of them is no number, as on other CPUs
+inline V v_mac(V acc, V a, V b) { return v_fma(a, b, acc); }
 inline V v_max(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 inline V v_min(V a, V b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 inline float v_sum(V v) { return vaddvq_f32(v); }
@@ -138,6 +139,15 @@ inline S s_nibble(S v, int k) {  // bits 4k to 4k + 3 of each
   uint16x8_t low = k == 0 ? words : k == 1 ? vshrq_n_u16(words, 4) : vshrq_n_u16(words, 8);
   return vreinterpretq_s16_u16(vandq_u16(low, vdupq_n_u16(15)));
 }
+// Sums of lanes, as floats: those of a and b in turn, each a sum of two; and the four whole sums.
+inline V i_pair(I a, I b) {
+  int32x4_t x = i_whole(a), y = i_whole(b);
+  return vcvtq_f32_s32(vaddq_s32(vzip1q_s32(x, y), vzip2q_s32(x, y)));
+}
+inline V i_quad(I a, I b, I c, I d) {
+  return vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(i_whole(a), i_whole(b)), vpaddq_s32(i_whole(c), i_whole(d))));
+}
+inline void v_quarters(V v, float* out) { v_store(out, v); }  // out (4,) = the sum of v's 128 bits
 // Whole numbers a and b as 2 W int16 to p; total + a + b
 inline I s_store(int16_t* p, V a, V b, I total) {
   int32x4_t x = vcvtq_s32_f32(a), y = vcvtq_s32_f32(b);

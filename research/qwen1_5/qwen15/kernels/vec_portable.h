@@ -31,6 +31,7 @@ inline V v_sub(V a, V b) { return a - b; }
 inline V v_mul(V a, V b) { return a * b; }
 inline V v_div(V a, V b) { return a / b; }
 inline V v_fma(V a, V b, V c) { return a * b + c; }
+inline V v_mac(V acc, V a, V b) { return v_fma(a, b, acc); }
 inline V v_max(V a, V b) { return a > b ? a : b; }
 inline V v_min(V a, V b) { return a < b ? a : b; }
 inline float v_sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
@@ -178,6 +179,12 @@ inline I i_madd(I acc, S a, S b) {
   acc += __builtin_convertvector(a0, I) * __builtin_convertvector(b0, I);
   return acc + __builtin_convertvector(a1, I) * __builtin_convertvector(b1, I);
 }
+// Sums of lanes, as floats: those of a and b in turn, each a sum of two; and the four whole sums.
+inline V i_pair(I a, I b) { return i_float(I{a[0] + a[2], b[0] + b[2], a[1] + a[3], b[1] + b[3]}); }
+inline V i_quad(I a, I b, I c, I d) {
+  return i_float(I{a[0] + a[1] + a[2] + a[3], b[0] + b[1] + b[2] + b[3], c[0] + c[1] + c[2] + c[3], d[0] + d[1] + d[2] + d[3]});
+}
+inline void v_quarters(V v, float* out) { v_store(out, v); }  // out (4,) = the sum of v's 128 bits
 // Whole numbers a and b as 2 W int16 to p; total + a + b
 inline I s_store(int16_t* p, V a, V b, I total) {
   I x = __builtin_convertvector(a, I), y = __builtin_convertvector(b, I);
