@@ -107,6 +107,15 @@ def test_decode_at_several_batches_and_contexts(tiny, tmp_path):
             check_ratio(row)
 
 
+@pytest.mark.parametrize("what", (("decode", "--new_tokens", 3), ("prefill", "--tokens", 8)))
+def test_another_dtype_takes_turns_with_bfloat16(tmp_path, what):
+    made = measured(*what, "--dtype", "int8", "--layers", 1, "--cache", tmp_path, "--against", "bfloat16", "--rounds",
+                    2, "--no_plot", cwd=tmp_path)
+    row, = made["rows"]
+    assert made["dtype"] == "int8"
+    check_ratio(row, "bfloat16")
+
+
 @pytest.mark.parametrize("dtype", ("float16", "float32"))
 def test_prefill_with_other_dtypes(tiny, tmp_path, dtype):
     made = measured("prefill", "--checkpoint", tiny, "--tokens", 70, "--dtype", dtype, "--rounds", 2, "--no_plot",
@@ -350,6 +359,10 @@ def test_operators_equal_plain_products():
 @pytest.mark.parametrize("arguments, line", (
     (("decode", "--checkpoint", "nowhere"), "error: --checkpoint nowhere: no such folder"),
     (("decode", "--size", "3b"), "error: --size: '3b' is not a Qwen1.5 size"),
+    (("decode", "--against", "bfloat16"),
+     "error: --against bfloat16: compares random weights of another dtype with it"),
+    (("prefill", "--dtype", "bfloat16", "--against", "bfloat16"),
+     "error: --against bfloat16: compares random weights of another dtype with it"),
     (("decode", "--checkpoint", ".", "--layers", "2"), "error: --layers: is for random checkpoints"),
     (("prefill", "--plot", "none/plot.png"), "error: --plot none/plot.png: the folder does not exist"),
     (("tokenize", ".", "--no_plot"), "error: "),
@@ -366,7 +379,7 @@ def test_mistakes_get_one_line(tmp_path, arguments, line):
     (("decode", "--new_tokens", "1"), "--new_tokens: wants at least 2"),
     (("prefill", "--rounds", "many"), "--rounds: wants a whole number, not 'many'"),
     (("nonsense",), "WHAT: wants one of decode, "),
-    (("decode", "--against", "me"), "--against: wants one of hf, not 'me'"),
+    (("decode", "--against", "me"), "--against: wants one of hf, bfloat16, not 'me'"),
 ))
 def test_wrong_usage_ends_with_2(tmp_path, arguments, line):
     done = bench(*arguments, cwd=tmp_path, code=2)

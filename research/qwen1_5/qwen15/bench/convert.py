@@ -53,7 +53,7 @@ def parser() -> Parser:
                       help="ranks of the slices (default 4)")
     made.add_argument("--rounds", type=options.positive, default=5, metavar="N",
                       help="runs of each, medians are shown (default 5)")
-    made.add_argument("--against", choices=options.AGAINST,
+    made.add_argument("--against", choices=("hf",),
                       help="hf: also the obvious way, transformers' from_pretrained and mindspore.save_checkpoint")
     return made
 

@@ -18,7 +18,8 @@ def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench decode", __doc__ or "",
                   ["qwen15 bench decode --size 0.5b",
-                   "qwen15 bench decode --checkpoint FOLDER --batch 1 8 --context 32 2048 --against hf"])
+                   "qwen15 bench decode --checkpoint FOLDER --batch 1 8 --context 32 2048 --against hf",
+                   "qwen15 bench decode --dtype int4 --batch 1 4 8 --against bfloat16"])
     made.add_argument("--batch", type=options.positive, nargs="+", default=[1], metavar="B",
                       help="sequences at once (default 1)")
     made.add_argument("--context", type=options.positive, nargs="+", default=[32], metavar="N",
@@ -26,7 +27,7 @@ def parser() -> Parser:
     made.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
                       help="tokens of each sequence in a run (default 128)")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT)
+    options.add_run(made, WHAT, against=options.AGAINST)
     return made
 
 
@@ -37,10 +38,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: arguments that cannot be, or something is not installed.
     """
     argv, args, plot = start(parser(), WHAT, argv)
+    other = options.find_bfloat16(args) if args.against == "bfloat16" else None
     checkpoint = options.find_checkpoint(args)
     machine = Probes(args.threads)
-    ours = Ours(checkpoint, machine.threads, max(args.context) + args.new_tokens, max(args.batch))
-    theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against else None
+    longest = max(args.context) + args.new_tokens
+    ours = Ours(checkpoint, machine.threads, longest, max(args.batch))
+    theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against == "hf" else None
+    plain = Ours(other, machine.threads, longest, max(args.batch)) if other is not None else None
 
     def probe() -> Dict[str, float]:
         return {"bandwidth": machine.bandwidth(), "peak": machine.peak(checkpoint.computes_in)}
@@ -53,6 +57,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             contenders: Dict[str, Callable[[], rounds.Timing]] = {"qwen15": decode.run}
             if theirs is not None:
                 contenders["hf"] = hf.HuggingFaceDecode(theirs, prompts, args.new_tokens).run
+            if plain is not None:
+                contenders["bfloat16"] = Decode(plain, prompts, args.new_tokens).run
             samples = rounds.interleave(contenders, args.rounds, probe)
             rows.append(_row(ours, checkpoint.computes_in, batch, context, args.new_tokens, samples))
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads, "rounds": args.rounds,
@@ -71,9 +77,10 @@ def _row(ours: Ours, dtype: str, batch: int, context: int, new_tokens: int,
     row = {"batch": batch, "context": context, "new_tokens": new_tokens, "step_ms": step_s * 1e3,
            "tokens_per_s": batch / step_s, "own_ms": rounds.median_own_seconds(mine) * 1e3, "bytes_per_step": read,
            "flop_per_step": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
-    if "hf" in samples:
-        row.update(hf_tokens_per_s=batch / rounds.median_seconds(samples["hf"]),
-                   ratio_hf=rounds.ratio(mine, samples["hf"]))
+    for name in samples:
+        if name != "qwen15":
+            row.update({f"{name}_tokens_per_s": batch / rounds.median_seconds(samples[name]),
+                        f"ratio_{name}": rounds.ratio(mine, samples[name])})
     return row
 
 
@@ -85,6 +92,8 @@ COLUMNS = (
     Column("of what both allow", number("of_both", ".2f")),
     Column("transformers, tokens/s", number("hf_tokens_per_s")),
     Column("times transformers", number("ratio_hf", ".2f")),
+    Column("bfloat16, tokens/s", number("bfloat16_tokens_per_s")),
+    Column("times bfloat16", number("ratio_bfloat16", ".2f")),
 )
 
 

@@ -73,7 +73,7 @@ def parser() -> Parser:
                       help="sequences at once (default 1 8)")
     options.add_lengths(made, 64)
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, against=False)
+    options.add_run(made, WHAT, against=())
     return made
 
 

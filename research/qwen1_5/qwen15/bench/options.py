@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Sequence
 
 from .. import family
 from ..command_line import whole
@@ -17,7 +17,8 @@ from ..errors import UserError
 from . import report
 from .make_checkpoint import DTYPES, QUANTISED, dims_of, make_checkpoint
 
-AGAINST = ("hf",)
+AGAINST = ("hf", "bfloat16")
+"""Whom our engine can be measured against: transformers, or itself on the same shape in bfloat16."""
 
 
 class BenchCheckpoint(NamedTuple):
@@ -88,7 +89,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, size: str = "0.5b", layers: 
 
 
 def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5, threads: bool = True,
-            against: bool = True) -> None:
+            against: Sequence[str] = ("hf",)) -> None:
     """Add what decides how it is measured and shown."""
     group = parser.add_argument_group("run")
     if threads:
@@ -97,7 +98,8 @@ def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5, threads
     group.add_argument("--rounds", type=positive, default=rounds, metavar="N",
                        help=f"runs of each, medians are shown (default {rounds})")
     if against:
-        group.add_argument("--against", choices=AGAINST, help="hf: also run transformers on the same, taking turns")
+        said = ["hf: also run transformers on the same, taking turns", "bfloat16: also the same shape in bfloat16"]
+        group.add_argument("--against", choices=against, help="; ".join(said[:len(against)]))
     group.add_argument("--plot", metavar="FILE",
                        help=f"PNG to write (default qwen15_bench_{what}.png, if matplotlib is installed)")
     group.add_argument("--no_plot", action="store_true", help="write none")
@@ -134,6 +136,18 @@ def find_checkpoint(args: argparse.Namespace) -> BenchCheckpoint:
         os.makedirs(args.cache, exist_ok=True)
         make_checkpoint(path, dims, dtype)
     return BenchCheckpoint(path, f"{label}, random weights", dtype)
+
+
+def find_bfloat16(args: argparse.Namespace) -> BenchCheckpoint:
+    """The random checkpoint of the same shape in bfloat16, for `--against bfloat16`.
+
+    Raises:
+        UserError: the weights to measure are in bfloat16 themselves, or the user's own, whose shape may be any.
+    """
+    if args.checkpoint is not None or args.dtype in (None, "bfloat16"):
+        raise UserError("compares random weights of another dtype with it", where="--against bfloat16",
+                        fix="Give --dtype, and leave --checkpoint out.")
+    return find_checkpoint(argparse.Namespace(**{**vars(args), "dtype": "bfloat16"}))
 
 
 def plot_path(args: argparse.Namespace, what: str) -> Optional[str]:

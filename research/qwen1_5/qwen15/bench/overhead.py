@@ -65,7 +65,7 @@ def parser() -> Parser:
     made = Parser("qwen15 bench overhead", __doc__ or "", ["qwen15 bench overhead"])
     options.add_lengths(made, 128, answer="tokens in a run")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, against=False)
+    options.add_run(made, WHAT, against=())
     return made
 
 

@@ -37,7 +37,7 @@ def parser() -> Parser:
     made.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
                       help="False splits embedding and head over the workers too (default True)")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, rounds=3, threads=False, against=False)
+    options.add_run(made, WHAT, rounds=3, threads=False, against=())
     return made
 
 

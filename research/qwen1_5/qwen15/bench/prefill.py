@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+import functools
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 from ..command_line import Parser
 from . import hf, options, report, rounds, work
@@ -20,7 +21,7 @@ def parser() -> Parser:
     made.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N",
                       help="of the prompt (default 512)")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT)
+    options.add_run(made, WHAT, against=options.AGAINST)
     return made
 
 
@@ -31,23 +32,28 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: arguments that cannot be, or something is not installed.
     """
     argv, args, plot = start(parser(), WHAT, argv)
+    other = options.find_bfloat16(args) if args.against == "bfloat16" else None
     checkpoint = options.find_checkpoint(args)
     machine = Probes(args.threads)
     ours = Ours(checkpoint, machine.threads, max(args.tokens) + 1, 1)
-    theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against else None
-    rows = [_measure(ours, theirs, tokens, machine, checkpoint.computes_in, args.rounds) for tokens in args.tokens]
+    theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against == "hf" else None
+    others: Dict[str, Union[Ours, hf.HuggingFace]] = {}
+    if theirs is not None:
+        others["hf"] = theirs
+    if other is not None:
+        others["bfloat16"] = Ours(other, machine.threads, max(args.tokens) + 1, 1)
+    rows = [_measure(ours, others, tokens, machine, checkpoint.computes_in, args.rounds) for tokens in args.tokens]
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads, "rounds": args.rounds,
              "kernels": machine.kernels, "against": theirs.note if theirs else None}
     report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
     return 0
 
 
-def _measure(ours: Ours, theirs: Optional[hf.HuggingFace], tokens: int, machine: Probes, dtype: str,
+def _measure(ours: Ours, others: Mapping[str, Union[Ours, hf.HuggingFace]], tokens: int, machine: Probes, dtype: str,
              count: int) -> Dict[str, Any]:
     prompt: List[int] = random_prompts(1, tokens, ours.dims.vocab_size)[0].tolist()
-    contenders: Dict[str, Callable[[], rounds.Timing]] = {"qwen15": lambda: ours.prefill(prompt)}
-    if theirs is not None:
-        contenders["hf"] = lambda: theirs.prefill(prompt)
+    contenders: Dict[str, Callable[[], rounds.Timing]] = {
+        name: functools.partial(one.prefill, prompt) for name, one in {"qwen15": ours, **others}.items()}
     samples = rounds.interleave(contenders, count,
                                 lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(dtype)})
     mine = samples["qwen15"]
@@ -57,9 +63,9 @@ def _measure(ours: Ours, theirs: Optional[hf.HuggingFace], tokens: int, machine:
     row = {"tokens": tokens, "ms": whole_s * 1e3, "tokens_per_s": tokens / whole_s,
            "own_ms": rounds.median_own_seconds(mine) * 1e3,
            "read_bytes": read, "flop": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
-    if "hf" in samples:
-        row.update(hf_tokens_per_s=tokens / rounds.median_seconds(samples["hf"]),
-                   ratio_hf=rounds.ratio(mine, samples["hf"]))
+    for name in others:
+        row.update({f"{name}_tokens_per_s": tokens / rounds.median_seconds(samples[name]),
+                    f"ratio_{name}": rounds.ratio(mine, samples[name])})
     return row
 
 
@@ -69,6 +75,8 @@ COLUMNS = (
     Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")),
     Column("of peak", number("of_peak", ".2f")), Column("transformers, tokens/s", number("hf_tokens_per_s")),
     Column("times transformers", number("ratio_hf", ".2f")),
+    Column("bfloat16, tokens/s", number("bfloat16_tokens_per_s")),
+    Column("times bfloat16", number("ratio_bfloat16", ".2f")),
 )
 
 

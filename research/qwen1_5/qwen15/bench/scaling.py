@@ -40,7 +40,7 @@ def parser() -> Parser:
                       help="tokens of the prompt (default 512)")
     options.add_lengths(made, 32, prompt="tokens in the cache when decoding begins")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, rounds=3, threads=False, against=False)
+    options.add_run(made, WHAT, rounds=3, threads=False, against=())
     return made
 
 

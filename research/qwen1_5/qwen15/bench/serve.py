@@ -49,7 +49,7 @@ def parser() -> Parser:
                       help="of weights and KV cache (default bfloat16)")
     made.add_argument("--measure", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
                       help=f"what to measure, of {', '.join(PARTS)} (default: all)")
-    options.add_run(made, WHAT, rounds=3, against=False)
+    options.add_run(made, WHAT, rounds=3, against=())
     return made
 
 

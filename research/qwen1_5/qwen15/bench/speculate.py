@@ -109,7 +109,7 @@ def parser() -> Parser:
     made.add_argument("--task", nargs="+", choices=list(WORKLOADS), metavar="NAME", default=list(WORKLOADS),
                       help="only these texts: " + ", ".join(WORKLOADS))
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, rounds=3, against=False)
+    options.add_run(made, WHAT, rounds=3, against=())
     return made
 
 

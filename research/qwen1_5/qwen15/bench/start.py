@@ -24,6 +24,6 @@ def start(parser: Parser, what: str, argv: Optional[Sequence[str]]
     given = list(argv or ())
     args = parser.parse_args(given)
     plot = options.plot_path(args, what)
-    if getattr(args, "against", None):
+    if getattr(args, "against", None) == "hf":
         hf.check_installed()
     return given, args, plot
