@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A wheel with the kernels inside, in dist/, named for the oldest Linux that it runs on: manylinux_2_35 when built on Debian 12, older
+# A wheel with the kernels inside, in dist/, named for the oldest Linux that it runs on: manylinux_2_34 when built on Debian 12, older
 # when built in an older one (a manylinux image). One wheel serves every Python. Needs g++.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
