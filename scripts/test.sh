@@ -6,6 +6,7 @@
 #   QWEN15_TEST_JOBS  processes that run tests side by side (default: 2 when there are as many cores); what measures time
 #                     runs by itself afterwards
 #   QWEN15_TEST_MARK  which tests (default: not slow)
+#   QWEN15_TEST_PART  beside: only what runs side by side; alone: only what runs by itself (default: both)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -22,11 +23,10 @@ jobs=${QWEN15_TEST_JOBS:-$(($(nproc) < 2 ? 1 : 2))}
 cd "$root"
 failed=0 ran=0
 
-# part MARK [PYTEST ARGUMENT]...: pytest's code 5 is "no test was selected", which one of two parts may say.
+# part PART [PYTEST ARGUMENT]...: see tests/conftest.py; pytest's code 5 is "no test was selected", which one of two parts may say.
 part() {
-    local selected=$1 code=0
-    shift
-    python -m pytest tests -m "$selected" "$@" || code=$?
+    local code=0
+    QWEN15_TEST_PART=$1 python -m pytest tests -m "$mark" "${@:2}" || code=$?
     case $code in
         0) ran=1 ;;
         5) ;;
@@ -34,14 +34,15 @@ part() {
     esac
 }
 
-if [ "$jobs" -gt 1 ]; then
+wanted=${QWEN15_TEST_PART:-} side_by_side=()
+[ "$jobs" -lt 2 ] || side_by_side=(-n "$jobs" --dist loadfile)
+if [ "$wanted" != alone ]; then
     say "tests, $jobs at a time"
-    part "($mark) and not alone" -n "$jobs" --dist loadfile "$@"
+    part beside "${side_by_side[@]}" "$@"
+fi
+if [ "$wanted" != beside ]; then
     say "tests that want the machine for themselves"
-    part "($mark) and alone" "$@"
-else
-    say "tests"
-    part "$mark" "$@"
+    part alone "$@"
 fi
 [ "$ran" = 1 ] || exit 5
 exit "$failed"

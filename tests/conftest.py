@@ -29,7 +29,8 @@ sys.path.insert(0, str(MODULE))
 
 
 ALONE = ("test_bench_convert", "test_kernels_selection", "test_startup", "test_tokenizer_speed")
-"""Files whose tests measure time or count threads."""
+"""Files whose tests measure time or count threads: nothing runs beside them. Of a run in two parts this
+is the one that the environment variable QWEN15_TEST_PART calls `alone`; the other is `beside`."""
 
 LONGEST = ("test_ascend_graphs", "test_kernels", "test_docs", "test_network", "test_bench", "test_tokenizer",
            "test_launch_faults", "test_launch_machines", "test_tensor_parallel", "test_repl", "test_launch_bench",
@@ -67,15 +68,20 @@ def some_cases(items, every, seed):
             seen |= values
 
 
+def pytest_ignore_collect(collection_path):
+    """Read only the files of the part that is wanted."""
+    part = os.environ.get("QWEN15_TEST_PART")
+    if part and collection_path.suffix == ".py" and (collection_path.stem in ALONE) != (part == "alone"):
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
-    """Mark what wants the machine for itself; begin with the longest files, so that no process waits for another."""
+    """Begin with the longest files, so that no process waits for another."""
     if EVERY > 1:
         kept = set(some_cases(items, EVERY, os.environ["QWEN15_TEST_SEED"]))
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
-    for item in items:
-        if item.path.stem.startswith(ALONE):
-            item.add_marker("alone")
     place = {stem: number for number, stem in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
