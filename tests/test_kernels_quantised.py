@@ -61,7 +61,7 @@ def columns_for(scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=scheme_name)
-@pytest.mark.parametrize("tokens", (1, 2, 3, 4, 7, 8, 13, 31, 32, 70))
+@pytest.mark.parametrize("tokens", (1, 2, 3, 4, 7, 8, 13, 31, 32, 63, 64, 70))
 def test_project_with_and_without_residual(kernels, accuracy, scheme, tokens):  # noqa: F811
     rng = np.random.default_rng(tokens)
     for cols, rows in zip(columns_for(scheme), (48, 130, 70)):

@@ -18,7 +18,7 @@ from .scheduler import Continuation
 
 _COST = ((1, 1.0), (2, 1.04), (3, 1.10), (5, 1.27), (6, 1.40), (8, 1.75), (16, 3.0), (32, 5.5))
 """(rows of a decode call, its time over that of one row) with float weights, measured on AVX2."""
-_COST_QUANTISED = ((1, 1.0), (2, 1.1), (3, 1.3), (4, 1.5), (6, 2.0), (8, 2.6), (16, 4.9), (32, 13.5))
+_COST_QUANTISED = ((1, 1.0), (2, 1.1), (3, 1.3), (4, 1.5), (6, 2.0), (8, 2.6), (16, 4.9), (32, 10.0))
 """The same with quantised weights, which take less time to read and more to compute with (int4, AVX2)."""
 
 

@@ -10,9 +10,11 @@
 namespace qwen15 {
 namespace {
 
+constexpr int64_t kQuantTilesFrom = 32;  // tokens from which quantised weights are multiplied in tiles
+
 void matmul_on_tiles(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
   DType dtype = jobs[0].w.dtype;
-  if (x.spare != nullptr && tokens >= kQuantPackFrom) {
+  if (x.spare != nullptr && tokens >= kQuantTilesFrom) {
     amx_split(team, x, tokens, jobs[0].w.cols);
     many_tokens<QuantRow>(team, jobs, job_count, x, tokens);
   } else if (dtype == DType::bf16 && tokens > kAmxMost) {
@@ -43,7 +45,7 @@ constexpr Kernels on_tiles() {
   Kernels own = {};
   own.name = "amx";
   own.bf16_pairs = true;
-  own.spare_from = kQuantPackFrom;
+  own.spare_from = kQuantTilesFrom;
   own.matmul = matmul_on_tiles;
   own.attention = attention_on_tiles;
   own.peak_flops = peak_flops;
