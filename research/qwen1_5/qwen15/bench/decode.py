@@ -27,7 +27,7 @@ def parser() -> Parser:
     made.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
                       help="tokens of each sequence in a run (default 128)")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, against=options.AGAINST)
+    options.add_run(made, WHAT, against=tuple(options.AGAINST))
     return made
 
 
@@ -74,14 +74,10 @@ def _row(ours: Ours, dtype: str, batch: int, context: int, new_tokens: int,
     read = work.decode_bytes(ours.dims, dtype, batch, middle, ours.quantised_bytes)
     flop = work.decode_flop(ours.dims, batch, middle)
     step_s = rounds.median_seconds(mine)
-    row = {"batch": batch, "context": context, "new_tokens": new_tokens, "step_ms": step_s * 1e3,
+    return {"batch": batch, "context": context, "new_tokens": new_tokens, "step_ms": step_s * 1e3,
            "tokens_per_s": batch / step_s, "own_ms": rounds.median_own_seconds(mine) * 1e3, "bytes_per_step": read,
-           "flop_per_step": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
-    for name in samples:
-        if name != "qwen15":
-            row.update({f"{name}_tokens_per_s": batch / rounds.median_seconds(samples[name]),
-                        f"ratio_{name}": rounds.ratio(mine, samples[name])})
-    return row
+           "flop_per_step": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples),
+           **rounds.compared(samples, batch)}
 
 
 COLUMNS = (
@@ -90,10 +86,7 @@ COLUMNS = (
     Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
     Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")), Column("of peak", number("of_peak", ".2f")),
     Column("of what both allow", number("of_both", ".2f")),
-    Column("transformers, tokens/s", number("hf_tokens_per_s")),
-    Column("times transformers", number("ratio_hf", ".2f")),
-    Column("bfloat16, tokens/s", number("bfloat16_tokens_per_s")),
-    Column("times bfloat16", number("ratio_bfloat16", ".2f")),
+    *report.COMPARED,
 )
 
 

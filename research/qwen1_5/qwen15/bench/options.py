@@ -17,8 +17,8 @@ from ..errors import UserError
 from . import report
 from .make_checkpoint import DTYPES, QUANTISED, dims_of, make_checkpoint
 
-AGAINST = ("hf", "bfloat16")
-"""Whom our engine can be measured against: transformers, or itself on the same shape in bfloat16."""
+AGAINST = {"hf": "also run transformers on the same, taking turns", "bfloat16": "also the same shape in bfloat16"}
+"""Whom our engine can be measured against, and what that does."""
 
 
 class BenchCheckpoint(NamedTuple):
@@ -98,8 +98,7 @@ def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5, threads
     group.add_argument("--rounds", type=positive, default=rounds, metavar="N",
                        help=f"runs of each, medians are shown (default {rounds})")
     if against:
-        said = ["hf: also run transformers on the same, taking turns", "bfloat16: also the same shape in bfloat16"]
-        group.add_argument("--against", choices=against, help="; ".join(said[:len(against)]))
+        group.add_argument("--against", choices=against, help="; ".join(f"{name}: {AGAINST[name]}" for name in against))
     group.add_argument("--plot", metavar="FILE",
                        help=f"PNG to write (default qwen15_bench_{what}.png, if matplotlib is installed)")
     group.add_argument("--no_plot", action="store_true", help="write none")

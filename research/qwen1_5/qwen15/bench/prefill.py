@@ -21,7 +21,7 @@ def parser() -> Parser:
     made.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N",
                       help="of the prompt (default 512)")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, against=options.AGAINST)
+    options.add_run(made, WHAT, against=tuple(options.AGAINST))
     return made
 
 
@@ -60,23 +60,17 @@ def _measure(ours: Ours, others: Mapping[str, Union[Ours, hf.HuggingFace]], toke
     read = work.decode_bytes(ours.dims, dtype, 1, tokens, ours.quantised_bytes)
     flop = work.prefill_flop(ours.dims, tokens)
     whole_s = rounds.median_seconds(mine)
-    row = {"tokens": tokens, "ms": whole_s * 1e3, "tokens_per_s": tokens / whole_s,
+    return {"tokens": tokens, "ms": whole_s * 1e3, "tokens_per_s": tokens / whole_s,
            "own_ms": rounds.median_own_seconds(mine) * 1e3,
-           "read_bytes": read, "flop": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples)}
-    for name in others:
-        row.update({f"{name}_tokens_per_s": tokens / rounds.median_seconds(samples[name]),
-                    f"ratio_{name}": rounds.ratio(mine, samples[name])})
-    return row
+           "read_bytes": read, "flop": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples),
+           **rounds.compared(samples, tokens)}
 
 
 COLUMNS = (
     Column("tokens", text("tokens")), Column("ms", number("ms")), Column("tokens/s", number("tokens_per_s")),
     Column("of it not kernels, ms", number("own_ms", ".2f")),
     Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")),
-    Column("of peak", number("of_peak", ".2f")), Column("transformers, tokens/s", number("hf_tokens_per_s")),
-    Column("times transformers", number("ratio_hf", ".2f")),
-    Column("bfloat16, tokens/s", number("bfloat16_tokens_per_s")),
-    Column("times bfloat16", number("ratio_bfloat16", ".2f")),
+    Column("of peak", number("of_peak", ".2f")), *report.COMPARED,
 )
 
 

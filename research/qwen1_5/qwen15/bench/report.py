@@ -42,6 +42,15 @@ def text(key: str) -> Callable[[Mapping[str, Any]], Optional[str]]:
     return lambda row: None if row.get(key) is None else str(row[key])
 
 
+COMPARED = (
+    Column("transformers, tokens/s", number("hf_tokens_per_s")),
+    Column("times transformers", number("ratio_hf", ".2f")),
+    Column("bfloat16, tokens/s", number("bfloat16_tokens_per_s")),
+    Column("times bfloat16", number("ratio_bfloat16", ".2f")),
+)
+"""What `rounds.compared` gives."""
+
+
 def machine() -> Dict[str, Any]:
     """This machine: CPU, cores this process may use, memory."""
     return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(_memory_bytes() / 1e9, 1),

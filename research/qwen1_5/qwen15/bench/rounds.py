@@ -106,3 +106,14 @@ def as_json(samples: Mapping[str, Sequence[Sample]]) -> Dict[str, Dict[str, List
 def ratio(ours: Sequence[Sample], theirs: Sequence[Sample]) -> float:
     """Median over the rounds of their seconds over ours: 2 is twice as fast."""
     return statistics.median(b.seconds / a.seconds for a, b in zip(ours, theirs))
+
+
+def compared(samples: Mapping[str, Sequence[Sample]], tokens: int) -> Dict[str, float]:
+    """Of everyone who took turns with "qwen15": tokens a second, each run having so many, and our times as fast."""
+    ours = samples["qwen15"]
+    row: Dict[str, float] = {}
+    for name, theirs in samples.items():
+        if theirs is not ours:
+            row[f"{name}_tokens_per_s"] = tokens / median_seconds(theirs)
+            row[f"ratio_{name}"] = ratio(ours, theirs)
+    return row
