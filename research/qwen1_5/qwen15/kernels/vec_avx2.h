@@ -87,11 +87,15 @@ inline V v_load_part_f16(const uint16_t* p, int n) {
   return v_load_f16(whole);
 }
 
+// Of 2 W bf16 the even and the odd ones.
+#define QWEN15_SPLIT 1
+inline V v_even_bf16(__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+inline V v_odd_bf16(__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000))); }
 // 2 W bf16: the even ones to v[0], the odd ones to v[1]; and back into their order.
 inline void v_load_bf16_pair(const uint16_t* p, V* v) {
   __m256i x = _mm256_loadu_si256((const __m256i*)p);
-  v[0] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-  v[1] = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000)));
+  v[0] = v_even_bf16(x);
+  v[1] = v_odd_bf16(x);
 }
 inline void v_load_part_bf16_pair(const uint16_t* p, int n, V* v) {
   uint16_t whole[2 * W] = {0};
@@ -117,10 +121,6 @@ typedef __m256i S;
 
 inline I i_zero() { return _mm256_setzero_si256(); }
 inline V i_float(I x) { return _mm256_cvtepi32_ps(x); }
-// Of 2 W bf16 the even and the odd ones.
-#define QWEN15_SPLIT 1
-inline V v_even_bf16(S x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-inline V v_odd_bf16(S x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000))); }
 inline S s_load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline S s_load_bytes(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }  // 2 W int8
 inline S s_nibble(S v, int k) {  // bits 4k to 4k + 3 of each

@@ -28,8 +28,8 @@ inline V v_sub(V a, V b) { return vsubq_f32(a, b); }
 inline V v_mul(V a, V b) { return vmulq_f32(a, b); }
 inline V v_div(V a, V b) { return vdivq_f32(a, b); }
 inline V v_fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
-// b where one of them is no number, as on other CPUs
 inline V v_mac(V acc, V a, V b) { return v_fma(a, b, acc); }
+// b where one of them is no number, as on other CPUs
 inline V v_max(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 inline V v_min(V a, V b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 inline float v_sum(V v) { return vaddvq_f32(v); }
