@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascend_worker import PARENT, nursery_socket
+from fork_server import folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "research/qwen1_5/qwen15/"
@@ -131,7 +131,7 @@ def noticed(mutation: Mutation) -> tuple[bool, str]:
         (copy / file).write_text(changed, encoding="utf-8")
         path, _, selected = mutation.tests.partition(" -k ")
         command = [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{path}", *(["-k", selected] if selected else [])]
-        environ = {**os.environ, "PYTHONPATH": str(copy / "research" / "qwen1_5"), PARENT: nursery_socket()}
+        environ = {**os.environ, "PYTHONPATH": str(copy / "research" / "qwen1_5")}
         try:
             done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environ)
         except subprocess.TimeoutExpired:
@@ -143,6 +143,7 @@ def noticed(mutation: Mutation) -> tuple[bool, str]:
 
 def main(names: list[str]) -> int:
     """Try the mutations named, or all; exit code 1 when one goes unnoticed."""
+    folder()  # one server for them all
     missed = []
     for name in names or MUTATIONS:
         found, last = noticed(MUTATIONS[name])

@@ -1,103 +1,88 @@
-"""Runs the converters and a save in forked children, to be killed, starved of disk or fed with damaged files.
+"""Runs the converters and a save in forks, to be killed, starved of disk or fed with damaged files."""
 
-    python attack_worker.py MODULE_FOLDER [MODULE]...
-
-The parent imports them once, and the modules that are named, so that a case costs the work itself. A line of JSON on
-stdin is a case, a line on stdout its end: {"argv": [script or "save", ...], "kill_after_s": number or null, "limit_s":
-number, "hide_full_disk": true}.
-"""
-
-import contextlib
-import importlib
-import json
 import os
-import select
 import shutil
-import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-sys.path.insert(0, sys.argv[1])
+from fork_server import Job
 
-import convert_reversed  # noqa: E402
-import convert_weight  # noqa: E402
-import numpy  # noqa: E402, F401
-import transform_ckpt  # noqa: E402
-from qwen15.commands.saved_chat import SavedChats  # noqa: E402
-from qwen15.conversion import hugging_face, reslice, run  # noqa: E402, F401
-from qwen15.errors import run_main  # noqa: E402
-
-for name in sys.argv[2:]:
-    importlib.import_module(name)
+MODULE = Path(__file__).resolve().parent.parent / "research" / "qwen1_5"
 
 
-def save(argv):
-    """/save of a conversation with so many characters: a new file, and the same once more."""
-    path, size = argv
-    chats = SavedChats()
-    chats.save(path, {"messages": [{"role": "user", "content": "x" * int(size)}]})
-    chats.save(path, {"messages": [{"role": "user", "content": "y" * int(size)}]})
+def attack(*argv, kill_after_s=None, limit_s=60, hide_full_disk=False, server="attack_worker.warm_up"):
+    """Start a case and kill it when its time comes.
+
+    Args:
+        argv: the script's name, or "save", and its arguments.
+        kill_after_s: seconds, None to let it end.
+        limit_s: seconds within which it has to.
+        hide_full_disk: it finds plenty of room on any disk.
+        server: what its process has imported: `warm_up`, or `warm_up_mindspore` for what runs the network's layers.
+
+    Returns:
+        {"code", "out", "err", "killed", "seconds"}: its exit code, a signal's number negative; whether it was killed.
+
+    Raises:
+        AssertionError: it did not end within the limit.
+    """
+    with open(os.devnull, "rb") as nothing, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        begin_s = time.monotonic()
+        with Job(server, "attack_worker.carry_out", [list(map(str, argv)), hide_full_disk], folder=os.getcwd(),
+                 streams=[nothing.fileno(), out.fileno(), err.fileno()], environ=os.environ) as job:
+            code = job.wait(limit_s if kill_after_s is None else kill_after_s)
+            killed = code is None
+            if killed:
+                job.kill()
+                code = job.wait()
+            seconds = time.monotonic() - begin_s
+        assert not killed or kill_after_s is not None, f"still at work after {limit_s} s: {argv}"
+        out.seek(0)
+        err.seek(0)
+        return {"code": code, "out": out.read(), "err": err.read(), "killed": killed and code < 0, "seconds": seconds}
 
 
-MAINS = {"convert_weight.py": convert_weight.main, "convert_reversed.py": convert_reversed.main,
-         "transform_ckpt.py": transform_ckpt.main, "save": save}
+def warm_up():
+    """Import the converters."""
+    sys.path[0] = str(MODULE)
+    import convert_reversed  # noqa: F401
+    import convert_weight  # noqa: F401
+    import numpy  # noqa: F401
+    import transform_ckpt  # noqa: F401
+    from qwen15.commands import saved_chat  # noqa: F401
+    from qwen15.conversion import hugging_face, reslice, run  # noqa: F401
 
 
-def child(case, out, err):
-    """The case itself; never returns."""
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    os.setpgid(0, 0)
-    sys.argv = case["argv"]
-    if case.get("hide_full_disk"):  # as when somebody else fills the disk after the room was looked at
+def warm_up_mindspore():
+    """And MindSpore."""
+    warm_up()
+    import mindspore  # noqa: F401
+
+
+def carry_out(argv, hide_full_disk):
+    """Be the case."""
+    from qwen15.errors import run_main
+
+    sys.argv = argv
+    if hide_full_disk:  # as when somebody else fills the disk after the room was looked at
         plenty = shutil.disk_usage("/")._replace(free=2 ** 50)
         shutil.disk_usage = lambda path: plenty
+    main = save if argv[0] == "save" else sys.modules[argv[0][:-len(".py")]].main
     code = 70
     try:
-        code = run_main(lambda _: MAINS[case["argv"][0]](case["argv"][1:]))
+        code = run_main(lambda _: main(argv[1:]))
         sys.stdout.flush()
     finally:
         os._exit(code)
 
 
-def carry_out(case):
-    """Start the case, kill it when its time comes; gives what became of it."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        begin_s = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
-            child(case, out, err)
-        killed = None
-        after_s = case.get("kill_after_s")
-        if not ended(pid, case["limit_s"] if after_s is None else after_s):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            killed = "limit" if after_s is None else "asked"
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read())
-        return {"code": code, "out": texts[0], "err": texts[1], "killed": killed if code == -signal.SIGKILL else None,
-                "seconds": time.monotonic() - begin_s}
+def save(argv):
+    """/save of a conversation with so many characters: a new file, and the same once more."""
+    from qwen15.commands.saved_chat import SavedChats
 
-
-def ended(pid, within_s):
-    """Wait for the child's end, to a millisecond; whether it came."""
-    if not hasattr(os, "pidfd_open"):
-        deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                return True
-            time.sleep(0.001)
-        return False
-    fd = os.pidfd_open(pid)
-    try:
-        return bool(select.select([fd], [], [], max(0.0, within_s))[0])
-    finally:
-        os.close(fd)
-
-
-for line in sys.stdin:
-    print(json.dumps(carry_out(json.loads(line))), flush=True)
+    path, size = argv
+    chats = SavedChats()
+    chats.save(path, {"messages": [{"role": "user", "content": "x" * int(size)}]})
+    chats.save(path, {"messages": [{"role": "user", "content": "y" * int(size)}]})

@@ -86,7 +86,7 @@ class Terminal:
         if arguments[0] == sys.executable and warm_commands.can_run(arguments, environ):
             self.fd, theirs = pty.openpty()
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
-            self._warm = warm_commands.Command(arguments[1:], MODULE, environ, [theirs])
+            self._warm = warm_commands.start(arguments[1:], MODULE, environ, [theirs])
             self.pid = self._warm.pid
             os.close(theirs)
         else:

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings would bury the tests' own output
@@ -28,16 +29,16 @@ DATA = Path(os.environ.get("QWEN15_TEST_DATA", ROOT / "models"))
 sys.path.insert(0, str(MODULE))
 
 
-ALONE = ("test_bench_convert", "test_kernels_selection", "test_startup", "test_tokenizer_speed")
-"""Files whose tests measure time or count threads: nothing runs beside them. Of a run in two parts this
+ALONE = ("test_startup", "test_tokenizer_speed")
+"""Files whose tests measure time: nothing runs beside them. Of a run in two parts this
 is the one that the environment variable QWEN15_TEST_PART calls `alone`; the other is `beside`."""
 
-LONGEST = ("test_ascend_graphs", "test_kernels", "test_docs", "test_network", "test_bench", "test_tokenizer",
-           "test_launch_faults", "test_launch_machines", "test_tensor_parallel", "test_repl", "test_launch_bench",
-           "test_launch", "test_ascend_emulation", "test_speculate_runs", "test_launch_predict", "test_launch_cluster",
-           "test_tokenizer_mindformers", "test_serve", "test_convert_faults", "test_quantised_network", "test_hub",
-           "test_batch", "test_ascend_plugin", "test_api", "test_predict", "test_calibration", "test_types",
-           "test_launch_speculate", "test_launch_chat")
+LONGEST = ("test_ascend_graphs", "test_bench", "test_tokenizer", "test_docs", "test_ascend_emulation",
+           "test_launch_faults", "test_launch_machines", "test_repl", "test_speculate_runs", "test_tensor_parallel",
+           "test_network", "test_launch_predict", "test_launch_bench", "test_kernels", "test_launch",
+           "test_launch_cluster", "test_tokenizer_mindformers", "test_serve", "test_convert_faults",
+           "test_quantised_network", "test_hub", "test_batch", "test_ascend_plugin", "test_api", "test_predict",
+           "test_calibration", "test_types", "test_launch_speculate", "test_launch_chat")
 """Files that take longest, longest first."""
 
 
@@ -45,6 +46,13 @@ EVERY = int(os.environ.get("QWEN15_TEST_EVERY", "1"))
 """One case in so many of each test runs: sanitizers and emulators are slow. Which ones, QWEN15_TEST_SEED says."""
 if EVERY > 1:
     os.environ.setdefault("QWEN15_TEST_SEED", str(random.randrange(10 ** 6)))  # the same in all processes of this run
+
+
+def pytest_configure(config):
+    """Processes that run tests side by side share the servers that fork (fork_server.py), and take files in the order
+    that is given below: xdist's own begins with those that have most tests, which are the short ones."""
+    fork_server.folder()
+    config.option.loadscopereorder = False
 
 
 def pytest_report_header():

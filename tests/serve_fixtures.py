@@ -16,6 +16,7 @@ import urllib.request
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import warm_commands
 from conftest import MODULE
 
 TOOL_TEMPLATE = (
@@ -34,7 +35,7 @@ class Server:
         said: lines of its stderr so far.
     """
 
-    def __init__(self, process: subprocess.Popen):
+    def __init__(self, process: Any):
         self.process = process
         self.said: List[str] = []
         self._up = threading.Event()
@@ -96,13 +97,48 @@ def _value(data: bytes) -> Any:
         return data.decode()
 
 
+class _Forked:
+    """What is asked of a `subprocess.Popen` here, of a command in a fork."""
+
+    def __init__(self, arguments: List[str], environ: Dict[str, str]):
+        said, theirs = os.pipe()
+        with open(os.devnull, "r+b") as nothing:
+            self._job = warm_commands.start(arguments, MODULE, environ, [nothing.fileno(), nothing.fileno(), theirs])
+        os.close(theirs)
+        self.pid, self.stderr, self._code = self._job.pid, os.fdopen(said, encoding="utf-8"), None
+
+    def poll(self) -> Optional[int]:
+        return self._wait(0)
+
+    def wait(self, timeout: float) -> int:
+        code = self._wait(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired("a forked server", timeout)
+        return code
+
+    def _wait(self, timeout_s: float) -> Optional[int]:
+        if self._code is None:
+            self._code = self._job.wait(timeout_s)
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._job.kill()
+
+
 @contextmanager
 def serving(yaml: Any, *flags: str, command: Optional[List[str]] = None, **environ: str) -> Iterator[Server]:
     """Start a server, and end it by SIGTERM unless it has ended."""
-    process = subprocess.Popen(
-        command or [sys.executable, "-m", "qwen15", "serve", "--config", str(yaml), "--device_target", "CPU", "--port",
-                    "0", *flags],
-        cwd=MODULE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **environ})
+    command = command or [sys.executable, "-m", "qwen15", "serve", "--config", str(yaml), "--device_target", "CPU",
+                          "--port", "0", *flags]
+    environ = {**os.environ, **environ}
+    if command[0] == sys.executable and warm_commands.can_run(command, environ):
+        process = _Forked(command[1:], environ)
+    else:
+        process = subprocess.Popen(command, cwd=MODULE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   env=environ)
     try:
         yield Server(process)
     finally:

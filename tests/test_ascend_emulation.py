@@ -11,6 +11,7 @@ from conftest import require
 require("torch", "transformers", "mindformers")
 
 VERSION = functools.partial(pytest.param, marks=pytest.mark.version)
+rare = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 LIMITS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 """Largest error of a logit, as a fraction of the largest logit. Measured: 1e-6, 1e-3, 7e-3."""
@@ -26,7 +27,7 @@ def worker(tmp_path_factory):
     worker.close()
 
 
-@pytest.mark.parametrize("kv_heads, tied", ((4, False), (4, True), (2, False), VERSION(2, True), (1, True)),
+@pytest.mark.parametrize("kv_heads, tied", ((4, False), rare(4, True), rare(2, False), VERSION(2, True), (1, True)),
                          ids=("multi_head", "multi_head_tied", "grouped", "grouped_tied", "one_kv_head_tied"))
 def test_float32_generates_the_tokens_of_hugging_face(worker, tmp_path, kv_heads, tied):
     found = worker.call("ascend_cases.compare", folder=str(tmp_path), kv_heads=kv_heads, tied=tied, dtype="float32")
@@ -63,8 +64,8 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("scheme", [
-    VERSION(scheme) if scheme in ("int8_groups_of_128_zero_points", "int4_with_int8_table") else scheme
-    for scheme in QUANTISED])
+    VERSION(scheme) if scheme in ("int8_groups_of_128_zero_points", "int4_with_int8_table") else
+    scheme if scheme in ("int8", "int4_whole_rows") else rare(scheme) for scheme in QUANTISED])
 def test_quantised_weights_generate_what_the_dequantised_ones_do_in_hugging_face(worker, tmp_path, scheme):
     found = worker.call("ascend_cases.compare", folder=str(tmp_path), kv_heads=2, tied=False, dtype="float32",
                         quantised=QUANTISED[scheme])
@@ -90,7 +91,7 @@ def test_a_conversation_that_keeps_its_cache_is_prefilled_whole(worker, tmp_path
     assert len(turns) == 2 and all(ours == theirs and len(ours) == 6 for ours, theirs in turns)
 
 
-@pytest.mark.parametrize("mutation", ("gate_up", "theta", "eps", "q_bias", "k_bias", "v_bias"))
+@pytest.mark.parametrize("mutation", ("gate_up", "theta", "eps", "q_bias", rare("k_bias"), rare("v_bias")))
 def test_the_comparison_notices(worker, tmp_path, mutation):
     """Each fault moves the logits by far more than the limits, also that of bfloat16: agreement above is not an
     accident."""

@@ -16,7 +16,8 @@ SIZES = Dims(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, nu
 PROMPT, LENGTH = "Hello world", 10
 
 
-@pytest.mark.parametrize("imported", (True, pytest.param(False, marks=pytest.mark.version)),
+@pytest.mark.parametrize("imported", (pytest.param(True, marks=pytest.mark.slow),
+                                      pytest.param(False, marks=pytest.mark.version)),
                          ids=("imported", "REGISTER_PATH"))
 def test_trainer_continues_as_the_checkpoint_says(module_dir, qwen_vocabulary, tmp_path, imported):
     tensors = model.random_weights(SIZES)

@@ -3,6 +3,7 @@
 Some cases of each run by default; the slow ones are as many as docs/reliability.md states.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -11,20 +12,19 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from attack_worker import attack
 from checkpoint_fixtures import dims, model_contents, write_model
 from command_fixtures import make_random
-from conftest import MODULE
+from conftest import MODULE, require
 from quantised_fixtures import Form, write_quantised
 from qwen15 import naming
 from qwen15.checkpoint.quantised import SCALE, dequantise
 from qwen15.text.bpe import byte_alphabet
 
 SIZES = dims(hidden=128, intermediate=384, layers=3, heads=8, kv_heads=4, head_dim=16, vocab=4000)
-LIMIT_S = 60
 SEED = int(os.environ.get("QWEN15_ATTACK_SEED", "20"))
 
 
@@ -34,43 +34,17 @@ def cases(some, all_of_them):
         pytest.mark.slow, pytest.mark.timeout(3600)])])
 
 
-class Worker:
-    """attack_worker.py, started once, with modules that it imports before its first case."""
-
-    def __init__(self, *modules):
-        script = str(Path(__file__).with_name("attack_worker.py"))
-        self._process = subprocess.Popen([sys.executable, script, str(MODULE), *modules], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True)
-
-    def __call__(self, *argv, kill_after_s=None, hide_full_disk=False, limit_s=LIMIT_S):
-        case = {"argv": list(map(str, argv)), "kill_after_s": kill_after_s, "limit_s": limit_s,
-                "hide_full_disk": hide_full_disk}
-        self._process.stdin.write(json.dumps(case) + "\n")
-        self._process.stdin.flush()
-        done = json.loads(self._process.stdout.readline())
-        assert done["killed"] != "limit", f"still at work after {limit_s} s: {argv}"
-        return done
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait(30)
-        self._process.stdout.close()
-
-
 @pytest.fixture(scope="module")
 def worker():
-    made = Worker()
-    yield made
-    made.close()
+    return attack
 
 
 @pytest.fixture(scope="module")
-def workers(worker):
+def workers():
     """By kind of work: calibrating runs the layers, so MindSpore is there before the first case."""
-    pytest.importorskip("mindspore")
-    calibrating = Worker("mindspore")
-    yield {kind: calibrating if kind == "calibrate" else worker for kind in WORK}
-    calibrating.close()
+    require("mindspore")
+    calibrating = functools.partial(attack, server="attack_worker.warm_up_mindspore")
+    return {kind: calibrating if kind == "calibrate" else attack for kind in WORK}
 
 
 def tree(path):
@@ -101,6 +75,7 @@ WORK = {
     "calibrate": ("convert_weight.py", "m", ["--torch_ckpt_dir", "{hf}", "--quantize", "int4", "--format", "folder",
                                              "--calibrate", "{text}", "--mindspore_ckpt_path"]),
     "reverse": ("convert_reversed.py", "m", ["--mindspore_ckpt_path", "{ms}", "--torch_ckpt_path"]),
+    "cut": ("transform_ckpt.py", "m", ["--src_ckpt_dir", "{ms}", "--model_parallel", "2", "--dst_ckpt_dir"]),
     "merge": ("transform_ckpt.py", "m.safetensors", ["--src_ckpt_dir", "{slices}", "--dst_ckpt_dir"]),
 }
 

@@ -195,7 +195,11 @@ def parser() -> Parser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Command line."""
+    """Command line: exit code 0 when every comparison passes, 1 when one fails or could not be made.
+
+    Raises:
+        UserError: there is no card, or it does not answer.
+    """
     args = parser().parse_args(argv)
     device.refuse_foreign()
     found = device.find_ascend()

@@ -39,7 +39,7 @@ class Contract:
     otherwise: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-def contracts(dtype: str, head_dim: int, prepare: Callable[[Any], Any] = lambda cell: None) -> Iterator[Contract]:
+def contracts(dtype: str, head_dim: int, prepare: Callable[[Any], Any]) -> Iterator[Contract]:
     """Run every operator on the device.
 
     Args:

@@ -128,7 +128,7 @@ def _accepted_cann() -> tuple[str, ...]:
     return tuple(re.findall(r"\d+\.\d+", listed[1])) if listed else ()
 
 
-def versions(cann: Optional[str], root: str = "/") -> list[Finding]:
+def versions(cann: Optional[str], root: str) -> list[Finding]:
     """CANN, driver and firmware against what the installed MindSpore wants."""
     want = wanted()
     findings = []

@@ -28,9 +28,10 @@ def dims(ranks: int = 1, tied: bool = False) -> Dims:
                 num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=1024, tie_word_embeddings=tied)
 
 
-def random_weights(sizes: Dims, seed: int = 0) -> Dict[str, np.ndarray]:
-    """Hugging Face name -> float32 array, so large that logits differ clearly; biases and norms not just 0 and 1."""
-    random = np.random.default_rng(seed)
+def random_weights(sizes: Dims) -> Dict[str, np.ndarray]:
+    """Hugging Face name -> float32 array, the same at every call, so large that logits differ clearly; biases and norms
+    not just 0 and 1."""
+    random = np.random.default_rng(0)
     tensors = {}
     for weight in naming.weights(sizes):
         if weight.hf.endswith("bias"):
@@ -48,6 +49,12 @@ def random_weights(sizes: Dims, seed: int = 0) -> Dict[str, np.ndarray]:
 def save(folder: str, sizes: Dims, tensors: Dict[str, np.ndarray], ranks: int = 1, vocab_emb_dp: bool = True,
          dtype: str = "bfloat16", device_target: str = "Ascend") -> str:
     """Write config.json, model.safetensors and predict.yaml to `folder`.
+
+    Args:
+        folder: where to, an existing one.
+        sizes: of the model.
+        tensors: Hugging Face name -> float32 array, see `random_weights`.
+        ranks, vocab_emb_dp, dtype, device_target: what the YAML says.
 
     Returns:
         The YAML's path.
