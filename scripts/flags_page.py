@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -65,8 +66,11 @@ def rows(actions: List[argparse.Action]) -> List[Row]:
 
 
 def _text(action: argparse.Action) -> str:
-    """What --help says, with ~ for the home folder of whoever runs this."""
-    return (str(action.help) % vars(action)).replace(str(Path.home()), "~")
+    """What --help says, with the usual names for the cache and home folders of whoever runs this."""
+    said = str(action.help) % vars(action)
+    if os.environ.get("XDG_CACHE_HOME"):
+        said = said.replace(os.environ["XDG_CACHE_HOME"], "~/.cache")
+    return said.replace(str(Path.home()), "~")
 
 
 def commands() -> Iterator[Tuple[str, List[Row], List[Row]]]:
@@ -82,12 +86,6 @@ def commands() -> Iterator[Tuple[str, List[Row], List[Row]]]:
 def launcher() -> List[Row]:
     """The positions of the launcher, from its usage."""
     return [(f"`{name}`", "", text) for name, text in re.findall(r"^  ([A-Z_]+)  +(.*)$", USAGE, re.M)]
-
-
-def sentences() -> List[str]:
-    """Every help sentence once."""
-    found = [row[2] for _, own, shared in commands() for row in own + shared] + [row[2] for row in launcher()]
-    return list(dict.fromkeys(found + [verb.what for verb in VERBS.values()]))
 
 
 def page(language: str) -> str:

@@ -29,7 +29,8 @@ NOT_RUN = (
     (r"^docker ", "needs a container engine"),
     (r"qwen15 serve|^curl ", "the server's own tests do that"),
     (r"bench (numerics|serve)|small-int8", "takes minutes with a real model"),
-    (r"bench (scaling|neighbour)", "takes minutes, and tests/test_bench.py runs both on a tiny model"),
+    (r"bench (scaling|neighbour|decode --(dtype|size)|prefill)",
+     "takes minutes; tests/test_bench.py runs each on less"),
     (r"14b-int4", "takes a file of 8.5 GB and minutes"),
 )
 """Pattern of a command -> why it is not run here."""
@@ -58,9 +59,9 @@ def commands():
     return [(page, command) for command, page in seen.items()]
 
 
-SLOW = r"msrun_launcher\.sh .*smollm2"
-"""Commands that run with the slow tests: several ranks of the real small model. tests/test_launch_chat.py has the same
-with a smaller one."""
+SLOW = r"msrun_launcher\.sh"
+"""Commands that run with the slow tests: several ranks. tests/test_launch_predict.py has the README's with the real
+vocabulary, and tests/test_launch_chat.py a conversation with a smaller model."""
 
 COMMANDS = commands()
 
@@ -178,3 +179,11 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
         if not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), target
+
+
+def test_the_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    places = (ROOT, MODULE, MODULE / "qwen15", MODULE / "qwen15" / "checkpoint")
+    named = re.findall(r"`([\w/*.]+\.(?:py|sh|cpp|md))`", text)
+    assert len(named) > 30
+    assert [name for name in named if not any(list(place.glob(name)) for place in places)] == []

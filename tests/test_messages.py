@@ -8,7 +8,9 @@ from conftest import MODULE, ROOT
 
 
 def texts():
-    """Every piece of text in the sources: f-strings fall into pieces where a value stands."""
+    """Every piece of text in the sources, in pieces where a value stands in it; of the kernels the whole source."""
+    for path in sorted(MODULE.rglob("*.cpp")):
+        yield path.read_text("utf-8")
     for path in sorted(MODULE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
