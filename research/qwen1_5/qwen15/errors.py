@@ -53,8 +53,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> Optional[str]:
 def run_main(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line's `main` and turn every way it can end into an exit code.
 
-    A `UserError` prints its one line. Ctrl-C gives 130. Any other exception is a defect of ours: its last line is
-    printed with the way to see the rest. `--debug` among the arguments (or `QWEN15_DEBUG=1`) shows tracebacks.
+    A `UserError` prints its one line, and so does a package that is not installed. Ctrl-C gives 130. Any other
+    exception is a defect of ours: its last line is printed with the way to see the rest. `--debug` among the arguments
+    (or `QWEN15_DEBUG=1`) shows tracebacks.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments or os.environ.get("QWEN15_DEBUG") == "1"
@@ -77,9 +78,20 @@ def run_main(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Opt
     except Exception as error:  # the last stop before the user
         if debug:
             traceback.print_exc()
+        missing = _missing_package(error)
+        if missing:
+            fix = "Install this program and its packages, `pip install .` in its folder, or use the Python that has it."
+            _tell(f"error: {UserError(f'has no package {missing}', sys.executable, fix)}")
+            return EXIT_FAILED
         summary = terminal.line(" ".join(f"{type(error).__name__}: {error}".split()))
         _tell(f"error: {summary} (unexpected; run again with --debug for the traceback)")
         return EXIT_FAILED
+
+
+def _missing_package(error: Exception) -> str:
+    """The package that a failed import needs; "" for another error, and for what should be in one that is there."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return "" if not name or "." in name or name == __package__ else name
 
 
 def _flushed(main: Callable[[Optional[Sequence[str]]], Optional[int]], argv: Optional[Sequence[str]]) -> int:

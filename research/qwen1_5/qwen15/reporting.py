@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
-from typing import Callable, Iterator, Optional, Set, TextIO
+from typing import Callable, Iterator, Optional, Sequence, Set, TextIO
 
 from . import terminal
 from .device import env_rank
@@ -25,7 +25,7 @@ class Reporter:
         stream: where to, None for stderr.
     """
 
-    def __init__(self, level: str = "info"):
+    def __init__(self, level: str):
         self.stream: Optional[TextIO] = None
         self._most = LEVELS.index(level)
         self._said: Set[str] = set()
@@ -55,6 +55,15 @@ class Reporter:
     def _say(self, level: str, line: str) -> None:
         if self.shows(level):
             print("\n".join(map(terminal.line, line.split("\n"))), file=self.stream or sys.stderr, flush=True)
+
+
+def begin(level: str, notes: Sequence[str]) -> Reporter:
+    """A run's reporter, when it has said what was noted in the configuration; frameworks are quiet from now on."""
+    report = Reporter(level)
+    for note in notes:
+        report.warning(note)
+    quiet_frameworks(level)
+    return report
 
 
 def quiet_frameworks(level: str) -> None:

@@ -1,6 +1,7 @@
-"""Ctrl-C while a command imports: held back until `errors.run_main` can tell of it in a line.
+"""First thing in a command: Ctrl-C while it imports is held back until `errors.run_main` can tell of it in a line.
 
 A command calls `hold` before its other imports, which take long enough to be interrupted, and would end in a traceback.
+Whether somebody has called it tells a command's process from a program that imports the package.
 """
 
 from __future__ import annotations
@@ -8,11 +9,18 @@ from __future__ import annotations
 import signal
 
 _before = None
+_is_command = False
+
+
+def is_command() -> bool:
+    """Whether this process is a command's, which decides about its signals, and not another program's."""
+    return _is_command
 
 
 def hold() -> None:
     """Keep SIGINT pending from here on."""
-    global _before
+    global _before, _is_command
+    _is_command = True
     _before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 

@@ -1,5 +1,6 @@
 """Open checkpoints for reading, one tensor at a time: .safetensors, .ckpt and .bin files, and folders of them."""
 
+import contextlib
 import json
 import mmap
 import os
@@ -47,7 +48,11 @@ class Checkpoint:
     files: List["TensorFile"]
 
     def file_of(self, name: str) -> "TensorFile":
-        """The file that holds the tensor."""
+        """The file that holds the tensor.
+
+        Raises:
+            KeyError: no such tensor.
+        """
         raise NotImplementedError
 
     def read(self, name: str, axis: Optional[int] = None, start: int = 0, stop: Optional[int] = None) -> np.ndarray:
@@ -209,7 +214,7 @@ class TensorFile(Checkpoint):
 class TensorFolder(Checkpoint):
     """Several files that make one checkpoint, with or without an index."""
 
-    def __init__(self, path: str, names: Sequence[str], notes: Sequence[str] = (), index: Optional[str] = None):
+    def __init__(self, path: str, names: Sequence[str], notes: Sequence[str], index: Optional[str] = None):
         """Open every file of a folder.
 
         Args:
@@ -271,7 +276,7 @@ def _weight_map(index_path: str) -> Dict[str, str]:
         raise UserError("has no weight_map of tensor names to file names", index_path, "Download the index again.")
     for shard in weight_map.values():
         if shard != os.path.basename(shard) or format_of(shard) is None:
-            raise UserError(f"names a shard {shard!r}, which is no checkpoint file of this folder", index_path,
+            raise UserError(f"names a shard {shard!r}, which is not a checkpoint file in this folder", index_path,
                             "Download the index again.")
     return weight_map
 
@@ -371,7 +376,7 @@ def all_ranks(path: str) -> Dict[int, str]:
     return folders
 
 
-def open_ranks(path: str, formats: Sequence[str] = ("safetensors", "ckpt")) -> List[Checkpoint]:
+def open_ranks(path: str) -> List[Checkpoint]:
     """Open every `rank_x` folder of a folder of slices, in rank order.
 
     Raises:
@@ -381,14 +386,21 @@ def open_ranks(path: str, formats: Sequence[str] = ("safetensors", "ckpt")) -> L
     if not folders:
         raise UserError("has no rank_0, rank_1, ... folders", path)
     opened: List[Checkpoint] = []
-    try:
+    with closed_on_error(opened):
         for folder in folders.values():
-            opened.append(open_checkpoint(folder, formats))
+            opened.append(open_checkpoint(folder, ("safetensors", "ckpt")))
+    return opened
+
+
+@contextlib.contextmanager
+def closed_on_error(checkpoints: Sequence[Checkpoint]) -> Iterator[None]:
+    """Close them all if what is done within fails; they may become more meanwhile."""
+    try:
+        yield
     except BaseException:
-        for checkpoint in opened:
+        for checkpoint in checkpoints:
             checkpoint.close()
         raise
-    return opened
 
 
 def write_index(weight_map: Dict[str, str], total_size_bytes: int) -> bytes:

@@ -40,19 +40,19 @@ ARM_SOURCES: Dict[str, Sequence[str]] = {
 }
 """Sources of one instruction set each, with the flags no other source may be compiled with."""
 SOURCES: Sequence[str] = ("team.cpp", "dispatch.cpp", "layer.cpp", "operators.cpp", "ranks.cpp", "select.cpp",
-                          "probe.cpp", "reading.cpp", "isa_portable.cpp")
+                          "probe.cpp", "reading.cpp", "lost_files.cpp", "isa_portable.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread", "-Wall",
          "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 SANITIZERS = ("address", "undefined", "thread")
 
 
-def is_x86(target: Optional[str] = None) -> bool:
+def is_x86(target: Optional[str]) -> bool:
     """Whether `target`, a machine triple or None for this machine, is an x86 of 64 bits."""
     machine = target.split("-")[0] if target else platform.machine()
     return machine in ("x86_64", "amd64", "AMD64")
 
 
-def is_arm(target: Optional[str] = None) -> bool:
+def is_arm(target: Optional[str]) -> bool:
     """Whether `target`, a machine triple or None for this machine, is an ARM of 64 bits."""
     machine = target.split("-")[0] if target else platform.machine()
     return machine in ("aarch64", "arm64")
