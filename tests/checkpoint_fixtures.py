@@ -16,7 +16,7 @@ from qwen15.checkpoint.tensors import TensorInfo, element_count, itemsize, total
 from qwen15.naming import Dims
 
 LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "I64": "int64", "I8": "int8",
-                  "U8": "uint8"}
+                  "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
 SIDECARS = {"generation_config.json": '{"max_length": 7}\n', "vocab.json": '{"a": 0}\n',
             "merges.txt": "#version: 0.2\n",
             "tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}\n'}

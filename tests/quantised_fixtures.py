@@ -42,6 +42,7 @@ class Form:
     scale: str = "F16"
     biases: bool = False
     g_idx: bool = True
+    by_gptqmodel: bool = False
     settings_file: str = "config.json"
 
     def settings(self) -> dict:
@@ -75,6 +76,8 @@ class Form:
             "sym": self.sym,
             "desc_act": self.desc_act,
         }
+        if self.by_gptqmodel:
+            made["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
         return {**made, "checkpoint_format": "gptq_v2"} if self.version == 2 else made
 
 
@@ -86,6 +89,13 @@ def words(values: np.ndarray, bits: int, axis: int) -> np.ndarray:
     grouped = values.reshape(*values.shape[:-1], -1, per_word)
     packed = sum(grouped[..., i] << np.uint64(bits * i) for i in range(per_word)).astype(np.uint32)
     return np.ascontiguousarray(np.moveaxis(packed, -1, axis)).view(np.int32)
+
+
+def less_ones(packed: np.ndarray, bits: int) -> np.ndarray:
+    """GPTQModel's way from zero points to zero points less one: each word as one number, less 0x11111111 or 0x01010101,
+    so that a 0 borrows from its neighbour."""
+    ones = sum(1 << place for place in range(0, 32, bits))
+    return ((packed.view(np.uint32).astype(np.int64) - ones) % 2**32).astype(np.uint32).view(np.int32)
 
 
 def awq_words(values: np.ndarray) -> np.ndarray:
@@ -120,7 +130,10 @@ def quantised_linear(
     meaning = (s.astype(np.float32)[index] * (q - z[index]).astype(np.float32)).T
     if form.layout == "gptq":
         stored_z = (z - 1) % top if form.version == 1 else z
-        parts = {"qweight": words(q, form.bits, 0), "qzeros": words(stored_z, form.bits, 1), "scales": s}
+        qzeros = words(stored_z, form.bits, 1)
+        if form.by_gptqmodel and form.version == 1:
+            qzeros = less_ones(words(z, form.bits, 1), form.bits)
+        parts = {"qweight": words(q, form.bits, 0), "qzeros": qzeros, "scales": s}
         if form.g_idx or form.desc_act:
             parts["g_idx"] = index.astype(np.int32)
     elif form.layout == "awq":

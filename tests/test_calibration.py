@@ -211,9 +211,10 @@ def test_layers_that_are_done_are_not_calibrated_again(tiny, tmp_path, monkeypat
     (["--quantize", "int4", "--calibration_tokens", "9"], "--calibration_tokens: means nothing without --calibrate"),
     (["--quantize", "int4", "--calibrate", "nothing.txt"], "nothing.txt: cannot be read: No such file"),
     (["--quantize", "int4", "--calibrate", "short.txt", "--calibration_tokens", "-1"],
-     "--calibration_tokens: -1 tokens are too few to calibrate with, 64 are the least. 4096 are usual."),
+     "--calibration_tokens: -1 tokens are too few to calibrate with: it takes at least 64. 4096 are usual."),
     (["--quantize", "int4", "--calibrate", "/dev/zero"], "/dev/zero: has more than 268435456 bytes. Give a part"),
-    (["--quantize", "int4", "--calibrate", "short.txt"], "short.txt: 5 tokens are too few to calibrate with, 64 are"),
+    (["--quantize", "int4", "--calibrate", "short.txt"],
+     "short.txt: 5 tokens are too few to calibrate with: it takes at least 64"),
     (["--quantize", "int4", "--calibrate", "latin.txt"], "latin.txt: is not UTF-8 at byte 3"),
 ])
 def test_a_mistake_with_the_text_is_one_line(tiny, tmp_path, module_dir, flags, said):

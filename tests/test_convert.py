@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -339,6 +340,18 @@ def test_ranks_that_do_not_divide_are_refused_with_the_arithmetic(tmp_path, modu
                       "--model_parallel", 4)
     assert done.returncode == 2 and "n_kv_heads 2 is not divisible by model_parallel 4" in done.stderr
     assert "1, 2 ranks" in done.stderr
+
+
+@pytest.mark.parametrize("script, source, target", [
+    ("convert_weight.py", "--torch_ckpt_dir", "--mindspore_ckpt_path"),
+    ("convert_reversed.py", "--mindspore_ckpt_path", "--torch_ckpt_path"),
+    ("transform_ckpt.py", "--src_ckpt_dir", "--dst_ckpt_dir")])
+def test_a_source_that_is_not_there_is_named_itself_and_not_its_folder(tmp_path, module_dir, script, source, target):
+    write_config(tmp_path, dims())  # of another model, in the folder where the source would be
+    for name in ("no", "no/where", "no.safetensors", "no.ckpt"):
+        done = run_script(module_dir, script, source, tmp_path / name, target, tmp_path / "made")
+        said = f"error: {re.escape(str(tmp_path / name))}: no such file or folder"
+        assert done.returncode == 2 and re.match(said, done.stderr), done.stderr
 
 
 def test_going_the_wrong_way_is_recognised(tmp_path):

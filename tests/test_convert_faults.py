@@ -586,7 +586,7 @@ def test_what_comes_under_the_target_s_name_meanwhile_stays(tmp_path, monkeypatc
         mine.write_text("mine")
 
     at_the_end_of_moving(monkeypatch, act)
-    with pytest.raises(UserError, match="thesis.txt, which this" if overwrite else "has come into being while"):
+    with pytest.raises(UserError, match="thesis.txt, which this" if overwrite else "appeared while this was being"):
         convert(form, source, target, overwrite=overwrite)
     assert mine.read_text() == "mine"
 

@@ -26,6 +26,8 @@ FORMS = {
     "gptq-4-desc_act": Form(sym=False, desc_act=True),
     "gptq-8": Form(bits=8, settings_file="quantize_config.json"),
     "gptq-8-asym-v2-float32-scales": Form(bits=8, sym=False, version=2, scale="F32"),
+    "gptq-4-asym-gptqmodel": Form(sym=False, by_gptqmodel=True),
+    "gptq-8-asym-gptqmodel": Form(bits=8, sym=False, by_gptqmodel=True, desc_act=True),
     "awq-asym": Form("awq", sym=False),
     "awq-without-zero-points": Form("awq", group=32),
     "compressed-4": Form("compressed-tensors", scale="F32"),
@@ -278,6 +280,11 @@ DAMAGE = {
         {},
         "does not belong to gptq",
     ),
+    "a table of 4 bits": (
+        lambda c: {key.replace(BASE, "model.embed_tokens"): value for key, value in c.items()},
+        {},
+        "an embedding table of 4 bits is not supported",
+    ),
     "2 bits": (None, {"bits": 2}, "GPTQ with 2 bits is not supported"),
     "marlin": (None, {"checkpoint_format": "marlin"}, "marlin's layout"),
     "bitsandbytes": (None, {"quant_method": "bitsandbytes"}, "'bitsandbytes' is not supported"),
@@ -366,6 +373,12 @@ def test_a_damaged_or_foreign_quantised_checkpoint_gets_one_line(tmp_path, name)
         plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.ckpt")))
     assert said in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 2
     assert not (tmp_path / "x.ckpt").exists()
+
+
+def test_quantised_tensors_without_settings_are_told_where_those_belong(tmp_path):
+    write_quantised(tmp_path / "hf", Form(), quantization_config=None)
+    with pytest.raises(UserError, match="nothing beside them says which: put config.json .*quantize_config.json"):
+        plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.ckpt")))
 
 
 def test_truncated_quantised_weights_are_told_as_a_user_sees_it(tmp_path, module_dir):

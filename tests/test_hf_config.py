@@ -55,7 +55,7 @@ def test_what_transformers_writes_is_accepted():
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"layer_types": ["sliding_attention"]}, "layer_types"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "only rope_type default. Use the model without"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"hidden_size": -1}, "hidden_size -1"),

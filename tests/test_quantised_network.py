@@ -5,6 +5,7 @@ from __future__ import annotations
 import convert_weight
 import numpy as np
 import pytest
+from checkpoint_fixtures import dims, model_contents, write_config, write_model
 from conftest import random_model
 from quantised_fixtures import DIMS, Form, entry, write_quantised
 from qwen15 import naming
@@ -155,3 +156,16 @@ def test_memory_is_counted_as_the_checkpoint_is_stored(tmp_path):
     stored = sum(array.nbytes for array in safetensors_of(tmp_path / "q").values())
     assert memory_check.held(config).weights and sum(memory_check.held(config).weights) == stored
     assert need(config.model, config.parallel, "CPU", memory_check.held(config)).weight_bytes == stored
+
+
+@pytest.mark.parametrize("method, more", [
+    ("bitsandbytes", {"model.layers.0.mlp.up_proj.weight.absmax": ("F32", (2,), bytes(8))}),
+    ("fp8", {"model.layers.0.mlp.up_proj.weight_scale_inv": ("F32", (1, 1), bytes(4))}),
+    ("fp8", {"model.layers.0.mlp.up_proj.weight": ("F8_E4M3", (48, 32), bytes(48 * 32))}),
+])
+def test_a_folder_of_a_scheme_that_is_not_read_is_refused_by_its_name(method, more, tmp_path):
+    sizes = dims()
+    write_model(tmp_path, sizes, {**model_contents(sizes), **more})
+    write_config(tmp_path, sizes, quantization_config={"quant_method": method})
+    with pytest.raises(UserError, match=f"quant_method '{method}' is not supported"):
+        weights.open_weights(str(tmp_path), sizes)

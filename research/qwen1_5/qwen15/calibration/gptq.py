@@ -1,4 +1,4 @@
-"""Rounding a matrix so that what one column loses the columns after it make good (GPTQ), in NumPy and LAPACK.
+"""Rounding a matrix so that later columns make up for what earlier ones lose (GPTQ), in NumPy and LAPACK.
 
 For y = W x over the activations x of a calibration text, the squared error of a row depends on W through
 H = sum x x^T alone. Columns are rounded one after another; what rounding column i costs is taken off the columns behind

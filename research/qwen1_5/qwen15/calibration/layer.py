@@ -97,7 +97,7 @@ class Steps:
         return self._each(self._gate, sequences, [w[name] for name in names])
 
     def add(self, y: List[np.ndarray], weight: np.ndarray, x: List[np.ndarray]) -> List[np.ndarray]:
-        """x + y w^T of each sequence."""
+        """x + y w^T of each sequence: x (T, E), y (T, I), weight (E, I), float32."""
         held = self._tensor(weight)
         return [self._add(self._tensor(one), held, self._tensor(residual)).asnumpy() for one, residual in zip(y, x)]
 

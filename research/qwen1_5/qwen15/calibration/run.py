@@ -59,7 +59,7 @@ class Calibration:
     def __init__(self, text_path: str, folder: str, target: str, tokens: int = DEFAULT_TOKENS):
         self._where = text_path
         if tokens < LEAST_TOKENS:
-            raise UserError(f"{tokens} tokens are too few to calibrate with, {LEAST_TOKENS} are the least",
+            raise UserError(f"{tokens} tokens are too few to calibrate with: it takes at least {LEAST_TOKENS}",
                             "--calibration_tokens", f"{DEFAULT_TOKENS} are usual.")
         text = read_text(text_path)
         there = os.listdir(folder)
@@ -69,8 +69,8 @@ class Calibration:
                             "Copy the tokenizer's files into it.")
         self.ids = np.array(_first_ids(Qwen2Tokenizer.from_pretrained(folder), text, tokens), np.int64)
         if len(self.ids) < LEAST_TOKENS:
-            raise UserError(f"{len(self.ids)} tokens are too few to calibrate with, {LEAST_TOKENS} are the least and "
-                            f"some thousand are usual", text_path, "Give a longer text.")
+            raise UserError(f"{len(self.ids)} tokens are too few to calibrate with: it takes at least {LEAST_TOKENS}, "
+                            "and some thousand are usual", text_path, "Give a longer text.")
         self.length = min(SEQUENCE_TOKENS, len(self.ids))
         self.ids = self.ids[:len(self.ids) // self.length * self.length]
         self._scratch = os.path.abspath(target) + ".calibration"
@@ -242,7 +242,7 @@ def _one_layer(work: Steps, source: Checkpoint, weights: List[Weight], recipe: R
             factor = moments.factor()
         except ArithmeticError as error:
             raise UserError(f"{error} before {named[stage[0]].hf}, so nothing can be calibrated", source.path,
-                            "The source is damaged, or the text is none that this model reads.",
+                            "The source is damaged, or this model cannot read the text.",
                             exit_code=EXIT_FAILED) from None
         for short in stage:
             weight = named[short]

@@ -22,8 +22,9 @@ from .tensors import element_count
 
 _COMPARED_BYTES = 4 * 2 ** 20
 """What is compared at once of two tensors that should be equal."""
-_FOREIGN_QUANTISED = re.compile(
+FOREIGN_QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale_inv|absmax|quant_state\..+)$")
+"""Names of tensors that other tools' quantised checkpoints have and no other."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,9 @@ def _another_model(checkpoint: Checkpoint, stored: Mapping[str, str], expected: 
 def _missing_hint(checkpoint: Checkpoint, missing: Sequence[str], expected: Expected) -> str:
     if list(missing) in ([naming.HEAD.hf], [naming.HEAD.ms]):
         return f"If the head is the embedding, {expected.sizes_from} must say tie_word_embeddings true."
-    if any(_FOREIGN_QUANTISED.search(name) for name in checkpoint.infos):
-        return ("These are tensors of GPTQ, AWQ or the like: convert_weight.py reads the whole folder, config.json "
-                "included.")
+    if any(FOREIGN_QUANTISED.search(name) for name in checkpoint.infos):
+        return ("These are tensors of GPTQ, AWQ or the like, and nothing beside them says which: put config.json (with "
+                "quantization_config) or quantize_config.json of the same model there.")
     if expected.names == "hf" and any(naming.ms_to_hf(name) not in (None, name) for name in checkpoint.infos):
         return "These are MindSpore's names: convert_reversed.py goes from there to Hugging Face."
     if expected.names == "ms" and any(naming.hf_to_ms(name) not in (None, name) for name in checkpoint.infos):
@@ -202,7 +203,7 @@ def _surplus_hint(name: str, expected: Expected) -> str:
         return "Merge adapters into the weights first."
     if _is_concatenated(name):
         return "It was converted with qkv_concat; convert it again from Hugging Face without."
-    if _FOREIGN_QUANTISED.search(name):
+    if FOREIGN_QUANTISED.search(name):
         return "It is of a quantised model, the weights beside it are not: take all files from one model."
     return "Only dense Qwen1.5 and Qwen2 models are read."
 

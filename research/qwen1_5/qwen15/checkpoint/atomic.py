@@ -35,7 +35,7 @@ def partial_path(target: str) -> str:
     return os.path.join(folder, f".{name}.qwen15-partial")
 
 
-def is_ours(name: str, made: Sequence[str] = ()) -> bool:
+def is_ours(name: str, made: Sequence[str]) -> bool:
     """Whether a file of a folder (relative to it) is named as this program names its own.
 
     Args:
@@ -212,7 +212,7 @@ class AtomicFolder:
         self.path = partial_path(target)
         self._made = made
         if os.path.islink(self.path):
-            raise UserError("is a symbolic link, where a folder of what is not whole yet has its place", self.path,
+            raise UserError("is a symbolic link, and the folder with unfinished files belongs here", self.path,
                             "Remove the link.")
         with told(target):
             os.makedirs(self.path, exist_ok=True)
@@ -229,12 +229,12 @@ class AtomicFolder:
             for name in folders + files:
                 path = os.path.join(root, name)
                 if os.path.islink(path):
-                    raise UserError("is a symbolic link among files that are not whole yet", path, "Remove the link.")
+                    raise UserError("is a symbolic link among unfinished files", path, "Remove the link.")
         foreign = next((name for name in self.existing()
                         if not is_ours(name, self._made) and not _SLICE.fullmatch(name)), None)
         if foreign is not None:
-            raise UserError(f"holds {foreign}, which this program did not write, where what is not whole yet has its "
-                            "place", self.path, "Move that file away.")
+            raise UserError(f"holds {foreign}, which this program did not write, among unfinished files", self.path,
+                            "Move that file away.")
 
     def existing(self) -> List[str]:
         """Files in the scratch folder, relative to it, the lock and halves of files left out."""
@@ -321,7 +321,7 @@ class AtomicFolder:
 
 
 def _came_meanwhile(target: str) -> UserError:
-    return UserError("has come into being while this was written, and is left as it is", target,
+    return UserError("appeared while this was being written, and is left as it is", target,
                      "Give another path, or --overwrite.", exit_code=EXIT_FAILED)
 
 

@@ -133,7 +133,7 @@ def _scan(fd: int) -> Scan:
     spans: Dict[str, Tuple[int, int]] = {}
     for name, value in state.items():
         if not isinstance(name, str) or len(name.encode("utf-8", "surrogatepass")) > LONGEST_NAME_BYTES:
-            raise _Refused("a key that is no name")
+            raise _Refused("a key that is not a name")
         if isinstance(value, _Tensor):
             entry = by_name.get(f"{root}data/{value.storage.key}")
             if entry is None:
@@ -150,7 +150,7 @@ def _small(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most_bytes: int) ->
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise _Refused(f"{entry.filename} is compressed or encrypted")
     if entry.file_size > most_bytes:
-        raise _Refused(f"{entry.filename} has {entry.file_size} bytes, for so few tensors {most_bytes} are the most")
+        raise _Refused(f"{entry.filename} has {entry.file_size} bytes; so few tensors need at most {most_bytes}")
     return archive.read(entry)
 
 
@@ -258,7 +258,7 @@ def _read_state(pickle: bytes, most_operators: int) -> Dict[Any, Any]:
         elif name == "BUILD":
             pop()  # attributes of the dict, such as _metadata: no tensors there
             if not stack or not isinstance(stack[-1], dict):
-                raise _Refused("it sets attributes of something that is no dict")
+                raise _Refused("it sets attributes of something that is not a dict")
         else:
             raise _Refused(f"its pickle uses {name}, which no state dict needs")
     raise _Refused(f"a pickle that does not end ({operators} instructions)")
@@ -275,7 +275,7 @@ def _storage(reference: Any) -> _Storage:
     if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"
             and isinstance(reference[1], _Global) and reference[1].name in _DTYPES and isinstance(reference[2], str)
             and type(reference[4]) is int and reference[4] >= 0):
-        raise _Refused("a reference that is no storage")
+        raise _Refused("a reference that is not to a storage")
     return _Storage(_DTYPES[reference[1].name], reference[2], reference[4])
 
 
@@ -291,7 +291,7 @@ def _call(function: Any, arguments: Any) -> Any:
             if strides != _row_major(shape) and element_count(shape) > 1:
                 raise _Refused(f"a tensor of shape {list(shape)} with strides {list(strides)} is not row-major")
             return _Tensor(storage, offset, shape)
-    raise _Refused("it builds something that is no tensor")
+    raise _Refused("it builds something that is not a tensor")
 
 
 def _sizes(value: Any) -> bool:
@@ -309,11 +309,11 @@ def _row_major(shape: Tuple[int, ...]) -> Tuple[int, ...]:
 
 def _update(target: Any, items: Sequence[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
-        raise _Refused("it sets items of something that is no dict")
+        raise _Refused("it sets items of something that is not a dict")
     for i in range(0, len(items), 2):
         key = items[i]
         if not isinstance(key, (str, int)):
-            raise _Refused("a key that is no name")
+            raise _Refused("a key that is not a name")
         if key in target:
             raise _Refused(f"{str(key)[:80]!r} appears twice")
         target[key] = items[i + 1]

@@ -126,7 +126,8 @@ def _config(header: Header, path: str) -> dict[str, Any]:
         found = header.fields.get(key, default)
         wanted = (str,) if isinstance(default, str) else (int,) if isinstance(default, int) else (int, float)
         if found is not None and not isinstance(found, wanted):
-            raise UserError(f"{key} is {found!r}, which is no {'text' if str in wanted else 'number'}", path, _DAMAGED)
+            kind = "text" if str in wanted else "number"
+            raise UserError(f"{key} is {found!r}, which is not a {kind}", path, _DAMAGED)
         return found
 
     name = value("general.architecture", "")
@@ -143,7 +144,7 @@ def _config(header: Header, path: str) -> dict[str, Any]:
         raise UserError("mixture-of-experts models are not supported", path, "Use a dense model.")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise UserError("token_embd.weight is missing, or is no matrix", path, _DAMAGED)
+        raise UserError("token_embd.weight is missing, or is not a matrix", path, _DAMAGED)
     keys = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
             "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
             "num_key_value_heads": "attention.head_count_kv",
@@ -161,7 +162,7 @@ def _config(header: Header, path: str) -> dict[str, Any]:
     return config
 
 
-def open_gguf(path: str, floats: str = "BF16") -> View:
+def open_gguf(path: str, floats: str) -> View:
     """A GGUF file as a Hugging Face checkpoint with quantised matrices in the stored form.
 
     Args:

@@ -82,7 +82,7 @@ class _Reader:
     def count(self, what: str, most: int) -> int:
         found = self.number("<Q")
         if found > most:
-            raise ValueError(f"it claims {found} {what}, and {most} are the most that are believed")
+            raise ValueError(f"it claims {found} {what}, more than the {most} that any model has")
         return found
 
     def text(self, most: int) -> str:
@@ -120,7 +120,7 @@ class _Reader:
 
     def tensors(self, count: int, alignment: Scalar) -> dict[str, Place]:
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment is {alignment!r}, which is no power of two")
+            raise ValueError(f"general.alignment is {alignment!r}, which is not a power of two")
         found: dict[str, Place] = {}
         for _ in range(count):
             name = self.text(_MOST_NAME_BYTES)
@@ -133,7 +133,7 @@ class _Reader:
             kind, nbytes = _extent(self.number("<I"), shape, name)
             offset = self.number("<Q")
             if offset % alignment:
-                raise ValueError(f"{name} lies at {offset}, which is no multiple of {alignment}")
+                raise ValueError(f"{name} lies at {offset}, which is not a multiple of {alignment}")
             found[name] = Place(kind, shape, offset, nbytes)
         begin = -(-self._at // alignment) * alignment
         placed = {name: place._replace(offset=begin + place.offset) for name, place in found.items()}

@@ -42,8 +42,8 @@ def source_of(ranks: Sequence[Checkpoint]) -> str:
     return total.hexdigest()
 
 
-def record(source: str, rank: Optional[int] = None, ranks: int = 1) -> Dict[str, str]:
-    """Metadata for a .safetensors file made from `source`: the whole, or the slice of a rank."""
+def record(source: str, rank: Optional[int], ranks: int) -> Dict[str, str]:
+    """Metadata for a .safetensors file made from `source`: the whole (rank None), or the slice of a rank."""
     made = {SOURCE: source}
     if rank is not None and ranks > 1:
         made[SLICE] = f"{rank} of {ranks}"

@@ -1,7 +1,8 @@
 """The layouts of GPTQ, AWQ GEMM and compressed-tensors: a linear's tensors to the stored form, and back.
 
     GPTQ                int32 qweight [I b/32, O] along inputs, qzeros [G, O b/32] along outputs, scales [G, O],
-                        g_idx [I]; w = s (q - z); version 1 stores z - 1
+                        g_idx [I]; w = s (q - z); version 1 stores z - 1: AutoGPTQ integer by integer, GPTQModel
+                        by one subtraction a word, in which a z of 0 borrows from the next column's
     AWQ GEMM            int32 qweight [I, O/8], qzeros [G, O/8], scales [G, O]; a word's columns in an order of its own
     compressed-tensors  int32 weight_packed [O, I b/32] along inputs, weight_zero_point [O b/32, G] along outputs,
                         weight_scale [O, G], weight_shape [2], weight_g_idx [I]
@@ -19,9 +20,11 @@ import numpy as np
 from .quantised import ORDER, SCALE, ZERO, Scheme, checked_order, pack, unpack
 from .quantised_settings import QuantizationConfig
 from .quantised_words import (
+    minus_ones,
     pack_awq,
     pack_columns,
     pack_rows,
+    plus_ones,
     unpack_awq,
     unpack_columns,
     unpack_rows,
@@ -111,7 +114,7 @@ class LayoutReader:
         return pack(values) if bits == 4 else (values ^ np.uint8(128)).view(np.int8)
 
     def scale(self, first: int, last: int) -> np.ndarray:
-        """`P_scale` [n, G]."""
+        """`P_scale` [n, G] of the rows first:last, in the checkpoint's dtype."""
         groups = self.scheme.groups
         if self.settings.layout == "compressed-tensors":
             return self._block("weight_scale", (first, last), (0, groups))
@@ -125,9 +128,10 @@ class LayoutReader:
             values = unpack_rows(self._block("weight_zero_point", words, (0, groups)), bits)[:last - first]
         else:
             block = self._block(ZEROS[self.settings.layout], (0, groups), words)
+            block = plus_ones(block, bits) if self.settings.borrows else block
             values = unpack_awq(block) if self.settings.layout == "awq" else unpack_columns(block, bits)
             values = values.T[:last - first]
-        if self.settings.version == 1:
+        if self.settings.version == 1 and not self.settings.borrows:
             values = (values + np.uint8(1)) & np.uint8(2 ** bits - 1)
         values = np.ascontiguousarray(values)
         return values if bits == 4 else (values ^ np.uint8(128)).view(np.int8)
@@ -154,7 +158,7 @@ class Writer:
     scheme: Scheme
 
     def rows(self, suffix: str, first: int, last: int) -> np.ndarray:
-        """The rows first:last of the foreign tensor `base.suffix`, seen as a matrix."""
+        """The rows first:last of the foreign tensor `base.suffix`, seen as a matrix [R, C], in its own dtype."""
         layout = self.settings.layout
         if suffix == INTEGERS[layout]:
             return self._integers(first, last)
@@ -208,14 +212,15 @@ class Writer:
             values = stored if bits == 4 else stored.view(np.uint8) ^ np.uint8(128)
         else:
             values = np.full((outputs, groups), 2 ** (bits - 1), np.uint8)
-        if self.settings.version == 1:
+        if self.settings.version == 1 and not self.settings.borrows:
             values = (values - np.uint8(1)) & np.uint8(2 ** bits - 1)
         if self.settings.layout == "awq":
             return pack_awq(np.ascontiguousarray(values.T))
         spare = -outputs % (32 // bits)
         values = np.concatenate([values, np.zeros((spare, groups), np.uint8)]) if spare else values
         if self.settings.layout == "gptq":
-            return pack_columns(np.ascontiguousarray(values.T), bits)
+            stored_words = pack_columns(np.ascontiguousarray(values.T), bits)
+            return minus_ones(stored_words, bits) if self.settings.borrows else stored_words
         return pack_rows(np.ascontiguousarray(values), bits)
 
     def _group_index(self) -> np.ndarray:

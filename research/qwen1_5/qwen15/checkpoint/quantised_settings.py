@@ -28,6 +28,8 @@ class QuantizationConfig:
         where: the file that says so.
         has_order: every linear says which group each column belongs to: without that it would be read in another order.
         has_zero: every linear has zero points, in a layout that has none where they are the middle.
+        borrows: of version 1: the one was taken off a whole word at once, so that a zero point of 0 has borrowed from
+            the next column's.
     """
 
     layout: str
@@ -37,6 +39,7 @@ class QuantizationConfig:
     where: str
     has_order: bool = False
     has_zero: bool = False
+    borrows: bool = False
 
 
 def settings_of(folder: str) -> Optional[QuantizationConfig]:
@@ -125,7 +128,15 @@ def _gptq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
         raise UserError(f"GPTQ weights in checkpoint_format {form!r} are not supported", where, _FIX)
     group = _group(found.get("group_size"), where)
     return QuantizationConfig("gptq", _bits(found.get("bits"), (4, 8), "GPTQ", where), group,
-                              2 if form == "gptq_v2" else 1, where, found.get("desc_act") is True and group > 0)
+                              2 if form == "gptq_v2" else 1, where, found.get("desc_act") is True and group > 0,
+                              borrows=form == "gptq" and _is_of_gptqmodel(found))
+
+
+def _is_of_gptqmodel(found: Mapping[str, Any]) -> bool:
+    """Whether GPTQModel wrote it: `meta: {quantizer: ["gptqmodel:7.7.0"]}`, or one text in older versions."""
+    meta = found.get("meta")
+    written = meta.get("quantizer") if isinstance(meta, dict) else None
+    return any(str(name).startswith("gptqmodel") for name in (written if isinstance(written, list) else [written]))
 
 
 def _awq(found: Mapping[str, Any], where: str) -> QuantizationConfig:

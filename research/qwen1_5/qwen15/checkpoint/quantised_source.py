@@ -8,7 +8,7 @@ from typing import Iterable, Optional
 import numpy as np
 
 from ..errors import UserError
-from ..naming import Weight
+from ..naming import EMBEDDING, Weight
 from .casting import FLOATS, to_float32
 from .quantised import BLOCK, MIDDLE, ORDER, SCALE, ZERO, Scheme
 from .quantised_layouts import (
@@ -68,6 +68,9 @@ def read_quantised(source: Checkpoint, settings: QuantizationConfig, weights: It
         parts = [suffix for suffix in SUFFIXES if f"{linear.base}.{suffix}" in source.infos]
         if not parts:
             continue
+        if weight.hf == EMBEDDING.hf and settings.bits != 8:
+            raise UserError(f"{linear.base}.{parts[0]}: an embedding table of {settings.bits} bits is not supported",
+                            source.path, "Take a checkpoint whose embedding is left unquantised.")
         if linear.weight in source.infos:
             raise UserError(f"holds {linear.weight} and {linear.base}.{parts[0]}, the same weight twice", source.path,
                             _FIX)

@@ -6,6 +6,8 @@ import numpy as np
 
 AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """AWQ's word holds the value of column c of its eight in nibble AWQ_PLACES[c]."""
+_ONES = {4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}
+"""Bits of an integer -> a word whose integers are all 1."""
 
 
 def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
@@ -55,7 +57,17 @@ def unpack_awq(words: np.ndarray) -> np.ndarray:
 
 
 def pack_awq(values: np.ndarray) -> np.ndarray:
-    """The inverse of `unpack_awq`."""
+    """The inverse of `unpack_awq`: uint8 [R, 8 C] to int32 [R, C]."""
     nibbles = np.empty((len(values), values.shape[1] // 8, 8), np.uint8)
     nibbles[:, :, AWQ_PLACES] = values.reshape(nibbles.shape)
     return pack_columns(nibbles.reshape(values.shape), 4)
+
+
+def plus_ones(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 words whose integers are one more, by one addition a word: what overflows is carried into the next."""
+    return (np.ascontiguousarray(words).view(np.uint32) + _ONES[bits]).view(np.int32)
+
+
+def minus_ones(words: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `plus_ones`: a 0 borrows from the next."""
+    return (np.ascontiguousarray(words).view(np.uint32) - _ONES[bits]).view(np.int32)

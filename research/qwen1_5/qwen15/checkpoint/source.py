@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Sequence, Union
+from typing import Union
 
 from ..errors import UserError
 from .gguf_file import open_gguf
-from .reader import FORMATS, Checkpoint, open_checkpoint
+from .reader import Checkpoint, open_checkpoint
 
 
 def is_gguf(path: Union[str, os.PathLike[str]]) -> bool:
@@ -15,20 +15,18 @@ def is_gguf(path: Union[str, os.PathLike[str]]) -> bool:
     return os.fspath(path).endswith(".gguf")
 
 
-def open_source(path: Union[str, os.PathLike[str]], formats: Sequence[str] = tuple(FORMATS), floats: str = "BF16"
-                ) -> Checkpoint:
+def open_source(path: Union[str, os.PathLike[str]], floats: str = "BF16") -> Checkpoint:
     """Open a checkpoint: as `open_checkpoint`, or a .gguf file.
 
     Args:
         path: a file or folder.
-        formats: to look for in a folder.
         floats: of a GGUF file, what matrices become whose blocks are not kept as they are.
 
     Raises:
         UserError: missing, damaged, ambiguous or incomplete.
     """
     if not is_gguf(path):
-        return open_checkpoint(path, formats)
+        return open_checkpoint(path)
     if not os.path.isfile(path):
         raise UserError("no such file", os.fspath(path))
     return open_gguf(os.fspath(path), floats)

@@ -6,7 +6,7 @@ its own classes for them come with the whole of MindSpore and hold a file in mem
 
 from typing import Iterator, List, Tuple, Union
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+VARINT, BYTES = 0, 2
 LONGEST_VARINT_BYTES = 10
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Sequence, Set, Tuple
+from typing import Any, Dict, Mapping, Optional, Sequence, Set, Tuple
 
 from .. import odd_characters
 from ..errors import UserError
@@ -19,6 +19,7 @@ class Given:
         entries, places: value and place of each given key.
         inert: the given keys that prediction does not read, in order.
         commanded: the keys that the command line (or a caller of `load`) gave.
+        odd: of each given key whose value holds such a character, the first that only looks like one of YAML's.
     """
 
     def __init__(self, document: yaml_lines.Document):
@@ -27,9 +28,10 @@ class Given:
         self.places: Dict[str, str] = {}
         self.inert: Dict[str, None] = {}
         self.commanded: Set[str] = set()
+        self.odd: Dict[str, yaml_lines.OddCharacter] = {}
         for entry in document.entries:
             where_of = {**document.sections, entry.key: entry.where}
-            self._take(entry.key, entry.value, entry.where, entry.plain, where_of, entry.column)
+            self._take(entry.key, entry.value, entry.where, entry.plain, where_of, entry.odd)
 
     def take_command_line(self, flags: Sequence[Flag], options: Sequence[str]) -> None:
         """Add flags and `dotted.key=value` options, over what the YAML says.
@@ -58,16 +60,19 @@ class Given:
                             "command line", "Keep one of them.")
         given[key] = (where, value)
         self.commanded.add(key)
-        self._take(key, value, where, plain, {})
+        odd = odd_characters.first(value) if isinstance(value, str) else None
+        self._take(key, value, where, plain, {}, odd and yaml_lines.OddCharacter(
+            where, f"character {odd.place + 1} is {odd.what}", odd.fix))
 
     def _take(self, name: str, value: Any, where: str, plain: bool, where_of: Mapping[str, str],
-              column: int = 0) -> None:
+              odd: Optional[yaml_lines.OddCharacter] = None) -> None:
         row = find(name)
         if row is None:
             if value in (None, {}) and any(known.startswith(f"{name}.") for known in KEYS):
                 return  # a known section that is empty
             if any(known.startswith(f"{name}.") for known in KEYS):
-                raise UserError(f"{name} is a section, not the value {value!r}", where, "Indent its keys below it.")
+                error = f"{name} is a section, not the value {value!r}"
+                raise odd_error(error, odd) or UserError(error, where, "Indent its keys below it.")
             part = unknown_part(name)
             parent = part.rpartition(".")[0]
             if parent in KEYS:
@@ -78,16 +83,20 @@ class Given:
         try:
             converted = convert(row, value, plain) if row.name == name else value
         except ValueError as error:
-            odd = odd_characters.first(value) if isinstance(value, str) else None
-            if odd is not None:
-                at = f"column {column + odd.place + (not plain)}" if column else f"character {odd.place + 1}"
-                raise UserError(f"{name} {error}; {at} is {odd.what}", where, odd.fix) from None
-            raise UserError(f"{name} {error}", where) from None
+            raise odd_error(f"{name} {error}", odd) or UserError(f"{name} {error}", where) from None
         if row.role == INERT:
             self.inert[row.name] = None
         self.entries[name] = converted
         self.places[name] = where
+        self.odd.pop(name, None)
+        if odd is not None:
+            self.odd[name] = odd
 
     def has(self, name: str) -> bool:
         """Whether the key has a value; an empty one is none."""
         return self.entries.get(name) is not None
+
+
+def odd_error(error: str, odd: Optional[yaml_lines.OddCharacter]) -> Optional[UserError]:
+    """What is wrong with a value, when a character in it explains it."""
+    return None if odd is None else UserError(f"{error}; {odd.what}", odd.where, odd.fix)

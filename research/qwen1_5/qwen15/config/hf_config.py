@@ -187,7 +187,8 @@ def _theta(config: Mapping[str, Any], where: str) -> float:
     if parameters is None:
         return _positive(config, "rope_theta", 10000.0, where)
     if not _is_default_rope(parameters):
-        raise UserError(f"rope_parameters {parameters!r} is not supported, only rope_type default", where)
+        raise UserError(f"rope_parameters {parameters!r} is not supported, only rope_type default", where,
+                        "Use the model without context extension.")
     return _positive(parameters, "rope_theta", 10000.0, where)
 
 

@@ -13,7 +13,7 @@ from . import speculation, yaml_lines
 from .checkpoint_files import CheckpointFiles, read_beside
 from .final import Final
 from .flags import Flag
-from .given import Given
+from .given import Given, odd_error
 from .keys import KEYS, MODEL, TOKENIZER, USED, size_bytes
 from .model import model_config
 from .sampling_rules import implied, shaping
@@ -88,8 +88,9 @@ def _checkpoint(final: Final) -> Optional[str]:
         return None
     path = os.path.expanduser(resolve(given, final.pick("hub")))
     if not os.path.exists(path):
-        raise UserError(f"load_checkpoint {given!r} does not exist", place,
-                        "Give the converted checkpoint's file or folder, or a model's name on a hub: OWNER/NAME.")
+        error = f"load_checkpoint {given!r} does not exist"
+        raise odd_error(error, final.given.odd.get(key)) or UserError(
+            error, place, "Give the converted checkpoint's file or folder, or a model's name on a hub: OWNER/NAME.")
     final.put(key, path, place)
     return path
 
@@ -226,8 +227,9 @@ def _tokenizer_file(final: Final, files: CheckpointFiles, name: str, file_name: 
     if given and not _is_placeholder(given):
         path = os.path.expanduser(given)
         if not os.path.isfile(path):
-            raise UserError(f"{name} {given!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}",
-                            final.given.places[key], f"Give the {file_name} of the model's download.")
+            error = f"{name} {given!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}"
+            raise odd_error(error, final.given.odd.get(key)) or UserError(
+                error, final.given.places[key], f"Give the {file_name} of the model's download.")
         final.put(key, path, final.given.places[key])
         return path
     beside = files.find(file_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import yaml
 
@@ -39,6 +39,15 @@ class _Loader(yaml.SafeLoader):
             self._depth -= 1
 
 
+class OddCharacter(NamedTuple):
+    """A character in a value that only looks like one of YAML's (`odd_characters`): file and line, what it is and at
+    which column, what to write instead."""
+
+    where: str
+    what: str
+    fix: str
+
+
 @dataclass(frozen=True)
 class YamlValue:
     """One value of a YAML file.
@@ -48,14 +57,14 @@ class YamlValue:
         value: a scalar, a list, None, or {} for an empty section; never a filled section.
         where: `file.yaml:31`, the line of the key.
         plain: the value was written without quotes.
-        column: where the value begins in its line, from 1.
+        odd: the first character of the value that only looks like one of YAML's.
     """
 
     key: str
     value: Any
     where: str
     plain: bool
-    column: int = 1
+    odd: Optional[OddCharacter] = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str, prefix: st
                 value = _construct(loader, value_node)
             except ValueError as error:
                 raise UserError(f"{key}: {error}", where) from None
-            yield YamlValue(key, value, where, _is_plain(value_node), value_node.start_mark.column + 1)
+            yield YamlValue(key, value, where, _is_plain(value_node), _odd_in(value_node, path))
 
 
 def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str) -> List[Tuple[str, yaml.Node, yaml.Node]]:
@@ -200,6 +209,15 @@ def _pairs(loader: yaml.SafeLoader, node: yaml.MappingNode, path: str) -> List[T
 
 def _is_plain(node: yaml.Node) -> bool:
     return not (isinstance(node, yaml.ScalarNode) and node.style in ("'", '"', "|", ">"))
+
+
+def _odd_in(node: yaml.Node, path: str) -> Optional[OddCharacter]:
+    text, begin, end = node.start_mark.buffer, node.start_mark.pointer, node.end_mark.pointer
+    odd = odd_characters.first(text[begin:end])
+    if odd is None:
+        return None
+    before = text[:begin + odd.place].split("\n")
+    return OddCharacter(f"{path}:{len(before)}", f"column {len(before[-1]) + 1} is {odd.what}", odd.fix)
 
 
 def _where(path: str, node: yaml.Node) -> str:

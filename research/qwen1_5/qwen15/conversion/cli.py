@@ -41,6 +41,9 @@ def require_source(flag: str, given: str, default: str, holds: str) -> None:
         given: its value.
         default: what that is when the flag is not given.
         holds: the file or folder that has to be there then.
+
+    Raises:
+        UserError: the flag is not given, and nothing is there.
     """
     if given == default and not os.path.exists(holds):
         raise UserError(f"is not given, and {holds} is not there", flag, "Give the model that is to be converted.")
@@ -48,7 +51,18 @@ def require_source(flag: str, given: str, default: str, holds: str) -> None:
 
 def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = None, vocab_emb_dp: bool = True,
                  chosen: Any = None) -> Any:
-    """The `hugging_face.Output` that the flags say, and the integers that a calibration chooses (`quantise.Chosen`)."""
+    """The `hugging_face.Output` that the flags say.
+
+    Args:
+        args: the flags.
+        target: the file or folder to make.
+        parts: the number of ranks to slice for, None for no slices.
+        vocab_emb_dp: whether every rank holds the embedding whole.
+        chosen: the integers that a calibration chooses, a `quantise.Chosen`; None rounds to nearest.
+
+    Raises:
+        UserError: a flag's value is none, or flags do not go together.
+    """
     from .hugging_face import Output, parse_size
     from .slices import Slicing
 

@@ -16,7 +16,7 @@ from ..checkpoint.gguf_file import GgufFile
 from ..checkpoint.quantised import ORDER, Scheme, companion_of
 from ..checkpoint.quantised_settings import CONFIG_KEY, QuantizationConfig, settings_of
 from ..checkpoint.quantised_source import read_quantised
-from ..checkpoint.reader import Checkpoint, format_of, open_checkpoint
+from ..checkpoint.reader import Checkpoint, closed_on_error, format_of, open_checkpoint
 from ..checkpoint.regrouped import finer, regrouped
 from ..checkpoint.source import is_gguf, open_source
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo, element_count
@@ -87,6 +87,9 @@ def plan_to_mindspore(source_path: str, output: Output) -> Plan:
     Raises:
         UserError: anything missing, surplus, misshapen or not supported; nothing is written.
     """
+    if not os.path.exists(source_path):  # before its folder is looked into, which is somebody else's then
+        raise UserError("no such file or folder", source_path,
+                        "Give the model's folder or weight file, or its name on a hub: OWNER/NAME.")
     folder = source_path if os.path.isdir(source_path) else os.path.dirname(os.path.abspath(source_path))
     if is_gguf(source_path):
         floats = SHORT_NAMES["bfloat16" if output.dtype == "auto" else output.dtype]
@@ -97,7 +100,7 @@ def plan_to_mindspore(source_path: str, output: Output) -> Plan:
     else:
         contents, config, settings = None, dims_from_hf_config(folder), settings_of(folder)
         source = open_checkpoint(source_path, ("safetensors", "bin"))
-    try:
+    with closed_on_error([source]):
         weights = list(naming.weights(config.dims))
         plan = Plan(output.target, False, [source], [], [], notes=list(source.notes))
         view, small = _stored_form(source, settings, weights, config, output, plan)
@@ -133,9 +136,6 @@ def plan_to_mindspore(source_path: str, output: Output) -> Plan:
                 plan.prepare = lambda: chosen.make(source, config, recipe)
                 plan.prepare_bytes = chosen.memory_bytes(config)
         return plan
-    except BaseException:
-        source.close()
-        raise
 
 
 def _stored_form(source: Checkpoint, settings: Optional[QuantizationConfig], weights: Sequence[Weight],
@@ -334,7 +334,7 @@ def plan_to_hugging_face(source_path: str, output: Output, config_path: Optional
     """
     form = _form(output, "hf")
     ranks, slicing, config, folder = open_slices(source_path, config_path, vocab_emb_dp)
-    try:
+    with closed_on_error(ranks):
         check_contents(ranks)
         if config is None:
             if form == "folder":
@@ -362,10 +362,6 @@ def plan_to_hugging_face(source_path: str, output: Output, config_path: Optional
                 changes["torch_dtype"] = _one_dtype(tensors)
         plan.small.update(_hf_sidecars(folder, config_path, changes))
         return plan
-    except BaseException:
-        for rank in ranks:
-            rank.close()
-        raise
 
 
 def _plan_quantised_back(plan: Plan, ranks: Sequence[Checkpoint], slicing: Slicing, account: Account,

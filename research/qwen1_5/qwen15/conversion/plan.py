@@ -186,6 +186,9 @@ def sidecars(folder: str, changes: Mapping[str, Any]) -> Dict[str, bytes]:
         folder: where they are looked for; those that are missing are not in the result.
         changes: keys of config.json and what they shall be, None for those that shall go; nothing leaves the file as it
             is, byte for byte. Without a `quantization_config` the other files that tell of one go as well.
+
+    Raises:
+        UserError: one is too large to be such a file, or config.json is damaged.
     """
     found: Dict[str, bytes] = {}
     for name in _SIDECARS:

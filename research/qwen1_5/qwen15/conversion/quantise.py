@@ -239,7 +239,7 @@ class Error:
 
 
 def error_of(source: Checkpoint, weight: Weight, result: Checkpoint, name: str, scheme: Scheme,
-             bounded: bool = True) -> Error:
+             bounded: bool) -> Error:
     """Compare a stored quantised matrix with the one it was made from.
 
     Args:

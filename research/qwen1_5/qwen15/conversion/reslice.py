@@ -12,7 +12,7 @@ from ..checkpoint.account import Account
 from ..checkpoint.leftovers import kind_of
 from ..checkpoint.quantised import ORDER, SCALE, ZERO, companion_of
 from ..checkpoint.quantised_settings import group_size_of
-from ..checkpoint.reader import Checkpoint, format_of
+from ..checkpoint.reader import Checkpoint, closed_on_error, format_of
 from ..checkpoint.regrouped import coarser, finer, regrouped
 from ..checkpoint.tensors import TensorInfo
 from ..config.hf_config import CONFIG_FILE, HfConfig
@@ -75,7 +75,7 @@ def plan_transform(request: Reslicing) -> Plan:
     after = read_strategy(request.target_strategy) if request.target_strategy else None
     ranks, slicing, config, folder = open_slices(request.source, request.config_path, request.source_vocab_emb_dp,
                                                  strict=before is None)
-    try:
+    with closed_on_error(ranks):
         check_contents(ranks)
         plan = Plan(request.target, False, ranks, [], [], notes=[note for rank in ranks for note in rank.notes])
         if before is None and after is None:
@@ -89,10 +89,6 @@ def plan_transform(request: Reslicing) -> Plan:
             given = request.config_path
             plan.small.update(sidecars(given if os.path.isdir(given) else os.path.dirname(os.path.abspath(given)), {}))
         return plan
-    except BaseException:
-        for rank in ranks:
-            rank.close()
-        raise
 
 
 def _cuts_by_table(request: Reslicing, ranks: Sequence[Checkpoint], slicing: Slicing, config: Optional[HfConfig],
@@ -114,11 +110,11 @@ def _cuts_by_table(request: Reslicing, ranks: Sequence[Checkpoint], slicing: Sli
     if not account.schemes:
         return {weight.ms: _Cut(weight.shape, _by_table(weight, slicing), _by_table(weight, target))
                 for weight in weights}
-    return _quantised_cuts(ranks, slicing, target, account, weights, folder, plan)
+    return _quantised_cuts(ranks, slicing, target, account, weights, folder)
 
 
 def _quantised_cuts(ranks: Sequence[Checkpoint], slicing: Slicing, target: Slicing, account: Account,
-                    weights: Sequence[Weight], folder: str, plan: Plan) -> Dict[str, _Cut]:
+                    weights: Sequence[Weight], folder: str) -> Dict[str, _Cut]:
     """As `_cuts_by_table`; scales and zero points are read through a view where their groups become others."""
     source, schemes = merged(ranks, slicing, account, weights)
     group_size = group_size_of(folder)

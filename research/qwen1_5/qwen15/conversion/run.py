@@ -67,7 +67,11 @@ def run(plan: Plan, verify: bool = False, overwrite: bool = False, allow_overflo
 
 
 def check_plan(plan: Plan, overwrite: bool) -> None:
-    """What `run` refuses before it writes anything; a dry run asks the same."""
+    """What `run` refuses before it writes anything; a dry run asks the same.
+
+    Raises:
+        UserError: the target or a file beside it is in the way, or the disk has no room.
+    """
     sources = [file.path for source in plan.sources for file in source.files]
     check_target(plan.target, sources, overwrite, [file.name for file in plan.files])
     if os.path.lexists(plan.target) and os.path.isdir(plan.target) != plan.is_folder:

@@ -6,7 +6,7 @@ from typing import List, Optional, Sequence, Tuple
 
 from .. import naming
 from ..checkpoint import origin
-from ..checkpoint.reader import Checkpoint, open_checkpoint, open_ranks, rank_folders
+from ..checkpoint.reader import Checkpoint, closed_on_error, open_checkpoint, open_ranks, rank_folders
 from ..config.hf_config import CONFIG_FILE, HfConfig, dims_from_hf_config
 from ..errors import UserError
 from ..naming import Dims, Weight
@@ -58,14 +58,14 @@ def config_folder(path: str) -> Optional[str]:
     return None
 
 
-def open_slices(path: str, config_path: Optional[str] = None, vocab_emb_dp: Optional[bool] = None, strict: bool = True
+def open_slices(path: str, config_path: Optional[str], vocab_emb_dp: Optional[bool], strict: bool = True
                 ) -> Tuple[List[Checkpoint], Slicing, Optional[HfConfig], str]:
     """Open a MindSpore checkpoint, whole or in slices, and find out how it is cut.
 
     Args:
         path: file, folder of shards, or folder of `rank_x` slices.
-        config_path: the model's config.json or its folder; looked for beside the checkpoint if not given.
-        vocab_emb_dp: how embedding and head are held; found out if not given.
+        config_path: the model's config.json or its folder; None looks for it beside the checkpoint.
+        vocab_emb_dp: how embedding and head are held; None finds out.
         strict: refuse slices that are not cut as MindFormers' network is; a strategy file may say otherwise.
 
     Returns:
@@ -81,15 +81,11 @@ def open_slices(path: str, config_path: Optional[str] = None, vocab_emb_dp: Opti
     elif beside is not None:
         config = dims_from_hf_config(beside)
     ranks = open_ranks(path) if rank_folders(path) else [open_checkpoint(path, ("safetensors", "ckpt"))]
-    try:
+    with closed_on_error(ranks):
         origin.check_together(ranks)
         folder = beside or (path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
         slicing = _slicing(ranks, config, vocab_emb_dp) if strict else Slicing(len(ranks), True)
         return ranks, slicing, config, folder
-    except BaseException:
-        for rank in ranks:
-            rank.close()
-        raise
 
 
 def _slicing(ranks: Sequence[Checkpoint], config: Optional[HfConfig], vocab_emb_dp: Optional[bool]) -> Slicing:

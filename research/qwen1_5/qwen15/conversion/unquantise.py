@@ -77,7 +77,8 @@ def describe_layout(source: Checkpoint, settings: QuantizationConfig, found: Qua
     names |= {f"{linear.base}.{suffix}" for linear in found.linears for suffix in SUFFIXES} | set(found.zero_biases)
     tensors = {name: [info.dtype, list(info.shape)] for name, info in source.infos.items() if name in names}
     content = {"version": _VERSION, "layout": settings.layout, "bits": settings.bits, "group_size": settings.group_size,
-               "gptq_version": settings.version, "zero_biases": list(found.zero_biases), "tensors": tensors}
+               "gptq_version": settings.version, "zeros_borrow": settings.borrows,
+               "zero_biases": list(found.zero_biases), "tensors": tensors}
     return (json.dumps(content, indent=1) + "\n").encode("utf-8")
 
 
@@ -94,7 +95,8 @@ def original(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequenc
     """
     described = _read_description(layout_path)
     settings = QuantizationConfig(described["layout"], described["bits"], described["group_size"],
-                                  described["gptq_version"], layout_path)
+                                  described["gptq_version"], layout_path,
+                                  borrows=described.get("zeros_borrow") is True)
     by_name = {weight.hf: weight for weight in weights}
     infos = [TensorInfo.of(name, dtype, tuple(shape)) for name, (dtype, shape) in described["tensors"].items()]
     grouped, coarse = _original_groups(source, schemes, weights, settings)
@@ -157,8 +159,9 @@ def _zeros(info: TensorInfo) -> Callable[[int, int], np.ndarray]:
 def _read_description(path: str) -> Any:
     described = read_json(path)
     keys = {"version", "layout", "bits", "group_size", "gptq_version", "zero_biases", "tensors"}
-    if not isinstance(described, dict) or set(described) != keys or described["version"] != _VERSION or \
-            described["layout"] not in INTEGERS or not isinstance(described["tensors"], dict):
+    if not isinstance(described, dict) or set(described) - {"zeros_borrow"} != keys or \
+            described["version"] != _VERSION or described["layout"] not in INTEGERS or \
+            not isinstance(described["tensors"], dict):
         raise UserError("does not describe a quantised checkpoint", path,
                         "Convert the quantised checkpoint again, or use --dequantize.")
     return described
