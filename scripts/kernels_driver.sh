@@ -47,8 +47,8 @@ kernel_tests_python() {
     python=$(find_python)
     say "virtual environment $venv ($("$python" --version))"
     "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check numpy 'pytest>=7' pytest-timeout
     export PATH=$venv/bin:$PATH
+    pip_install numpy 'pytest>=7' pytest-timeout
 }
 
 # build_driver FOLDER COMPILER [BUILD ARGUMENT]... -- [COMPILER FLAG]...: the library and its driver, in FOLDER.

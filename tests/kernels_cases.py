@@ -97,7 +97,7 @@ def call(operator: str, inputs: Sequence[object], output_shape: Sequence[int], *
 
 
 def decode_kept(inputs: Sequence[object], rows: np.ndarray, logits_shape: Sequence[int]):
-    """The operator decoder on `inputs`, then `Library.decode_bound` on the weights it has kept: (logits, largest)."""
+    """The operator decoder on `inputs`, then a `BoundStep` on the weights it has kept: (logits, largest)."""
     library = load()
     logits, largest = np.full(logits_shape, np.nan, np.float32), np.zeros(len(rows), np.int32)
     if os.environ.get(COMMAND):
@@ -106,9 +106,17 @@ def decode_kept(inputs: Sequence[object], rows: np.ndarray, logits_shape: Sequen
     number = library.open_binding()
     try:
         _run(library._handle.qwen15_decoder, [*inputs[:7], np.array([number], np.int32), *inputs[8:]], logits.copy())
-        return logits, library.decode_bound(number, rows, logits)
+        return logits, bound_decode(library, number, rows, logits)
     finally:
         library.close_binding(number)
+
+
+def bound_decode(library, number: int, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """One step on what is kept under a number: the largest logit's id of each row."""
+    step = library.bound_step(number, len(rows), rows.shape[1] - 3, logits)
+    step.rows[:] = rows
+    step.run()
+    return step.largest
 
 
 def _run(function: Callable, inputs: Sequence[object], output: np.ndarray, *how: int) -> None:

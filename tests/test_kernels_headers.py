@@ -13,7 +13,7 @@ from qwen15.kernels.build import FLAGS, HERE, X86_SOURCES, find_compiler, is_x86
 
 HEADERS = sorted(path.name for path in HERE.glob("*.h"))
 NEWEST = (*X86_SOURCES["isa_amx.cpp"], "-DQWEN15_AVX512", "-DQWEN15_BF16_PAIRS", "-DQWEN15_VNNI", "-DQWEN15_AMX")
-VARIANTS = {"any CPU": (), **({"x86": NEWEST} if is_x86() else {})}
+VARIANTS = {"any CPU": (), **({"x86": NEWEST} if is_x86(None) else {})}
 
 try:
     COMPILER = shlex.split(find_compiler())

@@ -1,5 +1,6 @@
 """Ranks of one machine add in shared memory: the right sums, the same bits for all, and an end when one is lost."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -7,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from kernels_cases import Stored, call
+from kernels_cases import Stored, bound_decode, call
 from qwen15.errors import UserError
 from qwen15.kernels import library
 from test_kernels import StackCase, decode_rows, first_of_the_largest, weight
@@ -56,12 +57,19 @@ def collect(processes, results, count=None):
     return [found[rank] for rank in sorted(found)]
 
 
+def add_over_ranks(kernels, part, x):
+    """x += the ranks' `part`: one sum of those that a layer makes, by the entry that the library has for tests."""
+    part_, x_ = (array.ctypes.data_as(ctypes.c_void_p) for array in (part, x))
+    if kernels._handle.qwen15_add_over_ranks(part_, ctypes.c_int64(x.size), x_):
+        raise RuntimeError(kernels.last_error)
+
+
 def add_all(kernels, rank, ranks, rounds):
     sums = []
     for turn in range(rounds):
         for size in SIZES:
             x = np.full(size, turn, np.float32)
-            kernels.add_over_ranks(partial(rank, turn, size), x)
+            add_over_ranks(kernels, partial(rank, turn, size), x)
             sums.append(x)
     return sums
 
@@ -89,7 +97,7 @@ def agree_often(kernels, rank, ranks, rounds):
             time.sleep(0.003 * (turn % 4))  # now this one is late, now that one
         told.append(int(kernels.agree(np.full(size, turn if rank == 0 else -1, np.int32)).sum()))
         x = np.zeros(3, np.float32)
-        kernels.add_over_ranks(np.full(3, rank, np.float32), x)
+        add_over_ranks(kernels, np.full(3, rank, np.float32), x)
         told.append(float(x[0]))
     return told
 
@@ -112,7 +120,7 @@ def leave(kernels, rank, ranks, how):
         if how == "agree":
             kernels.agree(np.zeros(1, np.int32))
         else:
-            kernels.add_over_ranks(np.ones(10, np.float32), x)
+            add_over_ranks(kernels, np.ones(10, np.float32), x)
     return "all four sums"
 
 
@@ -149,8 +157,7 @@ def decode_sliced(kernels, rank, ranks, split_vocab, spoilt):
     parts = np.full(ranks if split_vocab else 1, number, np.int32)
     call("decoder", [*case.inputs[:7], parts, *case.inputs[8:]], (3, vocab))
     logits = np.full((3, vocab), np.nan, np.float32)
-    largest = kernels.decode_bound(number, decode_rows(case), logits)
-    return logits, largest
+    return logits, bound_decode(kernels, number, decode_rows(case), logits)
 
 
 @pytest.mark.parametrize("spoilt", (False, True))

@@ -60,9 +60,9 @@ def _handed_down(text: str) -> Tuple[Optional[int], str]:
     return None, "the memory that the launcher has made did not come down to this process"
 
 
-def wait_limit_s(environ: Mapping[str, str] = os.environ) -> int:
+def wait_limit_s() -> int:
     """Seconds that a rank may keep the others waiting: as long as MindSpore's collectives wait."""
-    text = environ.get("MS_NODE_TIMEOUT", "")
+    text = os.environ.get("MS_NODE_TIMEOUT", "")
     return int(text) if text.isdigit() and 0 < int(text) < 10 ** 9 else _MINDSPORE_WAITS_S
 
 

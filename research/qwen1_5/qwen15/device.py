@@ -209,7 +209,7 @@ class CardMemory:
     free_bytes: int
 
 
-def card_memory(card: Optional[int] = None) -> Optional[CardMemory]:
+def card_memory(card: Optional[int]) -> Optional[CardMemory]:
     """Memory of a card (see `ask`), as it says itself, otherwise as `npu-smi` shows it; None where neither does."""
     found = find_ascend()
     card = own_card() if card is None else card

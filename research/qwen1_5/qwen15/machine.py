@@ -120,9 +120,9 @@ def cpu_fields(cpuinfo: str = "/proc/cpuinfo") -> Dict[str, str]:
     return fields
 
 
-def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
+def cpu_model() -> str:
     """The processor's name, as the system has it, with what tells apart those of one name."""
-    fields = cpu_fields(cpuinfo)
+    fields = cpu_fields()
     if "model name" in fields:
         return " ".join(filter(None, (fields["model name"], fields.get("cpu family"), fields.get("model"))))
     return " ".join(filter(None, (platform.processor() or platform.machine(), fields.get("CPU implementer"),

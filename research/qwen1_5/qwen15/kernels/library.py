@@ -10,7 +10,7 @@ from typing import List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from .. import machine
+from .. import machine, start
 from ..errors import UserError
 from .build import LIBRARY_NAME, OUTPUT_DIR
 
@@ -87,14 +87,14 @@ class Library:
                 ("ranks_complaint", ctypes.c_char_p, ()),
                 ("ranks_waited_seconds", ctypes.c_double, ()),
                 ("ranks_waits", ctypes.c_int64, ()),
-                ("add_over_ranks", ctypes.c_int, (_F32, ctypes.c_int64, _F32)),
                 ("argmax", None, (_F32, ctypes.c_int64, ctypes.c_int64, _I32)),
                 ("top_candidates", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_int64, _F32, _I32)),
                 ("nucleus", ctypes.c_int64, (_F32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, _F32, _I32,
                                              ctypes.c_int64, ctypes.POINTER(ctypes.c_double))),
                 ("probe_bandwidth", ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)),
                 ("probe_flops", ctypes.c_double, (ctypes.c_int64, ctypes.c_int)),
-                ("busy_seconds", ctypes.c_double, ())):
+                ("busy_seconds", ctypes.c_double, ()),
+                ("tell_of_lost_files", None, ())):
             try:
                 function = getattr(handle, f"qwen15_{name}")
             except AttributeError:
@@ -189,29 +189,21 @@ class Library:
         self._handle.qwen15_bound_addresses(number, addresses, count)
         return list(addresses)
 
-    def decode_bound(self, number: int, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """A new token for each sequence on what is kept under this number; as the operator `decode` does it.
+    def bound_step(self, number: int, sequences: int, blocks: int, logits: np.ndarray) -> "BoundStep":
+        """Decode calls of so many rows on what is kept under this number, as the operator `decode` makes them.
 
         Args:
-            rows: (B, 3 + M) int32: id, context_len, slot, then the sequence's block table.
-            logits: (B, V) float32, which are written.
-
-        Returns:
-            (B,) int32, the first id of each row's largest logit; -1 where that is infinite or a logit is NaN.
+            sequences, blocks: B rows, M of a row's block table.
+            logits: (B, V) float32, which every call writes.
 
         Raises:
-            RuntimeError: nothing is kept there, or a number in rows is out of its range.
+            ValueError: logits of another dtype or shape.
         """
-        for array, dtype in ((rows, np.int32), (logits, np.float32)):
-            if array.dtype != dtype or array.ndim != 2 or not array.flags.c_contiguous:
-                raise ValueError(f"wanted {np.dtype(dtype)} with 2 dimensions, row after row")
-        if len(rows) != len(logits):
-            raise ValueError(f"{len(rows)} rows and {len(logits)} of logits")
-        largest = np.empty(len(rows), np.int32)
-        if self._handle.qwen15_decode_bound(number, _address(rows), *rows.shape, _address(logits), logits.shape[1],
-                                            _address(largest)):
-            raise RuntimeError(self.last_error)
-        return largest
+        if logits.dtype != np.float32 or logits.ndim != 2 or not logits.flags.c_contiguous:
+            raise ValueError("wanted float32 logits with 2 dimensions, row after row")
+        if len(logits) != sequences:
+            raise ValueError(f"{sequences} rows and {len(logits)} of logits")
+        return BoundStep(self, number, np.zeros((sequences, 3 + blocks), np.int32), logits)
 
     def join_ranks(self, file: int, rank: int, ranks: int, limit_s: float) -> None:
         """Join the other ranks of this machine through memory that all of them share.
@@ -244,25 +236,14 @@ class Library:
             RuntimeError: another rank has kept this one waiting for too long.
         """
         agreed = np.array(ids, np.int32)
-        for start in range(0, agreed.size, _MOST_AGREED):
-            part = agreed[start:start + _MOST_AGREED]
+        for begin in range(0, agreed.size, _MOST_AGREED):
+            part = agreed[begin:begin + _MOST_AGREED]
             done = 0
             while not done:  # in steps, so that a signal is answered meanwhile
                 done = self._handle.qwen15_agree(_i32(part), part.size, _AGREE_STEP_S)
                 if done < 0:
                     raise RuntimeError(self.last_error)
         return agreed
-
-    def add_over_ranks(self, partial: np.ndarray, x: np.ndarray) -> None:
-        """x += the ranks' `partial`, both float32 of the same size on every rank.
-
-        Raises:
-            RuntimeError: another rank has kept this one waiting for too long.
-        """
-        if partial.dtype != np.float32 or x.dtype != np.float32 or partial.size != x.size:
-            raise ValueError("partial and x have to be float32 of one size")
-        if self._handle.qwen15_add_over_ranks(_f32(np.ascontiguousarray(partial)), partial.size, _f32(x)):
-            raise RuntimeError(self.last_error)
 
     def argmax(self, logits: np.ndarray) -> np.ndarray:
         """First id of the largest logit of each row: (B, V) float32 -> (B,) int32. Raises ValueError on NaN."""
@@ -323,14 +304,46 @@ class Library:
         """
         return self._handle.qwen15_probe_bandwidth(memory.ctypes.data, memory.nbytes, split)
 
-    def flops(self, dtype: str, repeats: int = 5_000_000) -> float:
+    def flops(self, dtype: str, repeats: int) -> float:
         """Multiply-adds on registers by all threads, as prefill does them for `dtype`: operations per second."""
         return self._handle.qwen15_probe_flops(repeats, DTYPES[dtype])
+
+    def tell_of_lost_files(self) -> None:
+        """From now on a mapped file that becomes shorter, or whose disk fails, ends this process with a line that names
+        the file and exit code 1 instead of SIGBUS; of another SIGBUS the handler before gets to know."""
+        self._handle.qwen15_tell_of_lost_files()
 
     @property
     def busy_seconds(self) -> float:
         """Seconds for which the threads have worked since the process began (searches over logits not counted)."""
         return self._handle.qwen15_busy_seconds()
+
+
+class BoundStep:
+    """A decode call that is made again and again with the same memory: where that is, is asked once. Between two calls
+    the caches belong to the weights, and every microsecond of Python takes several.
+
+    Attributes:
+        rows: (B, 3 + M) int32, read by every call: id, context_len, slot, then the sequence's block table.
+        logits: (B, V) float32, written.
+        largest: (B,) int32, written: the first id of each row's largest logit; -1 where that is infinite or a logit is
+            NaN.
+    """
+
+    def __init__(self, library: Library, number: int, rows: np.ndarray, logits: np.ndarray):
+        self._library, self._decode = library, library._handle.qwen15_decode_bound
+        self.rows, self.logits, self.largest = rows, logits, np.empty(len(rows), np.int32)
+        self._arguments = (number, _address(rows), *rows.shape, _address(logits), logits.shape[1],
+                           _address(self.largest))
+
+    def run(self) -> None:
+        """Decode.
+
+        Raises:
+            RuntimeError: nothing is kept under the number, or a number in rows is out of its range.
+        """
+        if self._decode(*self._arguments):
+            raise RuntimeError(self._library.last_error)
 
 
 def _logits(logits: np.ndarray, ndim: int) -> np.ndarray:
@@ -341,7 +354,7 @@ def _logits(logits: np.ndarray, ndim: int) -> np.ndarray:
 
 
 def _address(array: np.ndarray) -> int:
-    """Of its memory; a pointer of ctypes takes several microseconds to make where Python is cold."""
+    """Of its memory."""
     return array.__array_interface__["data"][0]
 
 
@@ -366,4 +379,6 @@ def load() -> Library:
             _loaded.threads, _ = machine.default_threads(found, machine.cpu_quota())
         if len(found.nodes) > 1:
             _loaded.spread_over(found.nodes)
+        if start.is_command():
+            _loaded.tell_of_lost_files()
     return _loaded

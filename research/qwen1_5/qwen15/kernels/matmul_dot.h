@@ -48,8 +48,9 @@ inline void meet_tokens(V* acc, const typename R::L* l, const typename R::X* x, 
 
 // Rows at P places of a matrix against N tokens: out[(p * tokens + t) * kRowBlock + r] (+)= w[p * apart + r] . x[t].
 //
-// Each place is read in address order. Two streams far apart keep more of the memory busy than one; rows that lie side
-// by side would confuse the prefetcher. What the hardware's prefetcher misses is asked for as `asking` says.
+// Each place is read in address order; a sum ends after kSum products, and its row goes on with the next. Two streams far
+// apart keep more of the memory busy than one; rows that lie side by side would confuse the prefetcher. What the hardware's
+// prefetcher misses is asked for as `asking` says.
 // `head` elements before w fill its first vector up, so that no load crosses a cache line: x has as many zeros in front,
 // and those elements themselves are not looked at.
 template <class R, int N, int P>
@@ -59,56 +60,66 @@ __attribute__((noinline)) void dot_places(const typename R::E* w, int64_t apart,
   constexpr int64_t kLine = 64 / sizeof(typename R::E);
   constexpr int kChains = N == 1 ? 2 : 1;  // an addition takes longer than a line to arrive
   constexpr int kSums = N * P;
+  constexpr int64_t kLongest = kSum * R::step / R::parts;
+  const int64_t step = asking.step();
   w -= head;
   cols += head;
   for (int64_t r = 0; r < rows; ++r, w += stride) {
-    V acc[kChains][kSums];
+    const char* asked[P];
 #pragma GCC unroll 2
-    for (int c = 0; c < kChains; ++c)
+    for (int p = 0; p < P; ++p) asked[p] = asking.begin(p, r);
+    float sums[round_up(kSums, 4)] = {0};
+    for (int64_t i = 0, stop = 0; stop < cols;) {
+      stop = cols - i < kLongest ? cols : i + kLongest;
+      V acc[kChains][kSums];
+#pragma GCC unroll 2
+      for (int c = 0; c < kChains; ++c)
 #pragma GCC unroll 32
-      for (int j = 0; j < kSums; ++j) acc[c][j] = v_zero();
-    int64_t i = 0;
+        for (int j = 0; j < kSums; ++j) acc[c][j] = v_zero();
 #ifdef QWEN15_LOAD_REST
-    if (head > 0) {
-      typename R::L l[P];
+      if (i == 0 && head > 0) {
+        typename R::L l[P];
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) l[p] = R::load_rest(w + p * apart, head);
-      meet_tokens<R, N, P>(acc[0], l, x, x_stride);
-      i = R::step;
-    }
-#endif
-    for (; i + kChains * kLine <= cols; i += kChains * kLine)
-#pragma GCC unroll 2
-      for (int c = 0; c < kChains; ++c) {
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) {
-          const typename R::E* line = w + p * apart + i + c * kLine;
-          if (N <= kAskedTokens) asking.line(line);
-          else __builtin_prefetch((const char*)line + asking.ahead, 0, 1);  // bound by its arithmetic
-        }
-#pragma GCC unroll 16
-        for (int64_t at = i + c * kLine; at < i + (c + 1) * kLine; at += R::step) {
-          typename R::L l[P];
-#pragma GCC unroll 2
-          for (int p = 0; p < P; ++p) l[p] = R::load(w + p * apart + at);
-          meet_tokens<R, N, P>(acc[c], l, x + at, x_stride);
-        }
+        for (int p = 0; p < P; ++p) l[p] = R::load_rest(w + p * apart, head);
+        meet_tokens<R, N, P>(acc[0], l, x, x_stride);
+        i = R::step;
       }
-    for (; i < cols; i += R::step) {
-      int part = cols - i < R::step ? (int)(cols - i) : R::step;
-      typename R::L l[P];
+#endif
+      for (; i + kChains * kLine <= stop; i += kChains * kLine)
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) l[p] = part == R::step ? R::load(w + p * apart + i) : R::load_part(w + p * apart + i, part);
-      meet_tokens<R, N, P>(acc[0], l, x + i, x_stride);
-    }
-    float sums[round_up(kSums, 4)];
+        for (int c = 0; c < kChains; ++c) {
+#pragma GCC unroll 2
+          for (int p = 0; p < P; ++p) {
+            if (N <= kAskedTokens) asking.line(asked[p]);
+            else __builtin_prefetch(asked[p], 0, 1);  // bound by its arithmetic
+            asked[p] += step;
+          }
+#pragma GCC unroll 16
+          for (int64_t at = i + c * kLine; at < i + (c + 1) * kLine; at += R::step) {
+            typename R::L l[P];
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) l[p] = R::load(w + p * apart + at);
+            meet_tokens<R, N, P>(acc[c], l, x + at, x_stride);
+          }
+        }
+      for (; stop == cols && i < cols; i += R::step) {
+        int part = cols - i < R::step ? (int)(cols - i) : R::step;
+        typename R::L l[P];
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) l[p] = part == R::step ? R::load(w + p * apart + i) : R::load_part(w + p * apart + i, part);
+        meet_tokens<R, N, P>(acc[0], l, x + i, x_stride);
+      }
 #pragma GCC unroll 32
-    for (int j = 0; j < kSums; ++j)
-      if (kChains == 2) acc[0][j] = v_add(acc[0][j], acc[kChains - 1][j]);
+      for (int j = 0; j < kSums; ++j)
+        if (kChains == 2) acc[0][j] = v_add(acc[0][j], acc[kChains - 1][j]);
 #pragma GCC unroll 8
-    for (int j = 0; j < kSums; j += 4)
-      v_sum4(acc[0][j], acc[0][j + 1 < kSums ? j + 1 : j], acc[0][j + 2 < kSums ? j + 2 : j], acc[0][j + 3 < kSums ? j + 3 : j],
-             sums + j);
+      for (int j = 0; j < kSums; j += 4) {
+        float four[4];
+        v_sum4(acc[0][j], acc[0][j + 1 < kSums ? j + 1 : j], acc[0][j + 2 < kSums ? j + 2 : j], acc[0][j + 3 < kSums ? j + 3 : j],
+               four);
+        for (int m = 0; m < 4; ++m) sums[j + m] += four[m];
+      }
+    }
     for (int t = 0; t < N; ++t)
       for (int p = 0; p < P; ++p) {
         float* y = out + (p * tokens + t) * kRowBlock + r;

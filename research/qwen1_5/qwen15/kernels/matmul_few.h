@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kDotBytes = 32768;  // bytes of activations at once then: they stay in the first cache level
 constexpr int64_t kReusedRows = 8;    // rows at once when they meet several groups of tokens
-constexpr int64_t kSplitFrom = 9;     // tokens from which a SplitRow pays; with fewer the memory is what limits
+constexpr int64_t kSplitFrom = 7;     // tokens from which a SplitRow pays; with fewer the memory is what limits
 constexpr int64_t kPackFrom = 64;     // tokens from which packing pays
 
 // Elements from a gated job's first matrix to its second one when a row of each can be read side by side, 0 otherwise:
@@ -128,30 +128,43 @@ void dot_group(const typename R::E* w, int64_t apart, int64_t stride, int64_t ro
   }
 }
 
-// `rows` rows at each of P places against all tokens, out (P, tokens, kRowBlock). Tokens go in groups of nearly equal
-// size and long rows in pieces, so that the activations in use stay in the first cache level and sums stay short. The
-// weights come from memory for the first group and from the caches for the others; hence few rows at a time then.
+// `rows` rows at each of P places against all tokens, out (P, tokens, kRowBlock). Tokens that fit into one group meet
+// whole rows, as they come from memory. More go in groups of nearly equal size: the weights come from memory for the first
+// group and from the caches for the others, hence few rows at a time then, and pieces of them, so that the activations in
+// use stay in the first cache level. Meanwhile the next piece is asked for, a part of it by each group.
 template <class R, int P>
 void dot_block(const typename R::E* w, int64_t apart, int64_t rows, int64_t cols, const Shifted<R>& x, int64_t tokens, float* out) {
-  int64_t groups = (tokens + kDotTokens - 1) / kDotTokens, most = (tokens + groups - 1) / groups;
-  int64_t pieces = (cols * most * (int64_t)sizeof(typename R::X) + kDotBytes - 1) / kDotBytes;
-  int64_t longest = kSum * R::step / R::parts;
-  if (pieces * longest < cols) pieces = (cols + longest - 1) / longest;
-  int64_t piece = round_up((cols + pieces - 1) / pieces, 64), step = groups == 1 ? rows : kReusedRows;
   constexpr int64_t kItem = sizeof(typename R::E);
   const Reading way = reading();
+  const int64_t groups = (tokens + kDotTokens - 1) / kDotTokens;
   Asking asking;
   asking.near = way.hint == 3;
-  for (int64_t r = 0; r < rows; r += step) {
-    int64_t n = rows - r < step ? rows - r : step;
+  asking.stride = cols * kItem;
+  asking.groups = groups;
+  auto ask = [&](const typename R::E* here, const typename R::E* next, int64_t count) {
+    asking.bytes = count * kItem;
+    asking.met = 0;
+    for (int p = 0; p < P; ++p) asking.next[p] = (const char*)((way.hint == 0 ? here : next) + p * apart);
+  };
+  if (groups == 1) {
+    ask(w, w + way.ahead / kItem, cols);
+    return dot_group<R, P>(w, apart, cols, rows, cols, x.head, x.data, x.stride, tokens, out, tokens, false, asking);
+  }
+  const int64_t most = (tokens + groups - 1) / groups, longest = kSum * R::step / R::parts;
+  int64_t pieces = (cols * most * (int64_t)sizeof(typename R::X) + kDotBytes - 1) / kDotBytes;
+  if (pieces * longest < cols) pieces = (cols + longest - 1) / longest;
+  const int64_t piece = round_up((cols + pieces - 1) / pieces, 64);
+  for (int64_t r = 0; r < rows; r += kReusedRows) {
+    const int64_t n = rows - r < kReusedRows ? rows - r : kReusedRows;
     for (int64_t k = 0; k < cols; k += piece) {
-      int64_t depth = cols - k < piece ? cols - k : piece;
-      int64_t ahead = way.ahead / (depth * kItem);  // whole rows: a piece ends before its row does
+      const int64_t depth = cols - k < piece ? cols - k : piece;
+      const auto* here = w + r * cols + k;
+      ask(here, k + piece < cols ? here + piece : w + (r + n) * cols, depth);
       for (int64_t t = 0, left = groups; left > 0; --left) {
         int64_t group = (tokens - t + left - 1) / left;
-        asking.ahead = t > 0 || way.hint == 0 ? 0 : (ahead > 1 ? ahead * cols : cols) * kItem;
-        dot_group<R, P>(w + r * cols + k, apart, cols, n, depth, x.head, x.data + t * x.stride + k, x.stride, group,
+        dot_group<R, P>(here, apart, cols, n, depth, x.head, x.data + t * x.stride + k, x.stride, group,
                         out + t * kRowBlock + r, tokens, k > 0, asking);
+        asking.met += n;
         t += group;
       }
     }

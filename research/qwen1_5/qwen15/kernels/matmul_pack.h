@@ -22,6 +22,31 @@ void pack_floats(const typename R::E* const* rows, int count, int64_t k, int vec
   }
 }
 
+#ifdef QWEN15_SPLIT
+// bf16 rows -> the same panel, two inputs at a time: half the shuffles. The panel has room for whole vectors of them.
+template <>
+inline void pack_floats<BF16Row>(const uint16_t* const* rows, int count, int64_t k, int vecs, float* panel) {
+  for (int64_t i = 0; i < k; i += 2 * W) {
+    int part = k - i < 2 * W ? (int)(k - i) : 2 * W;
+    for (int v = 0; v < vecs; ++v) {
+      V pairs[W];
+#pragma GCC unroll 8
+      for (int r = 0; r < W; ++r) {
+        int row = v * W + r;
+        pairs[r] = row >= count ? v_zero() : part == 2 * W ? v_load_pairs(rows[row] + i) : v_load_part_pairs(rows[row] + i, part);
+      }
+      v_transpose(pairs);
+      float* to = panel + (i * vecs + v) * W;
+#pragma GCC unroll 8
+      for (int j = 0; j < W; ++j, to += 2 * vecs * W) {
+        v_store(to, v_even_bf16(pairs[j]));
+        v_store(to + vecs * W, v_odd_bf16(pairs[j]));
+      }
+    }
+  }
+}
+#endif
+
 #ifdef QWEN15_BF16_PAIRS
 // bf16 rows -> panel for PairTile: panel[i / 2][r][i % 2] = rows[r][i].
 inline void pack_pairs_block(const uint16_t* const* rows, int64_t i, uint16_t* panel, int64_t stride) {

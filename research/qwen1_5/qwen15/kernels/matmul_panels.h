@@ -8,7 +8,6 @@
 namespace qwen15 {
 namespace {
 
-constexpr int64_t kPanelDepth = 1024; // inputs per packed panel: 64 x 1024 x 2 bytes stay in L2
 constexpr int64_t kQuantPackFrom = 64;  // tokens from which packing pays for quantised weights
 constexpr int64_t kTokenBlock = 512;  // tokens per packed panel
 

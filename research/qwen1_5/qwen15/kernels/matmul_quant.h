@@ -120,8 +120,8 @@ inline void make_words(const float* x, const Cut& cut, float middle, const Words
   const int64_t quads = quads_of(rows), quad = row / 4, members = rows - 4 * quad < 4 ? rows - 4 * quad : 4;
   const int quarters = W / 4;
   auto words = [&](int64_t column) {
-    int64_t rest = column & (step - 1);  // steps are powers of two
-    return to.q + (column - rest) * rows + row * step + rest;
+    int64_t within = column & (step - 1);  // steps are powers of two
+    return to.q + (column - within) * rows + row * step + within;
   };
   for (int64_t j = 0; j < cut.segments(); ++j) {
     const float* from = x + j * cut.segment;

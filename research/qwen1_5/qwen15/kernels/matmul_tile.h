@@ -15,7 +15,7 @@ struct FloatTile {
   static inline V load(const P* p) { return v_load(p); }
   static inline V broadcast(const A* a) { return v_set(*a); }
   static inline void store(P* p, V v) { v_store(p, v); }
-  static inline V mac(V acc, V w, V a) { return v_fma(w, a, acc); }
+  static inline V mac(V acc, V w, V a) { return v_mac(acc, w, a); }
 };
 #ifdef QWEN15_BF16_PAIRS
 struct PairTile {
@@ -41,23 +41,27 @@ __attribute__((noinline)) void tile(const typename T::A* a, int64_t a_stride, co
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) acc[m][n] = v_zero();
-    for (int64_t stop = k - i < most ? k : i + most; i < stop;) {
-      // One cache line of every row at a time; the same lines of the rows after these are asked for meanwhile.
+    const int64_t stop = k - i < most ? k : i + most;
+    auto step = [&](int64_t j) {
+      V w[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) w[n] = T::load(panel + n * W * T::depth);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        V x = T::broadcast(a + m * a_stride + j);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], w[n], x);
+      }
+      panel += N * W * T::depth;
+    };
+    // One cache line of every row at a time; the same lines of the rows after these are asked for meanwhile.
+    for (; i + kLine <= stop; i += kLine) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) __builtin_prefetch(a + (M + m) * a_stride + i, 0, 2);
-      for (int64_t end = stop - i < kLine ? stop : i + kLine; i < end; i += T::depth) {
-        V w[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) w[n] = T::load(panel + n * W * T::depth);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          V x = T::broadcast(a + m * a_stride + i);
-#pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) acc[m][n] = T::mac(acc[m][n], w[n], x);
-        }
-        panel += N * W * T::depth;
-      }
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kLine; j += T::depth) step(i + j);
     }
+    for (; i < stop; i += T::depth) step(i);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -83,24 +87,24 @@ struct Ahead {
   }
 };
 
+// Rows of a go in groups of nearly the same size: one of a single row would take as long as one of three.
 template <class T, int N>
 void tile_rows(const typename T::A* a, int64_t a_stride, int64_t rows, const typename T::P* panel, int64_t k, float* c,
                int64_t c_stride, bool accumulate, Ahead& ahead) {
-  int64_t m = 0, share = (ahead.lines - ahead.at) / (rows / kTileRows + 1) + 1;
-  for (; m + kTileRows <= rows; m += kTileRows) {
+  int64_t groups = (rows + kTileRows - 1) / kTileRows, share = (ahead.lines - ahead.at) / groups + 1;
+  for (int64_t left = groups; left > 0; --left) {
+    int64_t m = (rows + left - 1) / left;
     ahead.fetch(share);
-    tile<T, kTileRows, N>(a + m * a_stride, a_stride, panel, k, c + m * c_stride, c_stride, accumulate);
-  }
-  ahead.fetch(ahead.lines);
-  a += m * a_stride;
-  c += m * c_stride;
-  switch (rows - m) {
-    case 5: return tile<T, (5 < kTileRows ? 5 : kTileRows), N>(a, a_stride, panel, k, c, c_stride, accumulate);
-    case 4: return tile<T, (4 < kTileRows ? 4 : kTileRows), N>(a, a_stride, panel, k, c, c_stride, accumulate);
-    case 3: return tile<T, 3, N>(a, a_stride, panel, k, c, c_stride, accumulate);
-    case 2: return tile<T, 2, N>(a, a_stride, panel, k, c, c_stride, accumulate);
-    case 1: return tile<T, 1, N>(a, a_stride, panel, k, c, c_stride, accumulate);
-    default: return;
+    auto* run = m == 1   ? tile<T, 1, N>
+                : m == 2 ? tile<T, 2, N>
+                : m == 3 ? tile<T, 3, N>
+                : m == 4 ? tile<T, 4, N>
+                : m == 5 ? tile<T, (5 < kTileRows ? 5 : kTileRows), N>
+                         : tile<T, kTileRows, N>;
+    run(a, a_stride, panel, k, c, c_stride, accumulate);
+    rows -= m;
+    a += m * a_stride;
+    c += m * c_stride;
   }
 }
 

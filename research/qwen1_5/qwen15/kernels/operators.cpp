@@ -397,7 +397,7 @@ QWEN15_API const char* qwen15_ranks_complaint() {
   return copy.c_str();
 }
 
-// x (count,) += the ranks' partial (count,); 0, or 1 with the reason in qwen15_last_error().
+// For tests: x (count,) += the ranks' partial (count,); 0, or 1 with the reason in qwen15_last_error().
 QWEN15_API int qwen15_add_over_ranks(const float* partial, int64_t count, float* x) {
   return guarded("ranks", [&] {
     Ranks* ranks = joined_ranks();

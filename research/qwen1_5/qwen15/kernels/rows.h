@@ -118,14 +118,10 @@ typedef BF16Row PairRow;
 struct SplitRow {
   typedef uint16_t E;
   typedef float X;
-  typedef S L;
+  typedef V L;
   static constexpr int step = 2 * W, parts = 2;
-  static inline L load(const E* p) { return s_load(p); }
-  static inline L load_part(const E* p, int n) {
-    E whole[step] = {0};
-    memcpy(whole, p, n * sizeof(E));
-    return s_load(whole);
-  }
+  static inline L load(const E* p) { return v_load_pairs(p); }
+  static inline L load_part(const E* p, int n) { return v_load_part_pairs(p, n); }
   static inline V part(L w, int i) { return i == 0 ? v_even_bf16(w) : v_odd_bf16(w); }
   static inline V x_part(const X* x, int i) { return v_load(x + i * W); }
   static inline V meet(V acc, V w, V x) { return v_mac(acc, w, x); }

@@ -7,8 +7,9 @@
 namespace {
 
 constexpr int W = 8;
-constexpr int kTileRows = 6, kTileVecs = 2;  // 12 of 16 registers accumulate
+constexpr int kTileRows = 4, kTileVecs = 3;  // 12 of 16 registers accumulate
 constexpr int kDotTokens = 6;                  // times 2 rows: 12 as well
+constexpr int64_t kPanelDepth = 256;           // inputs of a packed panel: 24 of 4 bytes stay in the first cache level
 typedef __m256 V;
 
 inline V v_zero() { return _mm256_setzero_ps(); }
@@ -87,20 +88,26 @@ inline V v_load_part_f16(const uint16_t* p, int n) {
   return v_load_f16(whole);
 }
 
-// Of 2 W bf16 the even and the odd ones.
+// W pairs of bf16, and of each the first and the second one: of 2 W in order the even ones and the odd ones.
 #define QWEN15_SPLIT 1
-inline V v_even_bf16(__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-inline V v_odd_bf16(__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000))); }
-// 2 W bf16: the even ones to v[0], the odd ones to v[1]; and back into their order.
-inline void v_load_bf16_pair(const uint16_t* p, V* v) {
-  __m256i x = _mm256_loadu_si256((const __m256i*)p);
-  v[0] = v_even_bf16(x);
-  v[1] = v_odd_bf16(x);
-}
-inline void v_load_part_bf16_pair(const uint16_t* p, int n, V* v) {
+inline V v_load_pairs(const uint16_t* p) { return _mm256_loadu_ps((const float*)p); }
+inline V v_load_part_pairs(const uint16_t* p, int n) {
   uint16_t whole[2 * W] = {0};
   memcpy(whole, p, n * sizeof(uint16_t));
-  v_load_bf16_pair(whole, v);
+  return v_load_pairs(whole);
+}
+inline V v_even_bf16(V pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16)); }
+inline V v_odd_bf16(V pairs) { return _mm256_and_ps(pairs, _mm256_castsi256_ps(_mm256_set1_epi32((int)0xffff0000))); }
+// 2 W bf16: the even ones to v[0], the odd ones to v[1]; and back into their order.
+inline void v_load_bf16_pair(const uint16_t* p, V* v) {
+  V pairs = v_load_pairs(p);
+  v[0] = v_even_bf16(pairs);
+  v[1] = v_odd_bf16(pairs);
+}
+inline void v_load_part_bf16_pair(const uint16_t* p, int n, V* v) {
+  V pairs = v_load_part_pairs(p, n);
+  v[0] = v_even_bf16(pairs);
+  v[1] = v_odd_bf16(pairs);
 }
 // 2 W floats in order: the even ones to v[0], the odd ones to v[1].
 inline void v_split(V* v) {

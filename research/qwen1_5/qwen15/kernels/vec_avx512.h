@@ -9,6 +9,7 @@ namespace {
 constexpr int W = 16;  // floats per vector
 constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
 constexpr int kDotTokens = 12;                 // times 2 rows: 24 as well
+constexpr int64_t kPanelDepth = 1024;          // inputs of a packed panel: 64 of 2 bytes stay in L2
 typedef __m512 V;
 
 inline V v_zero() { return _mm512_setzero_ps(); }

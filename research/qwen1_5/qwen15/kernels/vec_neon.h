@@ -9,6 +9,7 @@ namespace {
 constexpr int W = 4;
 constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
 constexpr int kDotTokens = 12;                 // times 2 rows: 24 as well
+constexpr int64_t kPanelDepth = 1024;          // inputs of a packed panel: 16 of 4 bytes stay in L2
 typedef float32x4_t V;
 
 // Memory of any type; a pointer to float would promise the compiler that it holds floats.

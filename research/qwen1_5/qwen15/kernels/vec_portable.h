@@ -13,6 +13,7 @@ constexpr int kDotTokens = 12;                 // times 2 rows: 24 as well
 constexpr int kTileRows = 4, kTileVecs = 2;  // 8 of 16 registers accumulate
 constexpr int kDotTokens = 4;                  // times 2 rows: 8 as well
 #endif
+constexpr int64_t kPanelDepth = 1024;  // inputs of a packed panel
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));

@@ -94,9 +94,10 @@ class Embed(nn.Cell):
 
 
 class Qkv(nn.Cell):
-    """RMSNorm, q/k/v projections with bias, rotary embedding, and the write into the KV cache."""
+    """RMSNorm of x (T, E), q/k/v projections with bias, rotary embedding, and the write of k and v into the KV cache at
+    `slots` (T,); gives q (T, H*D)."""
 
-    def __init__(self, eps: float, num_heads: int, num_kv_heads: int, head_dim: int, compute_dtype: str = "float32"):
+    def __init__(self, eps: float, num_heads: int, num_kv_heads: int, head_dim: int, compute_dtype: str):
         super().__init__(auto_prefix=False)
         self.run = _operator("qkv")
         self.eps = _eps(eps)
@@ -107,7 +108,7 @@ class Qkv(nn.Cell):
 
 
 class Attention(nn.Cell):
-    """softmax(q k^T / sqrt(D)) v over each token's own sequence, read from the paged cache."""
+    """softmax(q k^T / sqrt(D)) v over each token's own sequence, read from the paged cache: q (T, H*D) -> (T, H*D)."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__(auto_prefix=False)
@@ -118,7 +119,7 @@ class Attention(nn.Cell):
 
 
 class Project(nn.Cell):
-    """x (T, I) times w (O, I) transposed."""
+    """x (T, I) times w (O, I) transposed: (T, O)."""
 
     def __init__(self):
         super().__init__(auto_prefix=False)
@@ -129,7 +130,7 @@ class Project(nn.Cell):
 
 
 class ProjectAdd(nn.Cell):
-    """residual + x times w transposed."""
+    """residual (T, O) + x (T, I) times w (O, I) transposed."""
 
     def __init__(self):
         super().__init__(auto_prefix=False)
@@ -140,7 +141,7 @@ class ProjectAdd(nn.Cell):
 
 
 class GateUp(nn.Cell):
-    """RMSNorm, then silu(x w1^T) * (x w3^T)."""
+    """RMSNorm of x (T, E), then silu(x w1^T) * (x w3^T): (T, F)."""
 
     def __init__(self, eps: float):
         super().__init__(auto_prefix=False)
@@ -216,7 +217,7 @@ class Binding:
         split_vocab: table and head are slices too.
     """
 
-    def __init__(self, ranks: int = 1, split_vocab: bool = False):
+    def __init__(self, ranks: int, split_vocab: bool):
         self._library = library.load()
         self._number = self._library.open_binding(ranks > 1, split_vocab)
         self._parts = ranks if split_vocab else 1
@@ -229,14 +230,13 @@ class Binding:
         """Where the last Decoder call found all of its `held`; empty before the first."""
         return self._library.bound_addresses(self._number)
 
-    def decode(self, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """`Decode` without MindSpore: rows (B, 3 + M) int32, logits (B, V) float32, which are written; returned is what
-        `Network.largest` says of them.
+    def step(self, sequences: int, blocks: int, logits: np.ndarray) -> library.BoundStep:
+        """`Decode` without MindSpore, for so many rows with block tables of so many; logits (B, V) float32.
 
-        Raises:
-            RuntimeError: no Decoder call has been made under this number, or a number in rows is out of its range.
+        Its `run` raises a RuntimeError where no Decoder call has been made under this number, or a number in rows is
+        out of its range.
         """
-        return self._library.decode_bound(self._number, rows, logits)
+        return self._library.bound_step(self._number, sequences, blocks, logits)
 
     def close(self) -> None:
         """Forget them; Decode fails from then on."""

@@ -103,9 +103,10 @@ class _RMSNorm(nn.Cell):
 
 
 class Qkv(nn.Cell):
-    """RMSNorm, q/k/v projections with bias, rotary embedding (half-split), and the write into the KV cache."""
+    """RMSNorm of x (T, E), q/k/v projections with bias, rotary embedding (half-split), and k and v written into the
+    KV cache at `slots` (T,); gives q (T, H*D)."""
 
-    def __init__(self, eps: float, num_heads: int, num_kv_heads: int, head_dim: int, compute_dtype: str = "float32"):
+    def __init__(self, eps: float, num_heads: int, num_kv_heads: int, head_dim: int, compute_dtype: str):
         super().__init__()
         self.norm = _RMSNorm(eps)
         self.linear = _Linear()
@@ -184,7 +185,7 @@ class Attention(nn.Cell):
 
 
 class Project(nn.Cell):
-    """x (T, I) times w (O, I) transposed."""
+    """x (T, I) times w (O, I) transposed: (T, O)."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +196,7 @@ class Project(nn.Cell):
 
 
 class ProjectAdd(nn.Cell):
-    """residual + x times w transposed."""
+    """residual (T, O) + x (T, I) times w (O, I) transposed."""
 
     def __init__(self):
         super().__init__()
@@ -206,7 +207,7 @@ class ProjectAdd(nn.Cell):
 
 
 class GateUp(nn.Cell):
-    """RMSNorm, then silu(x w1^T) * (x w3^T) (SwiGLU; Shazeer, 2020, arXiv:2002.05202)."""
+    """RMSNorm of x (T, E), then silu(x w1^T) * (x w3^T): (T, F) (SwiGLU; Shazeer, 2020, arXiv:2002.05202)."""
 
     def __init__(self, eps: float):
         super().__init__()
