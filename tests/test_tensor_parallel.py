@@ -66,7 +66,7 @@ def alone(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks, split_vocab, kernels", [
-    (2, False, ""), (2, True, "reference"),
+    (2, False, ""), pytest.param(2, True, "reference", marks=pytest.mark.slow),
     pytest.param(4, True, "", marks=pytest.mark.slow), pytest.param(4, False, "reference", marks=pytest.mark.slow),
     pytest.param(2, True, "", marks=pytest.mark.slow), pytest.param(4, False, "", marks=pytest.mark.slow),
 ])

@@ -195,9 +195,6 @@ class BlockTable:
 
 def table_array(tables: Sequence[BlockTable], lengths: Sequence[int], block_size: int) -> np.ndarray:
     """The tables as one array (B, M) int32 padded with -1; M covers the longest of `lengths` (tokens), no more."""
-    width = max(-(-length // block_size) for length in lengths)
-    array = np.full((len(tables), width), -1, dtype=np.int32)
-    for row, (table, length) in enumerate(zip(tables, lengths)):
-        used = table.blocks[:-(-length // block_size)]
-        array[row, :len(used)] = used
-    return array
+    rows = [table.blocks[:-(-length // block_size)] for table, length in zip(tables, lengths)]
+    width = max(map(len, rows))
+    return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)

@@ -20,8 +20,9 @@ from .scheduler import PIECE_TOKENS, Continuation
 from .speculate import Speculation, SuccessRate, most_streams, worth
 
 _PRIOR = 0.6
-_OWN_COST = 0.03
-"""What a call of the draft costs beside reading its weights, over a step of the big model."""
+_PACE, _OWN_COST = 1.1, 0.01
+"""A call of the draft reads so much slower than a step of the big model, and does other things for this part of such a
+step (0.5 ms beside a model of 1 GB)."""
 _FEW = 4
 """Up to so many new tokens of each stream go through a decode call, row by row; more are a prefill."""
 
@@ -244,7 +245,7 @@ class _Guessing:
 
 def draft_cost(config: Config, draft: Config) -> float:
     """Time of a call of the draft over a step of the big model, as the bytes that each reads let expect."""
-    return _read_bytes(draft) / _read_bytes(config) + _OWN_COST
+    return _PACE * _read_bytes(draft) / _read_bytes(config) + _OWN_COST
 
 
 def _read_bytes(config: Config) -> int:

@@ -375,7 +375,9 @@ class Engine:
         rows = [choice.row + i for choice in choices for i in range(len(choice.guesses) + 1)]
         plain = [at for choice, at in _starts(choices) if choice.continuation.sampler.is_plain_greedy
                  for at in range(at, at + len(choice.guesses) + 1)]
-        if plain:
+        if len(plain) == len(tokens):
+            tokens[:] = self._argmax(logits, rows)
+        elif plain:
             tokens[plain] = self._argmax(logits, [rows[at] for at in plain])
         for choice, start in _starts(choices):
             sampler, wanted = choice.continuation.sampler, choice.continuation.request.logprobs
@@ -393,7 +395,7 @@ class Engine:
         """The most probable token of each of these rows, -1 where the logits are not finite."""
         found = self.network.largest(logits)
         if found is not None:
-            return found[rows]
+            return found if len(rows) == len(found) else found[rows]
         if len(rows) < len(logits):
             logits = logits[rows]
         try:

@@ -114,7 +114,7 @@ def need(model: ModelConfig, parallel: ParallelConfig, device_target: str, held:
                 CPU_RUNTIME_BYTES if device_target == device.CPU else 0)
 
 
-def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, reference: bool = False) -> int:
+def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, reference: bool) -> int:
     """Bytes of activations at the largest prefill, an upper estimate.
 
     T x (4 E + (H + 2 K) D / n + 3 F / n) x item + 2 B V x 4, where T is the most tokens of one prefill call (the engine
@@ -141,7 +141,7 @@ def workspace_bytes(model: ModelConfig, ranks: int, device_target: str, referenc
     return total
 
 
-def draft_need(config: Config, held: Held = AS_CONFIGURED) -> Need:
+def draft_need(config: Config, held: Held) -> Need:
     """Bytes of the draft model `config`, beside those of the model whose process it runs in: that of rank 0."""
     return replace(need(config.model, config.parallel, config.device_target, held), runtime_bytes=0)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
 
-from .. import interrupts
+from .. import cluster, interrupts
 from ..checkpoint.origin import Likeness
 from ..network.base import Network
 from .request import Request
@@ -73,11 +72,10 @@ def _command(value: Dict[str, Any]) -> Command:
                                         "params": SamplingParams(**params)}))
 
 
-def heartbeat_s(environ: Mapping[str, str] = os.environ) -> float:
+def heartbeat_s() -> float:
     """How often rank 0, while it waits for its user, says that there is nothing new: the others wait for rank 0
-    meanwhile, and a collective that waits for MS_NODE_TIMEOUT seconds (MindSpore: 30 unless it is set) fails."""
-    limit = environ.get("MS_NODE_TIMEOUT", "")
-    return min(20.0, (int(limit) if limit.isdigit() else 30) / 3)
+    meanwhile, and a collective fails that waits longer than `cluster.wait_limit_s`."""
+    return min(20.0, cluster.wait_limit_s() / 3)
 
 
 class Shared:

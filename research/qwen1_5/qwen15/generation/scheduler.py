@@ -82,8 +82,7 @@ class Scheduler:
         put_back: how many times a request has lost its blocks to an older one.
     """
 
-    def __init__(self, pool: BlockPool, max_batch: Optional[int] = None, whole_prompts: bool = False,
-                 prefix_cache: bool = True):
+    def __init__(self, pool: BlockPool, max_batch: Optional[int], whole_prompts: bool, prefix_cache: bool):
         self.pool = pool
         self.max_batch = max_batch
         self.whole_prompts = whole_prompts

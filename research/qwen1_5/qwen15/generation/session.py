@@ -523,7 +523,11 @@ def mismatch(tokenizer: Any, as_chat: bool, prompts: Sequence[Prompt] = ()) -> O
 
 
 def check_launch(config: Config) -> None:
-    """Refuse a parallel configuration in a process that no launcher has started."""
+    """Refuse a parallel configuration in a process that no launcher has started.
+
+    Raises:
+        UserError: with the command that starts it.
+    """
     parallel = config.parallel
     if parallel.use_parallel and parallel.model_parallel > 1 and not os.environ.get("MS_ROLE"):
         raise UserError(f"model_parallel {parallel.model_parallel} needs {parallel.model_parallel} workers and this is "

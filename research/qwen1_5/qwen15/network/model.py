@@ -71,7 +71,7 @@ class WeightParts(nn.Cell):
 
 
 class RowParallel(nn.Cell):
-    """x + y w^T; the products of the ranks' slices are summed in float32."""
+    """x (T, O) + y (T, I) times w (O, I) transposed; the products of the ranks' slices are summed in float32."""
 
     def __init__(self, args: Args):
         super().__init__(auto_prefix=False)
@@ -130,7 +130,7 @@ class DecoderLayer(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """ids -> rows; where the vocabulary is split each rank gives its own rows and zeros, and they are summed."""
+    """ids (T,) -> rows (T, E); where the vocabulary is split each rank gives its own and zeros, which are summed."""
 
     def __init__(self, args: Args):
         super().__init__(auto_prefix=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import naming
 from ..checkpoint import casting, leftovers, origin
-from ..checkpoint.account import Expected, take_account
+from ..checkpoint.account import FOREIGN_QUANTISED, Expected, take_account
 from ..checkpoint.origin import Likeness
 from ..checkpoint.quantised import ORDER, SCALE, ZERO, Scheme, checked_order, companion_of
 from ..checkpoint.quantised_settings import settings_of
@@ -90,7 +90,7 @@ def open_weights(path: str, dims: naming.Dims) -> Checkpoint:
         UserError: it is damaged, or quantised in a way that is not read.
     """
     source = open_source(path)
-    if not any(name.endswith(_FOREIGN) for name in source.infos):
+    if not any(FOREIGN_QUANTISED.search(name) or info.dtype.startswith("F8") for name, info in source.infos.items()):
         return source
     settings = settings_of(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
     return source if settings is None else read_quantised(source, settings, naming.weights(dims)).view
