@@ -107,7 +107,8 @@ def test_decode_at_several_batches_and_contexts(tiny, tmp_path):
             check_ratio(row)
 
 
-@pytest.mark.parametrize("what", (("decode", "--new_tokens", 3), ("prefill", "--tokens", 8)))
+@pytest.mark.parametrize("what", (("decode", "--new_tokens", 3), pytest.param(("prefill", "--tokens", 8),
+                                                                                 marks=pytest.mark.slow)))
 def test_another_dtype_takes_turns_with_bfloat16(tmp_path, what):
     made = measured(*what, "--dtype", "int8", "--layers", 1, "--cache", tmp_path, "--against", "bfloat16", "--rounds",
                     2, "--no_plot", cwd=tmp_path)

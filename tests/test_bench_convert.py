@@ -10,13 +10,13 @@ from qwen15.bench.command import main
 from qwen15.errors import UserError
 
 
-@pytest.mark.parametrize("against", [[], ["--against", "hf"]])
+@pytest.mark.parametrize("against", [pytest.param([], marks=pytest.mark.slow), ["--against", "hf"]])
 def test_every_way_of_converting_is_timed_beside_cp(tmp_path, capsys, against):
     if against:
         pytest.importorskip("torch")
         pytest.importorskip("transformers")
         pytest.importorskip("mindspore")
-    write_model(tmp_path / "model", dims(heads=4, kv_heads=4), shards=2)
+    write_model(tmp_path / "model", dims(heads=4, kv_heads=4, tied=bool(against)), shards=2)
     assert main(["convert", "--checkpoint", str(tmp_path / "model"), "--rounds", "1", *against]) == 0
     said = capsys.readouterr().out.strip().splitlines()
     found = json.loads(said[-1])

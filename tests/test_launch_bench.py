@@ -39,6 +39,14 @@ def test_one_and_two_workers(small_model, tmp_path):
     assert list(tmp_path.glob("qwen15_bench_*")) == []
 
 
+def test_workers_with_quantised_weights_have_a_cache_of_bfloat16(tmp_path):
+    done = bench(tmp_path, "--layers", 1, "--cache", tmp_path, "--dtype", "int8", "--workers", 1, "--prompt", 8,
+                 "--new_tokens", 3, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["dtype"] == "int8" and line["rows"][0]["decode_tokens_per_s"] > 0
+
+
 def test_more_workers_than_can_share_are_refused_before_any_starts(small_model, tmp_path):
     make_random(tmp_path, small_model)
     done = bench(tmp_path, "--checkpoint", tmp_path / "random", "--workers", 2, 3)

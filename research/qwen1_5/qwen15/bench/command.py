@@ -24,7 +24,8 @@ COMMANDS: Dict[str, Tuple[str, str]] = {
     "numerics": ("numerics", "how close logits are to transformers', for each dtype"),
     "make-checkpoint": ("make_checkpoint", "write a random checkpoint of any Qwen1.5 size"),
 }
-"""Name -> (module with `main(argv) -> int`, what it measures)."""
+"""Name -> (module, what it measures). A module has `parser()`, and `run(args)`, which gives what is to be shown, a
+`report.Measured`, or None where it has printed that itself."""
 
 
 def parser() -> Parser:
@@ -44,7 +45,19 @@ def module(what: str) -> Any:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Parse and run; returns the exit code. Raises UserError for what the user can mend."""
-    args = parser().parse_args(argv)
-    code: int = module(args.what).main(args.rest)
-    return code
+    """Parse, measure and show; returns the exit code.
+
+    Raises:
+        UserError: what the user can mend: arguments, no place for the plot (said before anything is measured), or what
+            the measurement raises.
+    """
+    asked = parser().parse_args(argv)
+    measurement = module(asked.what)
+    args = measurement.parser().parse_args(asked.rest)
+    from . import options, report  # NumPy comes with them
+
+    plot = options.plot_path(args, asked.what)
+    found = measurement.run(args)
+    if found is not None:
+        report.show(asked.what, asked.rest, found, plot)
+    return 0

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -20,10 +19,9 @@ from ..checkpoint.atomic import check_space, disk_bytes
 from ..checkpoint.reader import open_checkpoint
 from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
-from . import hf, options, report
-from .report import Column, number, text
+from . import child, hf, options
+from .report import Column, Measured, gigabytes, number, text
 
-WHAT = "convert"
 _SIZE, _LAYERS = "1.8b", 10  # 2.26 GB in bfloat16
 _POLL_S = 0.005
 _CP, _CP_SYNC, _OURS, _THEIRS = "cp", "cp; sync", "convert_weight, .ckpt", "transformers + mindspore, .ckpt"
@@ -51,21 +49,18 @@ def parser() -> Parser:
                       help="where results are written and removed again (default: beside the checkpoint)")
     made.add_argument("--parallel", type=options.positive, default=4, metavar="N",
                       help="ranks of the slices (default 4)")
-    made.add_argument("--rounds", type=options.positive, default=5, metavar="N",
-                      help="runs of each, medians are shown (default 5)")
+    options.add_rounds(made)
     made.add_argument("--against", choices=("hf",),
                       help="hf: also the obvious way, transformers' from_pretrained and mindspore.save_checkpoint")
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Measure conversions in both directions, slicing and cutting anew, and print a table and a line of JSON.
+def run(args: argparse.Namespace) -> Measured:
+    """Measure conversions in both directions, slicing and cutting anew.
 
     Raises:
         UserError: arguments that cannot be, too little disk, something is not installed, or a process failed.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
     if args.checkpoint is not None and args.layers == _LAYERS:
         args.layers = None  # the default is the random checkpoint's
     if args.against:
@@ -81,10 +76,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         shutil.rmtree(scratch)
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "bytes": f"{nbytes / 1e9:.2f} GB",
              "rounds": args.rounds}
-    print(report.heading(WHAT, facts) + "\n")
-    print(report.table(COLUMNS, rows))
-    print(report.json_line(WHAT, argv, facts, rows), flush=True)
-    return 0
+    return Measured(facts, COLUMNS, rows)
 
 
 def _contenders(source: str, converted: str, args: argparse.Namespace) -> Dict[str, Contender]:
@@ -119,11 +111,11 @@ def _measure(source: str, nbytes: int, scratch: str, args: argparse.Namespace) -
     """Every contender in turn, after one round that brings the files into the page cache and does not count."""
     converted = os.path.join(scratch, "converted")
     from ..conversion.hugging_face import Output, plan_to_mindspore
-    from ..conversion.run import run
+    from ..conversion.run import run as carry_out
 
     plan = plan_to_mindspore(source, Output(converted))
     try:
-        run(plan)
+        carry_out(plan)
     finally:
         plan.close()
     contenders = _contenders(source, converted, args)
@@ -158,33 +150,20 @@ def _measure(source: str, nbytes: int, scratch: str, args: argparse.Namespace) -
 
 
 def _run(name: str, contender: Contender, target: str) -> Dict[str, float]:
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     start_s = time.perf_counter()
     with subprocess.Popen(contender.command(target), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True, env={**os.environ, "PYTHONPATH": path}) as process:
-        peak_bytes = 0
+                          universal_newlines=True, env=child.environment()) as process:
+        highest_bytes = 0
         while not contender.reports and process.poll() is None:
-            peak_bytes = max(peak_bytes, _peak_bytes(process.pid))
+            highest_bytes = max(highest_bytes, child.peak_bytes(process.pid))
             time.sleep(_POLL_S)
         out, errors = process.communicate()
         whole_s = time.perf_counter() - start_s
-    if process.returncode:
-        last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise UserError(f"the process failed: {last}", where=name, exit_code=EXIT_FAILED)
+    child.check(process.returncode, errors, "the process", name)
     if not contender.reports:
-        return {"work_s": whole_s, "imports_s": 0.0, "peak_bytes": peak_bytes}
+        return {"work_s": whole_s, "imports_s": 0.0, "peak_bytes": highest_bytes}
     said = json.loads(out.strip().splitlines()[-1])
     return {"work_s": said["work_s"], "imports_s": whole_s - said["work_s"], "peak_bytes": said["peak_bytes"]}
-
-
-def _peak_bytes(pid: int) -> int:
-    """The most memory a process has had resident, by /proc; 0 when it has just ended."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii") as file:
-            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), 0)
-    except OSError:
-        return 0
 
 
 def _compare(ours: str, theirs: str) -> None:
@@ -209,6 +188,6 @@ COLUMNS = (
     Column("", text("who")), Column("work, s", number("work_s", ".2f")), Column("GB/s", number("gb_per_s", ".2f")),
     Column("x cp", number("times_cp", ".2f")), Column("x cp; sync", number("times_cp_sync", ".2f")),
     Column("start-up and imports, s", number("imports_s", ".2f")),
-    Column("written, GB", lambda row: f"{row['written_bytes'] / 1e9:.2f}"),
+    Column("written, GB", gigabytes("written_bytes")),
     Column("peak memory, MB", lambda row: f"{row['peak_bytes'] / 1e6:.0f}"),
 )

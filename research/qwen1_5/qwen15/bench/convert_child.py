@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Callable, Sequence
 
+from . import child
+
 
 def ours(module: str, flags: Sequence[str]) -> Callable[[], None]:
     """One of our commands, everything it needs imported."""
@@ -29,9 +31,10 @@ def theirs(source: str, target: str) -> Callable[[], None]:
     def work() -> None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         tensors = []
-        for name, value in model.state_dict().items():
+        for name, value in model.named_parameters():  # a tied head once
             kind = getattr(mindspore, str(value.dtype).split(".")[1])
-            tensors.append({"name": hf_to_ms(name), "data": mindspore.Tensor(value.to(torch.float32).numpy(), kind)})
+            numbers = value.detach().to(torch.float32).numpy()
+            tensors.append({"name": hf_to_ms(name), "data": mindspore.Tensor(numbers, kind)})
         mindspore.save_checkpoint(tensors, target)
 
     return work
@@ -45,9 +48,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         work()
     work_s = time.perf_counter() - start_s
-    with open("/proc/self/status", encoding="ascii") as file:
-        peak_kib = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-    print(json.dumps({"work_s": work_s, "peak_bytes": peak_kib * 1024}))
+    print(json.dumps({"work_s": work_s, "peak_bytes": child.peak_bytes()}))
 
 
 if __name__ == "__main__":

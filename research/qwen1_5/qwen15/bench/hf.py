@@ -12,14 +12,23 @@ from .options import BenchCheckpoint
 from .rounds import Timing
 
 
-def check_installed() -> None:
-    """Raises UserError when torch or transformers is missing."""
+def check_installed(where: str = "--against hf") -> None:
+    """Raises UserError when torch or transformers, which `where` needs, is missing."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed", where="--against hf",
+        raise UserError(f"{error.name} is not installed", where=where,
                         fix="Run: pip install torch transformers") from None
+
+
+def greedy(model: Any, ids: Any, new_tokens: int, **options: Any) -> Any:
+    """ids (B, N) of a model of transformers, and exactly `new_tokens` greedy tokens after them."""
+    import torch
+
+    with torch.inference_mode():
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                              min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options)
 
 
 class HuggingFace:
@@ -34,15 +43,8 @@ class HuggingFace:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path, torch_dtype=getattr(torch, checkpoint.dtype)).eval()
         self.model.generation_config.eos_token_id = None
+        self.vocab_size = self.model.config.vocab_size
         self.note = f"transformers {transformers.__version__}, torch {torch.__version__}"
-
-    def generate(self, ids, new_tokens: int, **options):
-        """Exactly `new_tokens` greedy tokens after ids (B, N)."""
-        import torch
-
-        with torch.inference_mode():
-            return self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
-                                       min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options)
 
     def prefill(self, prompt: Sequence[int]) -> Timing:
         """Seconds from a prompt to its first token."""
@@ -50,8 +52,12 @@ class HuggingFace:
 
         ids = torch.tensor([list(prompt)])
         start_s = time.perf_counter()
-        self.generate(ids, 1)
+        greedy(self.model, ids, 1)
         return Timing(time.perf_counter() - start_s)
+
+    def decode(self, prompts: np.ndarray, new_tokens: int) -> HuggingFaceDecode:
+        """Greedy decoding, see `HuggingFaceDecode`."""
+        return HuggingFaceDecode(self, prompts, new_tokens)
 
 
 class HuggingFaceDecode:
@@ -75,7 +81,7 @@ class HuggingFaceDecode:
             self._cache = DynamicCache()
             with torch.inference_mode():
                 self._hf.model(self._ids[:, :-1], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._hf.generate(self._ids, self._new_tokens, past_key_values=self._cache, streamer=clock)
+        greedy(self._hf.model, self._ids, self._new_tokens, past_key_values=self._cache, streamer=clock)
         self._cache.crop(keep)
         counted = self._new_tokens - 1
         assert len(clock.times_s) == self._new_tokens

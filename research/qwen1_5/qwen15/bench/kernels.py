@@ -14,14 +14,12 @@ from ..family import FAMILY
 from ..kernels import library
 from ..naming import Dims
 from ..network.base import rope_tables
-from . import options, report, rounds, work
+from . import hf, options, report, rounds, work
 from .make_checkpoint import DTYPES, dims_of
 from .operators import Array, Pool, prepare
 from .probes import Probes
-from .report import Column, number, text
-from .start import start
+from .report import Column, Measured, number, text
 
-WHAT = "kernels"
 BLOCK = 32
 """Tokens in a block of the KV cache."""
 QUANTISED = {"int8": 8, "int4": 4}
@@ -214,26 +212,26 @@ def parser() -> Parser:
                       help="rows at once (default 1 8 16 32 512); those above 64 are a prompt")
     made.add_argument("--context", type=options.positive, nargs="+", default=[512, 4096, 16384], metavar="N",
                       help="tokens in the cache for attention in decode (default 512 4096 16384)")
-    options.add_run(made, WHAT, 7)
+    options.add_run(made, "kernels", 7)
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure every operator.
 
     Raises:
         UserError: arguments that cannot be, or something is not installed.
     """
-    argv, args, plot = start(parser(), WHAT, argv)
+    if args.against:
+        hf.check_installed()
     machine = Probes(args.threads)
     dims = dims_of(args.size, args.layers)
     cases = Cases(dims, args.dtype, args.group_size)
     library.load().exact_activations = args.dtype not in QUANTISED
     rows = [_measure(case, machine, args) for case in _all(cases, args.tokens, args.context)]
-    facts = {"model": f"shapes of Qwen1.5-{args.size.upper()}", "dtype": args.dtype, "threads": machine.threads,
-             "rounds": args.rounds, "kernels": machine.kernels, "against": _torch_note() if args.against else None}
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(args, rows), plot)
-    return 0
+    facts = {**machine.facts(f"shapes of Qwen1.5-{args.size.upper()}", args.dtype, args.rounds),
+             "against": _torch_note() if args.against else None}
+    return Measured(facts, COLUMNS, rows, _bars(args, rows))
 
 
 def _all(cases: Cases, tokens: Sequence[int], contexts: Sequence[int]) -> Iterator[Case]:
@@ -263,8 +261,7 @@ def _measure(case: Case, machine: Probes, args: argparse.Namespace) -> Dict[str,
         torch.set_num_threads(machine.threads)
         contenders["torch"] = repeated(case.torch())
     multiplied = "float32" if args.dtype in QUANTISED else args.dtype
-    samples = rounds.interleave(contenders, args.rounds,
-                                lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(multiplied)})
+    samples = rounds.interleave(contenders, args.rounds, lambda: machine.limits(multiplied))
     mine = samples["qwen15"]
     row = {"operator": case.name, "tokens": case.tokens, "context": case.context or None,
            "us": rounds.median_seconds(mine) * 1e6, "samples": rounds.as_json(samples)}
@@ -301,10 +298,7 @@ def _torch_note() -> str:
 
 COLUMNS = (
     Column("operator", text("operator")), Column("tokens", text("tokens")), Column("context", text("context")),
-    Column("us", number("us")),
-    Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
-    Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")), Column("of peak", number("of_peak", ".2f")),
-    Column("of what both allow", number("of_both", ".2f")),
+    Column("us", number("us")), *report.LIMITS,
     Column("torch, us", number("torch_us")), Column("times torch", number("ratio_torch", ".2f")),
 )
 

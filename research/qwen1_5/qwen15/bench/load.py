@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 from ..command_line import Parser
-from ..errors import EXIT_FAILED, UserError
-from . import options, report
+from . import child, hf, options, report
 from .probes import Probes
-from .report import Column, number, text
-from .start import start
+from .report import Column, Measured, gigabytes, number, text
 
-WHAT = "load"
 MEMORY_FACTOR, MEMORY_PLUS_BYTES = 1.25, 600_000_000
 """The peak that is aimed at: so many times the checkpoint, and so much for Python and MindSpore."""
 
@@ -31,17 +27,18 @@ def parser() -> Parser:
     made.add_argument("--new_tokens", type=options.at_least_two, default=16, metavar="N",
                       help="tokens after it (default 16)")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT)
+    options.add_run(made, "load")
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure loading.
 
     Raises:
         UserError: arguments that cannot be, something is not installed, or a process failed.
     """
-    argv, args, plot = start(parser(), WHAT, argv)
+    if args.against:
+        hf.check_installed()
     checkpoint = options.find_checkpoint(args)
     threads = Probes(args.threads).threads
     nbytes = sum(path.stat().st_size for path in Path(checkpoint.path).glob("*.safetensors"))
@@ -55,20 +52,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
              "checkpoint_bytes": nbytes, "memory_goal_bytes": MEMORY_FACTOR * nbytes + MEMORY_PLUS_BYTES,
              "samples": results} for name, results in taken.items()]
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": threads, "rounds": args.rounds}
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
-    return 0
+    return Measured(facts, COLUMNS, rows, _bars(checkpoint, rows))
 
 
 def _child(who: str, checkpoint: options.BenchCheckpoint, threads: int, args: argparse.Namespace) -> Dict[str, float]:
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "qwen15.bench.load_child", who, *checkpoint, str(threads), str(args.prompt),
                str(args.new_tokens)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                          env={**os.environ, "PYTHONPATH": path})
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"the process that loads it failed: {last}", where=who, exit_code=EXIT_FAILED)
+                          env=child.environment())
+    child.check(done.returncode, done.stderr, "the process that loads it", who)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -76,10 +68,8 @@ COLUMNS = (
     Column("", text("who")), Column("imports, s", number("import_s", ".2f")),
     Column("imported to ready, s", number("ready_s", ".2f")),
     Column("ready to first token, s", number("first_token_s", ".2f")),
-    Column("checkpoint, GB", lambda row: f"{row['checkpoint_bytes'] / 1e9:.2f}"),
-    Column("peak memory, GB", lambda row: f"{row['peak_bytes'] / 1e9:.2f}"),
-    Column(f"{MEMORY_FACTOR} x checkpoint + {MEMORY_PLUS_BYTES / 1e6:.0f} MB, GB",
-           lambda row: f"{row['memory_goal_bytes'] / 1e9:.2f}"),
+    Column("checkpoint, GB", gigabytes("checkpoint_bytes")), Column("peak memory, GB", gigabytes("peak_bytes")),
+    Column(f"{MEMORY_FACTOR} x checkpoint + {MEMORY_PLUS_BYTES / 1e6:.0f} MB, GB", gigabytes("memory_goal_bytes")),
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
 import os
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, List, Optional
 
 import numpy as np
 
@@ -28,6 +29,7 @@ QUANTISED = {"int8": (8, 128, False), "int4": (4, 64, True)}
 _DEVIATION = {"I8": 74.0, "U8": 4.6}
 """Standard deviation of integers that are drawn evenly from -128..127 and 0..15."""
 _STRIP_ELEMENTS = 4 * 2 ** 20
+_SHARD_BYTES = 5 * 10 ** 8  # a shard is closed before it would grow beyond this
 
 
 def dims_of(size: str, layers: Optional[int] = None) -> naming.Dims:
@@ -61,7 +63,7 @@ def hf_config(dims: naming.Dims, dtype: str) -> dict:
 
 
 def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0,
-                    shard_bytes: int = 5 * 10 ** 8, overwrite: bool = False) -> int:
+                    overwrite: bool = False) -> int:
     """Write the folder: config.json, shards and their index. It appears under its name when it is complete.
 
     Args:
@@ -70,7 +72,6 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
         dtype: of all tensors, one of `DTYPES`; or one of `QUANTISED`: integers drawn evenly for the layers' matrices,
             int8 in groups of 32 for table and head, bfloat16 for the rest.
         seed: start of the random numbers. Matrices and biases are normal with deviation 0.02, norms normal around 1.
-        shard_bytes: a shard is closed before it would grow beyond this.
         overwrite: replace a folder this project made.
 
     Returns:
@@ -85,7 +86,7 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
     check_space(folder, total)
     shards: List[List[TensorInfo]] = [[]]
     for info in infos:
-        if shards[-1] and sum(i.nbytes for i in shards[-1]) + info.nbytes > shard_bytes:
+        if shards[-1] and sum(i.nbytes for i in shards[-1]) + info.nbytes > _SHARD_BYTES:
             shards.append([])
         shards[-1].append(info)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -168,14 +169,12 @@ def parser() -> Parser:
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> None:
     """Write the folder the arguments ask for.
 
     Raises:
         UserError: see `make_checkpoint`.
     """
-    args = parser().parse_args(argv)
     total = make_checkpoint(args.folder, dims_of(args.size, args.layers), args.dtype, args.seed,
                             overwrite=args.overwrite)
     print(f"{args.folder}: {total / 1e9:.2f} GB")
-    return 0

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 from ..command_line import Parser
 from ..kernels import library
 from . import options, report, rounds
+from .engines import Engines
 from .ours import Decode, Ours, random_prompts
-from .probes import Probes
-from .report import Column, number, text
-from .start import start
+from .report import Column, Measured, number, text
 
-WHAT = "neighbour"
 MARGIN = 0.10
 """What may be lost beside the neighbour's share of the machine."""
 _BUSY = """
@@ -73,36 +72,31 @@ def parser() -> Parser:
                       help="sequences at once (default 1 8)")
     options.add_lengths(made, 64)
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, against=())
+    options.add_run(made, "neighbour", against=())
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure every batch size alone and beside the neighbour, in turns.
 
     Raises:
         UserError: arguments that cannot be.
     """
-    argv, args, plot = start(parser(), WHAT, argv)
-    checkpoint = options.find_checkpoint(args)
+    engines = Engines(args, args.context + args.new_tokens, max(args.batch))
     cpus = sorted(os.sched_getaffinity(0))
-    machine = Probes(args.threads)
-    ours = Ours(checkpoint, machine.threads, args.context + args.new_tokens, max(args.batch))
     neighbour = Neighbour(cpus[0])
     try:
-        rows = [_row(ours, neighbour, batch, len(cpus), args.context, args.new_tokens, args.rounds)
+        rows = [_row(engines.ours, neighbour, batch, len(cpus), args.context, args.new_tokens, args.rounds)
                 for batch in args.batch]
     finally:
         neighbour.close()
-    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads, "rounds": args.rounds,
-             "kernels": machine.kernels, "new_tokens": f"answer {args.new_tokens}"}
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
-    return 0
+    facts = {**engines.facts, "new_tokens": f"answer {args.new_tokens}"}
+    return Measured(facts, COLUMNS, rows, _bars(engines.checkpoint, rows))
 
 
 def _row(ours: Ours, neighbour: Neighbour, batch: int, cpus: int, context: int, new_tokens: int, count: int
          ) -> Dict[str, Any]:
-    decode = Decode(ours, random_prompts(batch, context, ours.dims.vocab_size), new_tokens)
+    decode = Decode(ours, random_prompts(batch, context, ours.vocab_size), new_tokens)
     shares: List[float] = []
     working: List[int] = []
 
@@ -111,12 +105,12 @@ def _row(ours: Ours, neighbour: Neighbour, batch: int, cpus: int, context: int, 
         try:
             time.sleep(_SETTLE_S)
             had_s, start_s = neighbour.cpu_seconds(), time.perf_counter()
-            run = decode.run()
+            took = decode.run()
             shares.append((neighbour.cpu_seconds() - had_s) / (time.perf_counter() - start_s) / cpus)
             working.append(library.load().working_threads)
         finally:
             neighbour.rest()
-        return run
+        return took
 
     samples = rounds.interleave({"alone": decode.run, "beside": beside}, count, lambda: {})
     loss = statistics.median(1 - alone.seconds / close.seconds

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-import tempfile
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List
 
 import numpy as np
 
 from ..command_line import Parser, whole
-from ..config.flags import Flag
-from ..config.load import load_config
-from ..errors import UserError
 from ..network.build import build_network
+from . import hf
+from .options import BenchCheckpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 TEXTS = (
@@ -35,26 +34,23 @@ def parser() -> Parser:
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> None:
     """Print the table. Needs torch and transformers.
 
     Raises:
         UserError: torch is not installed, or the folder holds no model.
     """
-    args = parser().parse_args(argv)
-    try:
-        import torch
-        from transformers import Qwen2ForCausalLM
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed", where="qwen15 bench numerics",
-                        fix="Run: pip install torch transformers") from None
+    hf.check_installed("qwen15 bench numerics")
+    import torch
+    from transformers import Qwen2ForCausalLM
+
     from ..text.tokenizer import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer.from_pretrained(args.checkpoint)
     prompts = [tokenizer.encode(text) for text in TEXTS]
     # The float32 weights in float64 arithmetic: a judge without rounding of its own.
     single = Qwen2ForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
-    texts = _greedy(single, prompts, args.tokens)
+    texts = [hf.greedy(single, torch.tensor([prompt]), args.tokens)[0].tolist() for prompt in prompts]
     in_float32 = _logits(single, texts)
     expected = _logits(single.double(), texts)
     del single
@@ -75,19 +71,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 apart[note] = max(float(np.abs(a - b).max()) for a, b in zip(ours, in_float32))
     print("\nfloat32, largest difference from transformers float32: " +
           ", ".join(f"{note} {value:.2g}" for note, value in apart.items()))
-    return 0
-
-
-def _greedy(model, prompts: List[List[int]], count: int) -> List[List[int]]:
-    import torch
-
-    made = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            made.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-                                       min_new_tokens=count, do_sample=False, pad_token_id=0)[0].tolist())
-    return made
 
 
 def _logits(model, texts: List[List[int]]) -> List[np.ndarray]:
@@ -101,17 +84,11 @@ def _our_logits(checkpoint: str, dtype: str, kernels: str, texts: List[List[int]
     """Our logits at every position: one token prefilled, every other a decode step, all texts in one batch."""
     os.environ["QWEN15_KERNELS"] = kernels
     longest = max(map(len, texts))
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as yaml:
-        yaml.write("context:\n  device_target: CPU\n")
-        yaml.flush()
-        section = "model.model_config."
-        values = {"load_checkpoint": os.path.abspath(checkpoint), section + "param_init_type": dtype,
-                  section + "compute_dtype": dtype,
-                  section + "block_size": 32, section + "num_blocks": len(texts) * (-(-longest // 32)),
-                  section + "seq_length": 32 * (-(-longest // 32))}
-        config = load_config(yaml.name, [Flag(key, "--bench", value) for key, value in values.items()])
-    network = build_network(config, os.path.abspath(checkpoint), lambda line: None)
     width = -(-longest // 32)
+    path = os.path.abspath(checkpoint)
+    config = BenchCheckpoint(path, checkpoint, dtype).config(block_size=32, num_blocks=len(texts) * width,
+                                                             seq_length=32 * width)
+    network = build_network(config, path, lambda line: None)
     tables = np.arange(len(texts) * width, dtype=np.int32).reshape(len(texts), width)
     found: List[List[np.ndarray]] = [[] for _ in texts]
     for position in range(longest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, Mapping, NamedTuple, Optional, Sequence
 
 from .. import family
 from ..command_line import whole
@@ -39,30 +39,29 @@ class BenchCheckpoint(NamedTuple):
         """dtype of the KV cache, and of what is not quantised."""
         return "bfloat16" if self.dtype in QUANTISED else self.dtype
 
-    def config(self, **values: object) -> Config:
-        """The configuration of a run on it; `values` are keys of model.model_config."""
-        values = {"param_init_type": self.computes_in, "compute_dtype": self.computes_in, **values}
-        flags = [Flag("load_checkpoint", "checkpoint", self.path), Flag("context.device_target", "bench", "CPU")]
-        return load_config(None, flags + [Flag(MODEL + key, "bench", value) for key, value in values.items()])
+    def config(self, others: Optional[Mapping[str, object]] = None, **values: object) -> Config:
+        """The configuration of a run on it; `values` are keys of model.model_config, `others` whole ones."""
+        whole_keys = {"context.device_target": "CPU", MODEL + "param_init_type": self.computes_in,
+                      MODEL + "compute_dtype": self.computes_in, **(others or {}),
+                      **{MODEL + key: value for key, value in values.items()}}
+        return load_config(None, [Flag("load_checkpoint", "checkpoint", self.path),
+                                  *(Flag(key, "bench", value) for key, value in whole_keys.items())])
 
 
-def positive(text: str) -> int:
-    """argparse type of a count."""
-    count = whole(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"wants at least 1, not {count}")
+def _at_least(least: int, why: str = "") -> Callable[[str], int]:
+    def count(text: str) -> int:
+        found = whole(text)
+        if found < least:
+            raise argparse.ArgumentTypeError(f"wants at least {least}, not {found}{why}")
+        return found
+
     return count
 
 
-def at_least_two(text: str) -> int:
-    """argparse type of tokens of which the first, which comes out of the prompt, is not timed."""
-    count = whole(text)
-    if count < 2:
-        raise argparse.ArgumentTypeError(f"wants at least 2, not {count}: the first token comes out of the prompt")
-    return count
-
-
-positive.__name__ = at_least_two.__name__ = "whole number"  # argparse names the type in its message
+positive = _at_least(1)
+"""argparse type of a count."""
+at_least_two = _at_least(2, ": the first token comes out of the prompt")
+"""argparse type of tokens of which the first is not timed."""
 
 
 def add_lengths(parser: argparse.ArgumentParser, new_tokens: int, prompt: str = "tokens of the prompt",
@@ -95,13 +94,18 @@ def add_run(parser: argparse.ArgumentParser, what: str, rounds: int = 5, threads
     if threads:
         group.add_argument("--threads", type=positive, metavar="N",
                            help="threads of everyone compared (default: this machine's cores)")
-    group.add_argument("--rounds", type=positive, default=rounds, metavar="N",
-                       help=f"runs of each, medians are shown (default {rounds})")
+    add_rounds(group, rounds)
     if against:
         group.add_argument("--against", choices=against, help="; ".join(f"{name}: {AGAINST[name]}" for name in against))
     group.add_argument("--plot", metavar="FILE",
                        help=f"PNG to write (default qwen15_bench_{what}.png, if matplotlib is installed)")
     group.add_argument("--no_plot", action="store_true", help="write none")
+
+
+def add_rounds(parser: argparse._ActionsContainer, rounds: int = 5) -> None:
+    """Add how often everything is run; so often if nothing is said."""
+    parser.add_argument("--rounds", type=positive, default=rounds, metavar="N",
+                        help=f"runs of each, medians are shown (default {rounds})")
 
 
 def cache_folder() -> str:
@@ -150,9 +154,9 @@ def find_bfloat16(args: argparse.Namespace) -> BenchCheckpoint:
 
 
 def plot_path(args: argparse.Namespace, what: str) -> Optional[str]:
-    """Where the plot goes, None for none; asked before anything is measured.
+    """Where the plot goes, None for none, or from a measurement without; asked before anything is measured.
 
     Raises:
         UserError: --plot without matplotlib, or a file there that this command did not write.
     """
-    return None if args.no_plot else report.plot_target(args.plot, f"qwen15_bench_{what}.png")
+    return None if getattr(args, "no_plot", True) else report.plot_target(args.plot, f"qwen15_bench_{what}.png")

@@ -29,6 +29,7 @@ class Ours:
     """An engine with room for `sequences` sequences of `longest` tokens.
 
     Attributes:
+        vocab_size: token ids are below it.
         quantised_bytes: what a step reads of the weights, None where they are not quantised.
     """
 
@@ -41,11 +42,11 @@ class Ours:
                                    max_decode_length=blocks * block_size)
         model = config.model
         self.dims = model.dims
+        self.vocab_size = model.dims.vocab_size
         network = build_network(config, weights.resolve(config.load_checkpoint),
                                 lambda line: print(line, file=sys.stderr))
-        self.note = network.note
         self.quantised_bytes = network.quantised_bytes
-        self.engine = Engine(network, Limits(model.dims.vocab_size, model.seq_length, model.num_blocks, block_size),
+        self.engine = Engine(network, Limits(self.vocab_size, model.seq_length, model.num_blocks, block_size),
                              None, session.selection())
         self._library = library.load()
 
@@ -58,6 +59,10 @@ class Ours:
         spent_s = time.perf_counter() - start_s
         assert len(steps) == 1
         return Timing(spent_s, spent_s - (self._library.busy_seconds - busy_s))
+
+    def decode(self, prompts: np.ndarray, new_tokens: int) -> Decode:
+        """Greedy decoding, see `Decode`."""
+        return Decode(self, prompts, new_tokens)
 
 
 class Decode:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence
+from typing import Any, Dict, FrozenSet, List, Mapping, Sequence
 
 from ..command_line import Parser
 from ..generation.request import Step
@@ -11,12 +12,10 @@ from ..generation.sampling import SamplingParams
 from ..generation.session import Answer, Prompt, Settings
 from ..network.cpu import CpuNetwork
 from . import options, report, rounds
-from .ours import Decode, Ours, random_prompts
-from .probes import Probes
-from .report import Column, number, text
-from .start import start
+from .engines import Engines
+from .ours import Decode, random_prompts
+from .report import Column, Measured, number, text
 
-WHAT = "overhead"
 WHOLE_CALLS = "greedy, all parameters passed at each step"
 """The step as MindSpore would call it: `network/short_decode.py` is worth its difference from plain greedy."""
 WAYS: Dict[str, SamplingParams] = {
@@ -65,21 +64,19 @@ def parser() -> Parser:
     made = Parser("qwen15 bench overhead", __doc__ or "", ["qwen15 bench overhead"])
     options.add_lengths(made, 128, answer="tokens in a run")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, against=())
+    options.add_run(made, "overhead", against=())
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure every way of choosing a token.
 
     Raises:
         UserError: arguments that cannot be.
     """
-    argv, args, plot = start(parser(), WHAT, argv)
-    checkpoint = options.find_checkpoint(args)
-    machine = Probes(args.threads)
-    ours = Ours(checkpoint, machine.threads, args.context + args.new_tokens, 1)
-    prompts = random_prompts(1, args.context, ours.dims.vocab_size)
+    engines = Engines(args, args.context + args.new_tokens, 1)
+    checkpoint, ours = engines.checkpoint, engines.ours
+    prompts = random_prompts(1, args.context, ours.vocab_size)
     rows: List[Dict[str, Any]] = []
     network = ours.engine.network
     assert isinstance(network, CpuNetwork)  # the bench runs on this network only
@@ -94,10 +91,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         rows.append({"way": way, "token_ms": rounds.median_seconds(mine) * 1e3,
                      "own_ms": rounds.median_own_seconds(mine) * 1e3,
                      "samples": {"seconds": [sample.seconds for sample in mine], "own_seconds": own_s}})
-    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "vocabulary": ours.dims.vocab_size,
-             "threads": machine.threads, "rounds": args.rounds, "kernels": machine.kernels}
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
-    return 0
+    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "vocabulary": ours.vocab_size, **engines.facts}
+    return Measured(facts, COLUMNS, rows, _bars(checkpoint, rows))
 
 
 COLUMNS = (Column("tokens are chosen by", text("way")), Column("a token, ms", number("token_ms", ".2f")),

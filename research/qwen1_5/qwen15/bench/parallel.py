@@ -10,19 +10,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 from .. import naming
 from ..command_line import Parser
 from ..config.flags import boolean
 from ..errors import EXIT_FAILED, UserError
-from . import options, report
+from . import child, options, report
 from .parallel_rank import PROFILED_TOKENS
-from .report import Column, number, text
-from .start import start
-
-WHAT = "parallel"
+from .report import Column, Measured, gigabytes, number, text
 
 
 def parser() -> Parser:
@@ -37,17 +33,16 @@ def parser() -> Parser:
     made.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
                       help="False splits embedding and head over the workers too (default True)")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, rounds=3, threads=False, against=())
+    options.add_run(made, "parallel", rounds=3, threads=False, against=())
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure every number of workers, each started by the launcher as a user starts it.
 
     Raises:
         UserError: arguments that cannot be, a model that so many workers cannot share, or a run that failed.
     """
-    argv, args, plot = start(parser(), WHAT, argv)
     checkpoint = options.find_checkpoint(args)
     dims = checkpoint.config().model.dims
     for workers in args.workers:
@@ -59,8 +54,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         row["times_first"] = row["decode_tokens_per_s"] / rows[0]["decode_tokens_per_s"]
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "prompt": f"prompt {args.prompt}",
              "new_tokens": f"answer {args.new_tokens}", "rounds": args.rounds}
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
-    return 0
+    return Measured(facts, COLUMNS, rows, _bars(checkpoint, rows))
 
 
 def _run(workers: int, checkpoint: options.BenchCheckpoint, args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -74,10 +68,9 @@ def _run(workers: int, checkpoint: options.BenchCheckpoint, args: argparse.Names
         with open(path, "w", encoding="utf-8") as file:
             json.dump(job, file)
         command = shlex.join(["python", "-m", "qwen15.bench.parallel_rank", path])
-        root = str(Path(__file__).resolve().parents[2])
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-        done = subprocess.run([sys.executable, "-m", "qwen15.launch", command, str(workers)], cwd=folder, env=environ,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, universal_newlines=True)
+        done = subprocess.run([sys.executable, "-m", "qwen15.launch", command, str(workers)], cwd=folder,
+                              env=child.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              universal_newlines=True)
         if done.returncode:
             sys.stderr.write(done.stderr)
             raise UserError(f"failed with exit code {done.returncode}, see above",
@@ -110,10 +103,6 @@ def _row(workers: int, ranks: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     return {**row, "ranks": list(ranks)}
 
 
-def _giga(key: str) -> Any:
-    return lambda row: f"{row[key] / 1e9:.2f}"
-
-
 def _percent(key: str) -> Any:
     return lambda row: f"{row[key]:.0%}" if key in row else "-"
 
@@ -121,8 +110,8 @@ def _percent(key: str) -> Any:
 COLUMNS = (
     Column("workers", text("workers")), Column("threads of each", text("threads")),
     Column("joined, s", number("join_s", ".1f")),
-    Column("loaded, s", number("load_s", ".1f")), Column("peak RSS of a rank, GB", _giga("peak_rss_bytes")),
-    Column("PSS of a rank, GB", _giga("pss_bytes")), Column("PSS of all, GB", _giga("all_pss_bytes")),
+    Column("loaded, s", number("load_s", ".1f")), Column("peak RSS of a rank, GB", gigabytes("peak_rss_bytes")),
+    Column("PSS of a rank, GB", gigabytes("pss_bytes")), Column("PSS of all, GB", gigabytes("all_pss_bytes")),
     Column("first token, s", number("prefill_s", ".2f")), Column("tokens/s", number("decode_tokens_per_s")),
     Column("times the first row", number("times_first", ".2f")),
     Column("sums a token, ms", lambda row: f"{row['allreduce_decode_s'] * 1e3:.1f}" if "allreduce_decode_s" in row

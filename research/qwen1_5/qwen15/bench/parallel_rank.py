@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .. import interrupts  # noqa: F401  (before NumPy, see there)
 from ..errors import run_main
+from . import child
 
 PROFILED_TOKENS = 32
 
@@ -23,27 +24,21 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     import numpy as np
 
     from .. import cluster, ops  # noqa: F401
-    from ..config.flags import Flag
-    from ..config.keys import MODEL
-    from ..config.load import load_config
     from ..generation import session  # noqa: F401
     from ..generation.engine import Engine
     from ..generation.request import Limits, Request
     from ..network import model, weights  # noqa: F401
     from ..network.build import build_network
+    from .options import BenchCheckpoint
     from .ours import random_prompts
 
     workers, prompt_length, new_tokens = job["workers"], job["prompt"], job["new_tokens"]
     # A sequence's blocks; the cache holds two, what a run has left in it and a prompt beside it.
     blocks = -(-(prompt_length + max(new_tokens, PROFILED_TOKENS) + 1) // 32)
-    values = {"load_checkpoint": job["checkpoint"], "context.device_target": "CPU", "use_parallel": workers > 1,
-              "parallel_config.model_parallel": workers, "parallel_config.vocab_emb_dp": job["vocab_emb_dp"],
-              "auto_trans_ckpt": True,
-              **{MODEL + key: value for key, value in {
-                  "param_init_type": job["dtype"], "compute_dtype": job["dtype"], "seq_length": blocks * 32,
-                  "block_size": 32,
-                  "num_blocks": 2 * blocks, "max_decode_length": blocks * 32}.items()}}
-    config = load_config(None, [Flag(key, "bench", value) for key, value in values.items()])
+    shared = {"use_parallel": workers > 1, "parallel_config.model_parallel": workers,
+              "parallel_config.vocab_emb_dp": job["vocab_emb_dp"], "auto_trans_ckpt": True}
+    config = BenchCheckpoint(job["checkpoint"], "", job["dtype"]).config(
+        shared, seq_length=blocks * 32, block_size=32, num_blocks=2 * blocks, max_decode_length=blocks * 32)
     joined_s = _time_join(cluster)
     start_s = time.perf_counter()
     network = build_network(config, weights.resolve(config.load_checkpoint, rank, workers, True), lambda line: None)
@@ -80,8 +75,8 @@ def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     result = {"rank": rank, "join_s": sum(joined_s), "load_s": load_s, "prefill_s": prefills, "decode_s": decodes,
               **memory, "note": network.note, "threads": os.environ.get("QWEN15_THREADS")}
     if workers > 1:
-        waited = _time_waits if network.note.endswith("in shared memory") else _profile
-        result.update(waited(job["folder"], rank, prefill, decode))
+        in_memory = network.note.endswith("in shared memory")
+        result.update(_time_waits(prefill, decode) if in_memory else _profile(job["folder"], rank, prefill, decode))
     return result
 
 
@@ -109,12 +104,10 @@ def _memory() -> Dict[str, int]:
             key, _, rest = line.partition(":")
             if key in ("Rss", "Pss", "Pss_Anon", "Pss_File"):
                 found[f"{key.lower()}_bytes"] = int(rest.split()[0]) * 1024
-    with open("/proc/self/status", encoding="ascii") as file:
-        peak = next(line for line in file if line.startswith("VmHWM"))
-    return {"peak_rss_bytes": int(peak.split()[1]) * 1024, **found}
+    return {"peak_rss_bytes": child.peak_bytes(), **found}
 
 
-def _time_waits(folder: str, rank: int, prefill: Any, decode: Any) -> Dict[str, Any]:
+def _time_waits(prefill: Any, decode: Any) -> Dict[str, Any]:
     """`_profile` where the kernels add over the ranks: seconds that this rank has waited for the others."""
     from ..kernels import library
 

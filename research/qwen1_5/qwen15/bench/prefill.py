@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Sequence
 
 from ..command_line import Parser
-from . import hf, options, report, rounds, work
-from .ours import Ours, random_prompts
-from .probes import Probes
-from .report import Column, number, text
-from .start import start
-
-WHAT = "prefill"
+from . import options, report, rounds, work
+from .engines import Engines
+from .ours import random_prompts
+from .report import Column, Measured, number, text
 
 
 def parser() -> Parser:
@@ -21,49 +19,33 @@ def parser() -> Parser:
     made.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N",
                       help="of the prompt (default 512)")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, against=tuple(options.AGAINST))
+    options.add_run(made, "prefill", against=tuple(options.AGAINST))
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure every prompt length.
 
     Raises:
         UserError: arguments that cannot be, or something is not installed.
     """
-    argv, args, plot = start(parser(), WHAT, argv)
-    other = options.find_bfloat16(args) if args.against == "bfloat16" else None
-    checkpoint = options.find_checkpoint(args)
-    machine = Probes(args.threads)
-    ours = Ours(checkpoint, machine.threads, max(args.tokens) + 1, 1)
-    theirs = hf.HuggingFace(checkpoint, machine.threads) if args.against == "hf" else None
-    others: Dict[str, Union[Ours, hf.HuggingFace]] = {}
-    if theirs is not None:
-        others["hf"] = theirs
-    if other is not None:
-        others["bfloat16"] = Ours(other, machine.threads, max(args.tokens) + 1, 1)
-    rows = [_measure(ours, others, tokens, machine, checkpoint.computes_in, args.rounds) for tokens in args.tokens]
-    facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads, "rounds": args.rounds,
-             "kernels": machine.kernels, "against": theirs.note if theirs else None}
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
-    return 0
+    engines = Engines(args, max(args.tokens) + 1, 1)
+    rows = [_row(engines, tokens) for tokens in args.tokens]
+    return Measured({**engines.facts, "against": engines.note}, COLUMNS, rows, _bars(engines.checkpoint, rows))
 
 
-def _measure(ours: Ours, others: Mapping[str, Union[Ours, hf.HuggingFace]], tokens: int, machine: Probes, dtype: str,
-             count: int) -> Dict[str, Any]:
-    prompt: List[int] = random_prompts(1, tokens, ours.dims.vocab_size)[0].tolist()
-    contenders: Dict[str, Callable[[], rounds.Timing]] = {
-        name: functools.partial(one.prefill, prompt) for name, one in {"qwen15": ours, **others}.items()}
-    samples = rounds.interleave(contenders, count,
-                                lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(dtype)})
+def _row(engines: Engines, tokens: int) -> Dict[str, Any]:
+    ours = engines.ours
+    prompt: List[int] = random_prompts(1, tokens, ours.vocab_size)[0].tolist()
+    samples = engines.take_turns(lambda engine: functools.partial(engine.prefill, prompt))
     mine = samples["qwen15"]
-    read = work.decode_bytes(ours.dims, dtype, 1, tokens, ours.quantised_bytes)
+    read = work.decode_bytes(ours.dims, engines.checkpoint.computes_in, 1, tokens, ours.quantised_bytes)
     flop = work.prefill_flop(ours.dims, tokens)
     whole_s = rounds.median_seconds(mine)
     return {"tokens": tokens, "ms": whole_s * 1e3, "tokens_per_s": tokens / whole_s,
-           "own_ms": rounds.median_own_seconds(mine) * 1e3,
-           "read_bytes": read, "flop": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples),
-           **rounds.compared(samples, tokens)}
+            "own_ms": rounds.median_own_seconds(mine) * 1e3,
+            "read_bytes": read, "flop": flop, **rounds.limits(mine, read, flop), "samples": rounds.as_json(samples),
+            **rounds.compared(samples, tokens)}
 
 
 COLUMNS = (
@@ -75,9 +57,7 @@ COLUMNS = (
 
 
 def _bars(checkpoint: options.BenchCheckpoint, rows: Sequence[Mapping[str, Any]]) -> report.Bars:
-    series = {"qwen15": [row["tokens_per_s"] for row in rows]}
-    if "hf_tokens_per_s" in rows[0]:
-        series["transformers"] = [row["hf_tokens_per_s"] for row in rows]
     return report.Bars(f"Prefill, {checkpoint.label}, {checkpoint.dtype}", "tokens per second",
                        [f"{row['tokens']} tokens" for row in rows],
-                       series, {"at the measured peak": [row["tokens_per_s"] / row["of_both"] for row in rows]})
+                       report.speeds(rows, "tokens_per_s", "transformers"),
+                       {"at the measured peak": [row["tokens_per_s"] / row["of_both"] for row in rows]})

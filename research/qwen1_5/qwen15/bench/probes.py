@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import numpy as np
 
@@ -48,3 +48,11 @@ class Probes:
         self._library.flops(dtype, _FEW_REPEATS)
         repeats = int(_FEW_REPEATS * _PASS_S / (time.perf_counter() - start_s)) + 1
         return max(self._library.flops(dtype, repeats) for _ in range(_PASSES))
+
+    def limits(self, dtype: str) -> Dict[str, float]:
+        """Both, as `rounds.limits` wants to have been probed."""
+        return {"bandwidth": self.bandwidth(), "peak": self.peak(dtype)}
+
+    def facts(self, model: str, dtype: str, rounds: int) -> Dict[str, Any]:
+        """What a table's heading says of a model that was measured here in so many rounds."""
+        return {"model": model, "dtype": dtype, "threads": self.threads, "rounds": rounds, "kernels": self.kernels}

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence
 
 from ..checkpoint.atomic import write_small
 from ..errors import UserError
+from ..machine import cpu_fields
 
 _MADE_BY = "qwen15 bench"
 
@@ -24,6 +25,21 @@ class Column(NamedTuple):
     cell: Callable[[Mapping[str, Any]], Optional[str]]
 
 
+class Measured(NamedTuple):
+    """What a measurement has to show.
+
+    Attributes:
+        facts: on what it was taken, see `heading`.
+        columns, rows: the table; the line of JSON has the rows whole.
+        bars: the plot, None where there is none.
+    """
+
+    facts: Mapping[str, Any]
+    columns: Sequence[Column]
+    rows: Sequence[Mapping[str, Any]]
+    bars: Optional[Bars] = None
+
+
 def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown; columns that are empty in every row are left out."""
     cells = [[column.cell(row) or "" for column in columns] for row in rows]
@@ -32,9 +48,14 @@ def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def number(key: str, form: str = ".1f", unit: str = "") -> Callable[[Mapping[str, Any]], Optional[str]]:
+def number(key: str, form: str = ".1f") -> Callable[[Mapping[str, Any]], Optional[str]]:
     """A cell that shows row[key]; empty where there is none."""
-    return lambda row: None if row.get(key) is None else f"{row[key]:{form}}{unit}"
+    return lambda row: None if row.get(key) is None else f"{row[key]:{form}}"
+
+
+def gigabytes(key: str) -> Callable[[Mapping[str, Any]], Optional[str]]:
+    """A cell that shows row[key], bytes, in GB."""
+    return lambda row: f"{row[key] / 1e9:.2f}"
 
 
 def text(key: str) -> Callable[[Mapping[str, Any]], Optional[str]]:
@@ -42,6 +63,12 @@ def text(key: str) -> Callable[[Mapping[str, Any]], Optional[str]]:
     return lambda row: None if row.get(key) is None else str(row[key])
 
 
+LIMITS = (
+    Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
+    Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")), Column("of peak", number("of_peak", ".2f")),
+    Column("of what both allow", number("of_both", ".2f")),
+)
+"""What `rounds.limits` gives."""
 COMPARED = (
     Column("transformers, tokens/s", number("hf_tokens_per_s")),
     Column("times transformers", number("ratio_hf", ".2f")),
@@ -53,7 +80,9 @@ COMPARED = (
 
 def machine() -> Dict[str, Any]:
     """This machine: CPU, cores this process may use, memory."""
-    return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(_memory_bytes() / 1e9, 1),
+    cpu = cpu_fields().get("model name") or platform.processor() or platform.machine()
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory_bytes / 1e9, 1),
             "system": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
 
 
@@ -82,20 +111,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return value
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = dict(line.split(":", 1) for line in file if ":" in line)
-    except OSError:
-        lines = {}
-    names = {key.strip(): value.strip() for key, value in lines.items()}
-    return names.get("model name") or platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def plot_target(asked: Optional[str], otherwise: str) -> Optional[str]:
@@ -173,12 +188,17 @@ def write_plot(path: str, bars: Bars) -> None:
     write_small(path, content.getvalue())
 
 
-def show(what: str, argv: Sequence[str], facts: Mapping[str, Any], columns: Sequence[Column],
-         rows: Sequence[Mapping[str, Any]], bars: Bars, plot: Optional[str]) -> None:
+def speeds(rows: Sequence[Mapping[str, Any]], key: str, theirs: str) -> Dict[str, Sequence[float]]:
+    """Bars of ours and, where it took turns (its rows have hf_<key>), of transformers under the name `theirs`."""
+    keys = {"qwen15": key, theirs: f"hf_{key}"}
+    return {name: [row[of] for row in rows] for name, of in keys.items() if of in rows[0]}
+
+
+def show(what: str, argv: Sequence[str], found: Measured, plot: Optional[str]) -> None:
     """Print the table, write the plot, and end with the line of JSON."""
-    print(heading(what, facts) + "\n")
-    print(table(columns, rows))
-    if plot is not None:
-        write_plot(plot, bars)
+    print(heading(what, found.facts) + "\n")
+    print(table(found.columns, found.rows))
+    if plot is not None and found.bars is not None:
+        write_plot(plot, found.bars)
         print(f"\nplot: {plot}")
-    print(json_line(what, argv, facts, rows), flush=True)
+    print(json_line(what, argv, found.facts, found.rows), flush=True)

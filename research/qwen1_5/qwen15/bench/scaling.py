@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from .. import ops
 from ..command_line import Parser
@@ -12,10 +12,7 @@ from ..machine import MOST_THREADS
 from . import options, report, rounds, work
 from .ours import Decode, Ours, random_prompts
 from .probes import Probes
-from .report import Column, number, text
-from .start import start
-
-WHAT = "scaling"
+from .report import Column, Measured, number, text
 
 
 def threads(argument: str) -> int:
@@ -24,9 +21,6 @@ def threads(argument: str) -> int:
     if count > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"wants at most {MOST_THREADS} threads, not {count}")
     return count
-
-
-threads.__name__ = "whole number"
 
 
 def parser() -> Parser:
@@ -40,38 +34,35 @@ def parser() -> Parser:
                       help="tokens of the prompt (default 512)")
     options.add_lengths(made, 32, prompt="tokens in the cache when decoding begins")
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, rounds=3, threads=False, against=())
+    options.add_run(made, "scaling", rounds=3, threads=False, against=())
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure decoding at each batch size, and a prompt, on each number of threads; the numbers take turns.
 
     Raises:
         UserError: arguments that cannot be.
     """
-    argv, args, plot = start(parser(), WHAT, argv)
     checkpoint = options.find_checkpoint(args)
     machine = Probes()
     counts = sorted(set(args.threads or powers(machine.threads)))
     longest = max(args.context + args.new_tokens, args.prefill + 1)
     ours = Ours(checkpoint, max(counts), longest, max(args.batch))
-    prompt = random_prompts(1, args.prefill, ours.dims.vocab_size)[0].tolist()
+    prompt = random_prompts(1, args.prefill, ours.vocab_size)[0].tolist()
     jobs = []
     middle = args.context + args.new_tokens / 2  # tokens in the cache, on average
     for batch in args.batch:
-        decode = Decode(ours, random_prompts(batch, args.context, ours.dims.vocab_size), args.new_tokens)
+        decode = Decode(ours, random_prompts(batch, args.context, ours.vocab_size), args.new_tokens)
         jobs.append(Job(f"decode, batch {batch}", batch, decode.run,
                         work.decode_bytes(ours.dims, checkpoint.dtype, batch, middle, ours.quantised_bytes),
                         work.decode_flop(ours.dims, batch, middle)))
     jobs.append(Job(f"prefill, {args.prefill} tokens", args.prefill, lambda: ours.prefill(prompt),
                     work.decode_bytes(ours.dims, checkpoint.dtype, 1, args.prefill, ours.quantised_bytes),
                     work.prefill_flop(ours.dims, args.prefill)))
-    rows = _rows(jobs, counts, lambda: {"bandwidth": machine.bandwidth(), "peak": machine.peak(checkpoint.computes_in)},
-                 args.rounds)
+    rows = _rows(jobs, counts, lambda: machine.limits(checkpoint.computes_in), args.rounds)
     facts = {"model": checkpoint.label, "dtype": checkpoint.dtype, "rounds": args.rounds, "kernels": machine.kernels}
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, counts, rows), plot)
-    return 0
+    return Measured(facts, COLUMNS, rows, _bars(checkpoint, counts, rows))
 
 
 def powers(most: int) -> List[int]:
@@ -126,10 +117,7 @@ COLUMNS = (
     Column("", text("what")), Column("threads", text("threads")),
     Column("at work, the fewest", text("working_threads")), Column("ms", number("ms", ".2f")),
     Column("tokens/s", number("tokens_per_s")), Column("of the best", number("of_best", ".2f")),
-    Column("of it not kernels, ms", number("own_ms", ".2f")),
-    Column("bandwidth, GB/s", number("bandwidth_gb_per_s")), Column("of bandwidth", number("of_bandwidth", ".2f")),
-    Column("peak, GFLOP/s", number("peak_gflop_per_s", ".0f")), Column("of peak", number("of_peak", ".2f")),
-    Column("of what both allow", number("of_both", ".2f")),
+    Column("of it not kernels, ms", number("own_ms", ".2f")), *report.LIMITS,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import os
@@ -12,7 +13,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -20,11 +20,9 @@ import numpy as np
 from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
 from ..generation.scheduler import PIECE_TOKENS
-from . import options, report
-from .report import Column, number, text
-from .start import start
+from . import child, options, report
+from .report import Column, Measured, number, text
 
-WHAT = "serve"
 PARTS = ("throughput", "first_token", "shared")
 _SHARED_TOKENS = 1000
 
@@ -38,8 +36,8 @@ class ClientRequest(NamedTuple):
 
 def parser() -> Parser:
     """The flags."""
-    made = Parser(f"qwen15 bench {WHAT}", __doc__ or "",
-                  [f"qwen15 bench {WHAT} --checkpoint models/SmolLM2-135M-Instruct"])
+    made = Parser("qwen15 bench serve", __doc__ or "",
+                  ["qwen15 bench serve --checkpoint models/SmolLM2-135M-Instruct"])
     made.add_argument("--checkpoint", required=True, metavar="FOLDER", help="with its tokenizer's files")
     made.add_argument("--clients", type=options.positive, default=16, metavar="N", help="at once (default 16)")
     made.add_argument("--requests", type=options.positive, default=64, metavar="N", help="in all (default 64)")
@@ -49,17 +47,16 @@ def parser() -> Parser:
                       help="of weights and KV cache (default bfloat16)")
     made.add_argument("--measure", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
                       help=f"what to measure, of {', '.join(PARTS)} (default: all)")
-    options.add_run(made, WHAT, rounds=3, against=())
+    options.add_run(made, "serve", rounds=3, against=())
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Start a server on the checkpoint and measure it.
 
     Raises:
         UserError: arguments that cannot be, or the server did not start.
     """
-    argv, args, plot = start(parser(), WHAT, argv)
     own = options.BenchCheckpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype)
     vocab_size = own.config().model.dims.vocab_size
     jobs = _jobs(args.requests, vocab_size)
@@ -74,9 +71,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for part in parts:
             print(f"{part}: rounds {args.rounds}", file=sys.stderr)
             rows.append(measured[part]())
-    report.show(WHAT, argv, {"model": own.label, "dtype": args.dtype, "rounds": args.rounds}, COLUMNS, rows,
-                _bars(own, parts, rows), plot)
-    return 0
+    return Measured({"model": own.label, "dtype": args.dtype, "rounds": args.rounds}, COLUMNS, rows,
+                    _bars(own, parts, rows))
 
 
 COLUMNS = (Column("what", text("what")), Column("server", number("server", ".3g")),
@@ -100,8 +96,7 @@ def _server(checkpoint: str, dtype: str, longest: int, batch: int, threads: Opti
                "--device_target", "CPU",
                "--port", "0", "--max_batch", str(batch), *(["--threads", str(threads)] if threads else []),
                "--options", *(f"model.model_config.{key}={value}" for key, value in model.items())]
-    root = str(Path(__file__).resolve().parents[2])
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=root)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=child.ROOT)
     try:
         said: List[str] = []
         assert process.stderr is not None
@@ -165,10 +160,7 @@ def _throughput(own: options.BenchCheckpoint, port: int, jobs: Sequence[ClientRe
         # Each round's prompts start with a different token, or the server's prefix cache would hold them.
         fresh = [ClientRequest([100 + len(served), *job.prompt[1:]], job.new_tokens) for job in jobs]
         served.append(made / _closed_loop(port, fresh, clients))
-    return {"what": f"{clients} clients, {len(jobs)} requests; beside: the engine alone", "unit": "tokens/s",
-            "server": statistics.median(served), "beside": statistics.median(alone),
-            "ratio": statistics.median(s / a for s, a in zip(served, alone)),
-            "samples": {"server": served, "beside": alone}}
+    return _row(f"{clients} clients, {len(jobs)} requests; beside: the engine alone", "tokens/s", served, alone)
 
 
 def _closed_loop(port: int, jobs: Sequence[ClientRequest], clients: int) -> float:
@@ -211,10 +203,8 @@ def _first_token(port: int, long: int, vocab_size: int, rounds: int) -> Dict[str
         time.sleep(piece[-1] * 1.5)  # the prompt is being prefilled
         beside.append(_ask(port, ClientRequest(random.integers(100, vocab_size, 8).tolist(), 2), stream=True))
         other.join()
-    return {"what": f"first token beside a prompt of {long} tokens; beside: {PIECE_TOKENS} tokens alone", "unit": "s",
-            "server": statistics.median(beside), "beside": statistics.median(piece),
-            "ratio": statistics.median(b / p for b, p in zip(beside, piece)),
-            "samples": {"server": beside, "beside": piece}}
+    return _row(f"first token beside a prompt of {long} tokens; beside: {PIECE_TOKENS} tokens alone", "s", beside,
+                piece)
 
 
 def _shared_beginning(port: int, vocab_size: int, rounds: int) -> Dict[str, Any]:
@@ -227,10 +217,14 @@ def _shared_beginning(port: int, vocab_size: int, rounds: int) -> Dict[str, Any]
         shared = random.integers(100, vocab_size, _SHARED_TOKENS).tolist()
         first.append(_ask(port, ClientRequest([*shared, 101, 102], 2), stream=True))
         again.append(_ask(port, ClientRequest([*shared, 103, 104], 2), stream=True))
-    return {"what": f"first token, {_SHARED_TOKENS} shared tokens known; beside: not known", "unit": "s",
-            "server": statistics.median(again), "beside": statistics.median(first),
-            "ratio": statistics.median(a / f for a, f in zip(again, first)),
-            "samples": {"server": again, "beside": first}}
+    return _row(f"first token, {_SHARED_TOKENS} shared tokens known; beside: not known", "s", again, first)
+
+
+def _row(what: str, unit: str, server: Sequence[float], beside: Sequence[float]) -> Dict[str, Any]:
+    """Medians of the server and of what it is held against, which took turns."""
+    return {"what": what, "unit": unit, "server": statistics.median(server), "beside": statistics.median(beside),
+            "ratio": statistics.median(ours / other for ours, other in zip(server, beside)),
+            "samples": {"server": server, "beside": beside}}
 
 
 def _bars(own: options.BenchCheckpoint, parts: Sequence[str], rows: Sequence[Dict[str, Any]]) -> report.Bars:

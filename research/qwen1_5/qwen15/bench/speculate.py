@@ -24,9 +24,7 @@ from ..text.tokenizer import Qwen2Tokenizer
 from . import options, report, rounds
 from .ours import Ours, random_prompts
 from .probes import Probes
-from .report import Column, number, text
-
-WHAT = "speculate"
+from .report import Column, Measured, number, text
 
 _LETTER = """\
 Dear Ms Lindqvist, thank you for the two boxes of seed potatoes that reached us on Tuesday. The first box was in\
@@ -109,7 +107,7 @@ def parser() -> Parser:
     made.add_argument("--task", nargs="+", choices=list(WORKLOADS), metavar="NAME", default=list(WORKLOADS),
                       help="only these texts: " + ", ".join(WORKLOADS))
     options.add_checkpoint(made)
-    options.add_run(made, WHAT, rounds=3, against=())
+    options.add_run(made, "speculate", rounds=3, against=())
     return made
 
 
@@ -120,25 +118,20 @@ def _chances(value: str) -> Tuple[float, ...]:
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure with and without guesses in turns.
 
     Raises:
         UserError: arguments that cannot be.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
-    plot = options.plot_path(args, WHAT)
     checkpoint = options.find_checkpoint(args)
     machine = Probes(args.threads)
     rows = _lookup(args, checkpoint, machine) if args.draft_size is None else _draft(args, checkpoint, machine)
-    facts: Dict[str, Any] = {"model": checkpoint.label, "dtype": checkpoint.dtype, "threads": machine.threads,
-                             "rounds": args.rounds, "kernels": machine.kernels}
+    facts = machine.facts(checkpoint.label, checkpoint.dtype, args.rounds)
     if args.draft_size is not None:
         layers = f", {args.draft_layers} layers" if args.draft_layers else ""
         facts["draft"] = f"Qwen1.5-{args.draft_size.upper()}{layers}, random weights, simulated acceptance"
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(checkpoint, rows), plot)
-    return 0
+    return Measured(facts, COLUMNS, rows, _bars(checkpoint, rows))
 
 
 # ---- prompt lookup ----
@@ -164,22 +157,45 @@ def _lookup(args: argparse.Namespace, checkpoint: options.BenchCheckpoint, machi
 
 # ---- a draft model ----
 
+_DECK = 20
+"""Guesses of which exactly the wanted part is right, in any order."""
+
+
 class Simulated(DraftModel):
-    """A draft that does all its work and then says, with a given chance, what is known to come, else something else."""
+    """A draft that does all its work and then says, with a given chance, what is known to come, else something else.
+
+    In short dtypes a call of several rows and one of a single row differ by a rounding, so that now and then the same
+    text goes on in another way: each way that has been seen is known.
+    """
 
     def __init__(self, *args: Any, chance: float, **more: Any):
         super().__init__(*args, **more)
         self._chance = chance
-        self.known: Sequence[int] = ()
+        self._known: List[List[int]] = []
         self._random = np.random.default_rng(0)
+        self._deck: List[bool] = []
+
+    def remember(self, text: Sequence[int]) -> None:
+        """A text, its prompt first, that the target has been seen to write."""
+        if list(text) not in self._known:
+            self._known.append(list(text))
 
     def _chosen(self, ready: Any) -> Any:
         going = super()._chosen(ready)
         for each in going:
-            place = len(each.ids) + len(each.made) - 1
-            right = self.known[place] if place < len(self.known) else 0
-            each.made[-1] = right if self._random.random() < self._chance else (right + 1) % self._vocab_size
+            right = self._after([*each.ids, *each.made[:-1]])
+            each.made[-1] = right if self._is_right() else (right + 1) % self._vocab_size
         return going
+
+    def _is_right(self) -> bool:
+        """Drawn from decks that hold their part of right guesses: with single draws a short run measures its luck."""
+        if not self._deck:
+            self._deck = self._random.permutation(np.arange(_DECK) < round(self._chance * _DECK)).tolist()
+        return self._deck.pop()
+
+    def _after(self, begin: List[int]) -> int:
+        known = (text for text in self._known if len(text) > len(begin) and text[:len(begin)] == begin)
+        return next(known, [0] * (len(begin) + 1))[len(begin)]
 
 
 def _draft(args: argparse.Namespace, checkpoint: options.BenchCheckpoint, machine: Probes) -> List[Dict[str, Any]]:
@@ -194,7 +210,7 @@ def _draft(args: argparse.Namespace, checkpoint: options.BenchCheckpoint, machin
     request = Request(tuple(prompt.tolist()), longest)
     for chance in args.acceptance:
         speculation = Simulated(draft.engine.network, draft.engine.pool.num_blocks, draft.engine.pool.block_size,
-                                ours.dims.vocab_size, args.tokens or DRAFT_TOKENS, cost,
+                                ours.vocab_size, args.tokens or DRAFT_TOKENS, cost,
                                 session.selection(), ours.quantised_bytes is not None, chance=chance)
         rows.append(_compared(f"draft right at {chance:g}", ours.engine, request, speculation, args.rounds))
     return rows
@@ -228,8 +244,9 @@ class _Answer:
 def _compared(name: str, engine: Engine, request: Request, speculation: Speculation, count: int) -> Dict[str, Any]:
     plain, guessed = _Answer(engine, request, None), _Answer(engine, request, speculation)
     if isinstance(speculation, Simulated):
-        plain.run()
-        speculation.known = [*request.prompt, *plain.tokens]
+        for answer in (plain, guessed):
+            answer.run()
+            speculation.remember([*request.prompt, *answer.tokens])
     print(f"{name} ...", file=sys.stderr, flush=True)
     samples = rounds.interleave({"plain": plain.run, "guessed": guessed.run}, count, lambda: {})
     assert guessed.last is not None and guessed.last.usage is not None

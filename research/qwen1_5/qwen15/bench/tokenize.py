@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import glob
 import os
 import random
 import sysconfig
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from ..command_line import Parser
 from ..errors import EXIT_FAILED, UserError
 from . import options, report, rounds
 from .kernels import repeated
-from .report import Column, number, text
+from .report import Column, Measured, number, text
 
-WHAT = "tokenize"
 _DEFAULT_CHARACTERS = 2_000_000
 _MESSAGE_CHARACTERS = 1500
 
@@ -29,19 +29,16 @@ def parser() -> Parser:
                       help="UTF-8 text (default: Python's own library, and Chinese words at random)")
     made.add_argument("--characters", type=options.positive, default=_DEFAULT_CHARACTERS, metavar="N",
                       help=f"of each kind of text at most (default {_DEFAULT_CHARACTERS})")
-    options.add_run(made, WHAT, threads=False)
+    options.add_run(made, "tokenize", threads=False)
     return made
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def run(args: argparse.Namespace) -> Measured:
     """Measure one long text and the same text in messages.
 
     Raises:
         UserError: arguments that cannot be, transformers is not installed, or the two tokenizers disagree.
     """
-    argv = list(argv or ())
-    args = parser().parse_args(argv)
-    plot = options.plot_path(args, WHAT)
     from ..text.tokenizer import Qwen2Tokenizer
 
     files = [os.path.join(args.vocabulary, name) for name in ("vocab.json", "merges.txt")]
@@ -59,9 +56,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         in_messages = {who: functools.partial(_each, encoder, messages) for who, encoder in encoders.items()}
         for form, calls in (("one text", one_text), ("messages", in_messages)):
             rows.append(_measure(f"{name}, {form}", len(whole.encode()), calls, args.rounds))
-    facts = {"vocabulary": len(ours), "rounds": args.rounds}
-    report.show(WHAT, argv, facts, COLUMNS, rows, _bars(rows), plot)
-    return 0
+    return Measured({"vocabulary": len(ours), "rounds": args.rounds}, COLUMNS, rows, _bars(rows))
 
 
 def _fast(files: Sequence[str]) -> Any:
@@ -124,8 +119,5 @@ COLUMNS = (
 
 
 def _bars(rows: Sequence[Dict[str, Any]]) -> report.Bars:
-    series = {"qwen15": [row["mb_per_s"] for row in rows]}
-    if "hf_mb_per_s" in rows[0]:
-        series["Qwen2TokenizerFast"] = [row["hf_mb_per_s"] for row in rows]
     return report.Bars("Text to tokens", "megabytes per second", [row["text"].replace(", ", ",\n") for row in rows],
-                       series)
+                       report.speeds(rows, "mb_per_s", "Qwen2TokenizerFast"))
