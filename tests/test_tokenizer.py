@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from qwen15.errors import UserError
 from qwen15.text import matching, sharing
-from qwen15.text.tokenizer import Qwen2Tokenizer
+from qwen15.text.tokenizer import Qwen2Tokenizer, _is_moved, _marks, _normalized
 from tokenizer_corpus import BLANKS, CONTROL_TOKENS, NEWER_MARKS, corpus
 
 EXTRA = ["<|im_start|>", "<|im_end|>"]
@@ -84,7 +85,7 @@ def some(documents, every):
         numbers[kind] += 1
 
 
-@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_ids_equal_those_of_hugging_faces_slow_tokenizer(tokenizer, slow, documents, every):
     """Some by default: that tokenizer takes a minute and more for all."""
     for kind, text in some(documents, every):
@@ -92,7 +93,7 @@ def test_ids_equal_those_of_hugging_faces_slow_tokenizer(tokenizer, slow, docume
         assert ours == theirs, first_difference(kind, text, ours, theirs, tokenizer)
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_ids_equal_those_of_hugging_faces_fast_tokenizer(tokenizer, fast, documents, every):
     for kind, text in some(documents, every):
         if kind == NEWER_MARKS:
@@ -132,8 +133,8 @@ def test_long_texts_are_cut_where_it_does_not_show(tokenizer, ending, monkeypatc
 
 
 TEXTS = st.lists(st.one_of(
-    st.text(max_size=12), st.sampled_from([*CONTROL_TOKENS, *BLANKS, "'s", "'LL", "\u0301", "\u0338", "👨\u200d👩",
-                                           "中文", "word", "123"]),
+    st.text(max_size=12),
+    st.sampled_from([*CONTROL_TOKENS, *BLANKS, "'s", "'LL", "\u0301", "\u0338", "👨\u200d👩", "中文", "word", "123"]),
     st.text(alphabet=BLANKS + "a.1中", max_size=12), st.sampled_from(["<|im_end|", "|>", "<|"])),
                  max_size=12).map("".join)
 
@@ -142,9 +143,14 @@ TEXTS = st.lists(st.one_of(
 @given(text=TEXTS)
 @example(text="")
 @example(text="e\u0301 'S\u0085 \r\n\n x")
+@example(text="\U0003d000:L")
 def test_any_text_has_the_same_ids_everywhere_and_comes_back(tokenizer, slow, fast, tiktoken_qwen, text):
     ids = tokenizer.encode(text)
-    assert ids == slow.encode(text) == tiktoken_qwen(text)
+    assert ids == tiktoken_qwen(text)
+    # The slow tokenizer's regular expressions have the newest Unicode: what this Python does not know may be a letter
+    # there.
+    if not any(unicodedata.category(character) == "Cn" for character in text):
+        assert ids == slow.encode(text)
     if ">\u0338" not in text and fast.backend_tokenizer.normalizer.normalize_str(text) == unicodedata.normalize("NFC",
                                                                                                                 text):
         assert ids == fast.encode(text)
@@ -186,6 +192,34 @@ def test_a_million_of_the_same_is_no_trouble(tokenizer, fast, text):
     ids = tokenizer.encode(text)
     assert ids == fast.encode(text)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+MARKS = ["\u0316", "\u0301", "\u0345", "\u0f71", "\u0f73", "\u0344", "\u3099", "\u05b0", "\U0001d165"]
+
+
+@given(starters=st.lists(st.sampled_from(["e", "\u00e9", "\u1e69", "\uac00", "\u0f40", "\n", "a" * 199]), max_size=4),
+       seed=st.integers(0, 10 ** 6), count=st.sampled_from([1, 199, 200, 201, 700]))
+@settings(max_examples=60, deadline=None)
+def test_marks_in_a_row_are_ordered_as_unicode_says(starters, seed, count):
+    draw = random.Random(seed)
+    text = "".join(draw.choices(MARKS, k=count)) + "".join(
+        starter + "".join(draw.choices(MARKS, k=count)) for starter in starters)
+    assert _normalized(text) == unicodedata.normalize("NFC", text)
+
+
+def test_every_mark_is_known_and_nothing_else():
+    moved = "".join(chr(code) for code in range(sys.maxunicode + 1) if _is_moved(chr(code)))
+    assert len(moved) > 900 and _marks().fullmatch(moved)
+    for code in range(ord(moved[0]) - 1, ord(moved[-1]) + 2):
+        assert (chr(code) in moved) == bool(_marks().match(chr(code) * 200))
+
+
+def test_a_million_marks_take_seconds(tokenizer):
+    text = "e" + "\u0316\u0301" * 500_000
+    begin_s = time.process_time()
+    _normalized(text)
+    assert time.process_time() - begin_s < 20  # 1100 when they are ordered by insertion
+    assert tokenizer.decode(tokenizer.encode(text[:4001])) == unicodedata.normalize("NFC", text[:4001])
 
 
 # -- control tokens, decoding -----------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ tokenizer = Qwen2Tokenizer(vocab_file=sys.argv[1], merges_file=sys.argv[2], unk_
 @pytest.mark.parametrize("order", ORDERS)
 def test_type_in_a_yaml_builds_it(order, qwen_vocabulary, tmp_path):
     files = str(qwen_vocabulary / "vocab.json"), str(qwen_vocabulary / "merges.txt")
-    run = after_mindformers if order == "MindFormers first" else in_python
+    run = in_python if order == "ours first" else after_mindformers
     seen = run("".join(ORDERS[order]) + REPORT, tmp_path, *files, json.dumps(TEXTS))
     plain = Qwen2Tokenizer(*files)
     ids = [plain.encode(text) for text in TEXTS]

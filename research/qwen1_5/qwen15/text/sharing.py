@@ -1,4 +1,4 @@
-"""Long texts and many texts shared out among the processors: cut where the tokens do not show it, in even groups."""
+"""Long texts and many texts shared out among the processors: cut where it changes no token, in even groups."""
 
 from __future__ import annotations
 

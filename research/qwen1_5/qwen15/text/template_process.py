@@ -37,7 +37,7 @@ class Renderer:
             Refused: as `template_engine.render`; and when it takes too long, too much memory, or breaks the process.
         """
         if len(template) > LONGEST_TEMPLATE:
-            raise Refused(f"the chat template has {len(template)} characters, {LONGEST_TEMPLATE} are the most")
+            raise Refused(f"the chat template has {len(template)} characters, more than {LONGEST_TEMPLATE}")
         try:
             values = json.dumps(variables)
         except (TypeError, ValueError, RecursionError) as error:

@@ -42,7 +42,11 @@ def read_template(folder: str) -> Optional[str]:
 
 
 def read_config(path: str) -> Dict[str, Any]:
-    """The contents of a tokenizer_config.json, {} where there is none. A UserError says what is wrong with it."""
+    """The contents of a tokenizer_config.json, {} where there is none.
+
+    Raises:
+        UserError: it cannot be read, is too large or no JSON object.
+    """
     fix = "Fetch it again, or move it away to do without."
     try:
         config = strict_json.loads(read_small(path, _MOST_BYTES, "a tokenizer_config.json", fix).decode("utf-8"))
@@ -96,7 +100,11 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
 
 
 def default_template(template: Any, where: str) -> Optional[str]:
-    """The template to use; a checkpoint may have several by name, of which `default` is the one for chat."""
+    """The template to use; a checkpoint may have several by name, of which `default` is the one for chat.
+
+    Raises:
+        UserError: it is no text; `where` is the file.
+    """
     if isinstance(template, (list, tuple)) and all(isinstance(item, Mapping) and "name" in item for item in template):
         template = {str(item["name"]): item.get("template") for item in template}
     found = template.get("default") if isinstance(template, Mapping) else template
@@ -106,7 +114,16 @@ def default_template(template: Any, where: str) -> Optional[str]:
 
 
 def token_content(token: Any, role: str, where: str) -> Optional[str]:
-    """The text of a token given as str, as dict (tokenizer_config.json) or as an AddedToken of any library."""
+    """The text of a token given as str, as dict (tokenizer_config.json) or as an AddedToken of any library.
+
+    Args:
+        token: the token, or None.
+        role: what it is called in a message.
+        where: the file, for messages.
+
+    Raises:
+        UserError: it has no text, too long a one, or half a character in it.
+    """
     found = token.get("content") if isinstance(token, Mapping) else token
     content = found if found is None or isinstance(found, str) else getattr(found, "content", None)
     if token is None:
@@ -114,14 +131,18 @@ def token_content(token: Any, role: str, where: str) -> Optional[str]:
     if not isinstance(content, str) or not content:
         raise UserError(f"{role} is {_shown(token)}, a token's text is wanted", where, _FIX)
     if len(content) > _LONGEST_TOKEN:
-        raise UserError(f"{role} has {len(content)} characters, {_LONGEST_TOKEN} are the most", where, _FIX)
+        raise UserError(f"{role} has {len(content)} characters, more than {_LONGEST_TOKEN}", where, _FIX)
     if any("\ud800" <= character <= "\udfff" for character in content):
         raise UserError(f"{role} is {content!r}, which has half a character in it", where, _FIX)
     return content
 
 
 def token_contents(tokens: Any, role: str, where: str) -> List[str]:
-    """The texts of several tokens, none of which may be null."""
+    """The texts of several tokens, as `token_content` says.
+
+    Raises:
+        UserError: as `token_content`, and where one is null.
+    """
     found = [token_content(token, role, where) for token in tokens or ()]
     if None in found:
         raise UserError(f"{role} holds a null, a token's text is wanted", where, _FIX)
@@ -129,10 +150,14 @@ def token_contents(tokens: Any, role: str, where: str) -> List[str]:
 
 
 def added_tokens(decoder: Any, where: str) -> Dict[int, AddedToken]:
-    """`added_tokens_decoder` as tokenizer_config.json or a caller gives it, read from the file `where`."""
+    """`added_tokens_decoder` as tokenizer_config.json or a caller gives it, read from the file `where`.
+
+    Raises:
+        UserError: too many, an id that is none, or what Qwen's tokens never have.
+    """
     listed = decoder or {}
     if len(listed) > _MOST_TOKENS:
-        raise UserError(f"added_tokens_decoder has {len(listed)} tokens, {_MOST_TOKENS} are the most", where, _FIX)
+        raise UserError(f"added_tokens_decoder has {len(listed)} tokens, more than {_MOST_TOKENS}", where, _FIX)
     tokens = {}
     for key, token in listed.items():
         index = _id(key, where)
@@ -157,7 +182,11 @@ def _id(key: Any, where: str) -> int:
 
 
 def check_ids(added: Mapping[int, AddedToken], vocab_size: int, where: str) -> None:
-    """Refuse added tokens far beyond the `vocab_size` ids of vocab.json: every id in between takes memory."""
+    """Refuse added tokens far beyond the `vocab_size` ids of vocab.json: every id in between takes memory.
+
+    Raises:
+        UserError: one is.
+    """
     most = max(added, default=0)
     if most >= vocab_size + len(added) + _MOST_UNUSED_IDS:
         raise UserError(f"added_tokens_decoder puts a token at id {most}, far beyond the {vocab_size} of vocab.json",
