@@ -336,7 +336,7 @@ def several(count):
 def test_a_prompt_with_several_answers_is_one_object_once_the_last_has_ended():
     out = io.StringIO()
     results = JsonLines([PromptEntry(0, "p.jsonl:1", "Hi", DEFAULTS)],
-                        lambda index, value: write_line(out, index, value), True)
+                        lambda _, value: write_line(out, value), True)
     for piece in several(3):
         assert out.getvalue() == ""
         results.take(piece)

@@ -252,7 +252,7 @@ HOSTILE = {
     "brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply"),
     "loops in loops": ("{% for i in [1] %}" * 200 + "x" + "{% endfor %}" * 200,
                        "cannot be compiled|nested too deeply|is not done after"),
-    "a template of 5 MB": ("{{ messages[0].content }}" * 200000, "are the most"),
+    "a template of 5 MB": ("{{ messages[0].content }}" * 200000, "characters, more than"),
     "its own error text": ("{{ raise_exception('\x1b]0;owned\x07' * 10000) }}", "refuses these messages")}
 
 

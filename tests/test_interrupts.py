@@ -49,7 +49,7 @@ def test_threads_started_within_hold_it_back_too():
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-@pytest.mark.parametrize("into_file", [False, True])
+@pytest.mark.parametrize("into_file", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_interrupted_run_ends_with_130(tmp_path, small_model, into_file):
     yaml = make_random(tmp_path, small_model)
     prompts = tmp_path / "prompts.txt"

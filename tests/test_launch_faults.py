@@ -79,7 +79,7 @@ def slow_but(fast, cases):
     return [pytest.param(*case, marks=[] if case in fast else pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize("victim, phase", slow_but([(1, "decoding"), (SCHEDULER, "loading")],
+@pytest.mark.parametrize("victim, phase", slow_but([(1, "decoding"), (SCHEDULER, "start")],
                                                    [(victim, phase) for phase in PHASES
                                                     for victim in (0, 1, SCHEDULER)]))
 def test_a_killed_process(victim, phase, predict):
@@ -90,7 +90,7 @@ def test_a_killed_process(victim, phase, predict):
     assert "killed by SIGKILL." in assert_ended(run, begin, 137, name_of(victim))
 
 
-@pytest.mark.parametrize("rank, phase", slow_but([(1, "decoding")],
+@pytest.mark.parametrize("rank, phase", slow_but([],  # tests/test_launch.py has the same with ranks that do less
                                                  [(rank, phase) for phase in PHASES for rank in (0, 1)]))
 def test_an_exception_in_one_rank(rank, phase, predict, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("""import os, signal

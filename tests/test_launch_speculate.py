@@ -1,10 +1,10 @@
 """Guessed tokens over two workers: all of them run the same rows, and the answer is one process's."""
 
+import os
 import shlex
-import subprocess
-import sys
 
 import pytest
+import warm_commands
 from conftest import MODULE
 from launch_runs import Launch
 from speculate_fixtures import make_twins
@@ -28,13 +28,13 @@ def words(yaml, parallel, *more):
 
 @pytest.mark.parametrize("way", [pytest.param("ngram", marks=pytest.mark.slow), "draft"])
 def test_two_workers_give_the_answer_of_one_process(way, yaml, tmp_path):
-    plain = subprocess.run([sys.executable, *words(yaml, False)], cwd=MODULE, capture_output=True, timeout=300)
-    assert plain.returncode == 0, plain.stderr.decode()
+    plain = warm_commands.run(words(yaml, False), MODULE, os.environ)
+    assert plain.returncode == 0, plain.stderr
     # the draft runs whole on rank 0
     with_guesses = ("--speculate", "ngram" if way == "ngram" else str(yaml.parent / "draft"))
     with Launch("python " + shlex.join(words(yaml, True, *with_guesses)), 2, folder=tmp_path) as launched:
         assert launched.wait(300) == 0, launched.err
-        assert launched.out == plain.stdout
+        assert launched.out == plain.stdout.encode()
         log = launched.log("worker_0.log") + launched.err
         assert "tokens a step" in log
         if way == "draft":

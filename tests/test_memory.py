@@ -256,6 +256,19 @@ def test_the_numbers_come_before_the_weights(tmp_path, small_model):
                      without_a_card.stderr)
 
 
+def test_a_checkpoint_alone_is_a_configuration_and_flags_without_one_are_not(capsys, small_model):
+    folder = str(small_model)
+    assert command.main(["--load_checkpoint", folder, "--device_target", "CPU"]) == 0
+    assert re.match("memory: weights .* = .* GiB, of .* GiB", capsys.readouterr().out)
+    assert command.main(["--load_checkpoint", folder, "--device_target", "CPU", "--print_config"]) == 0
+    assert "hidden_size = 576" in capsys.readouterr().out
+    for argv in (["--seq_length", "128"], ["--options", "seq_length=128"], ["--print_config"]):
+        with pytest.raises(UserError, match=f"^{argv[0]}: is about one configuration, and none is given"):
+            command.main(argv)
+    with pytest.raises(UserError, match="'/no/where' does not exist"):
+        command.main(["--load_checkpoint", "/no/where"])
+
+
 # --- the page in the docs
 
 def test_the_table_in_the_docs_is_current():

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import threading
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from qwen15.commands import chat_settings, repl, screen
 from qwen15.commands.conversation import Conversation
 from qwen15.commands.saved_chat import SavedChats
 from qwen15.errors import UserError
-from qwen15.generation.ranks import Shared
+from qwen15.generation.ranks import Shared, heartbeat_s
+from qwen15.generation.sampling import SamplingParams
 from qwen15.generation.session import Settings
 from qwen15.network.base import Network
 
@@ -279,7 +281,9 @@ class TestSettings:
         ("max_new_tokens none", "max_new_tokens", None),
         ("repetition_penalty 1.1", "repetition_penalty", 1.1), ("stop END", "stop", ("END",)),
         ('stop "\\n"', "stop", ("\n",)),
-        ("stop none", "stop", ())])
+        ("stop none", "stop", ()), ("min_p 0.1", "min_p", 0.1), ("presence_penalty -0.5", "presence_penalty", -0.5),
+        ("frequency_penalty=1", "frequency_penalty", 1.0), ("no_repeat_ngram_size 3", "no_repeat_ngram_size", 3),
+        ("min_new_tokens 4", "min_new_tokens", 4)])
     def test_every_value_can_be_set(self, text, name, value):
         assert getattr(chat_settings.changed(self.DEFAULTS, text), name) == value
 
@@ -297,6 +301,8 @@ class TestSettings:
     def test_all_values_and_their_state_are_shown(self):
         shown = chat_settings.describe(self.DEFAULTS)
         assert all(name in shown for name in chat_settings.NAMES)
+        not_typed = {"stream", "logit_bias"}
+        assert {field.name for field in fields(SamplingParams)} - not_typed < set(chat_settings.NAMES)
         assert re.search(r"temperature +0\.7 .*no effect without do_sample", shown) and re.search(r"seed +none", shown)
 
 
@@ -339,6 +345,12 @@ def test_messages_of_any_length_reach_the_other_ranks_past_signs_of_life():
         first.tell(message)
     other.join(10)
     assert heard == messages
+
+
+@pytest.mark.parametrize("limit, wanted", [("12", 4.0), ("300", 20.0), ("", 10.0), ("0", 10.0), ("soon", 10.0)])
+def test_signs_of_life_come_well_within_what_mindspore_waits(limit, wanted, monkeypatch):
+    monkeypatch.setenv("MS_NODE_TIMEOUT", limit)
+    assert heartbeat_s() == wanted
 
 
 def test_history_stays_in_the_state_folder(monkeypatch, tmp_path):

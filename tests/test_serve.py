@@ -459,7 +459,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(server, model):
                           cwd=MODULE,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "weights: loaded" not in done.stderr
-    assert f"error: 127.0.0.1:{server.port}: cannot be listened on: Address already in use" in done.stderr
+    assert f"error: 127.0.0.1:{server.port}: cannot listen here: Address already in use" in done.stderr
 
 
 def test_two_ranks_serve_the_same_tokens_and_a_killed_one_is_told_to_the_clients(model, client):

@@ -3,6 +3,10 @@ turn its lines."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +21,8 @@ HOSTILE = {"escape": "\x1b]0;owned\x07", "8-bit escape": "\x9b2J", "carriage ret
 
 
 def harmless(text):
-    return all(character.isprintable() or character == "\t" or character in "\u00a0\u3000" for character in text)
+    return all(character.isprintable() or character == "\t" or unicodedata.category(character) == "Zs"  # blanks
+               for character in text)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -37,6 +42,17 @@ def test_an_error_nobody_expected_is_shown_as_text_too(capsys):
     assert run_main(fails, []) == 1
     said = capsys.readouterr().err
     assert "\\x1b[2J" in said and harmless(said[:-1]) and len(said) < 700
+
+
+@pytest.mark.parametrize("missing, said", [
+    ("nobodys_package", f"error: {sys.executable}: has no package nobodys_package. Install this program and its "
+                        "packages, `pip install .` in its folder, or use the Python that has it.\n"),
+    ("nobodys_package.part", f"error: {sys.executable}: has no package nobodys_package. Install"),
+    ("json.nothing", "error: ModuleNotFoundError: No module named 'json.nothing' (unexpected; "),
+    ("qwen15.nothing", "error: ModuleNotFoundError: No module named 'qwen15.nothing' (unexpected; ")])
+def test_a_package_that_is_not_installed_is_named(capsys, missing, said):
+    assert run_main(lambda _: importlib.import_module(missing) and 0, []) == 1
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_what_a_run_reports_is_shown_as_text(capsys):

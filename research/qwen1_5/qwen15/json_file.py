@@ -15,7 +15,11 @@ _MOST_DIGITS = 400
 
 
 def read_json(path: str, most_bytes: int = _LARGEST_FILE_BYTES) -> Any:
-    """The contents of a small JSON file; a `UserError` names file and line of what is wrong with it."""
+    """The contents of a JSON file of at most so many bytes.
+
+    Raises:
+        UserError: it is missing, too large or no JSON; with the line where that is known.
+    """
     try:
         text = decoded(read_small(path, most_bytes, "a configuration"), path)
         return json.loads(text, parse_int=_integer)

@@ -7,7 +7,7 @@ import signal
 import sys
 import termios
 import unicodedata
-from typing import Mapping, Optional, TextIO
+from typing import Optional, TextIO
 
 VARIABLE = "QWEN15_TERMINAL"
 """Set by the launcher for a rank 0 whose stdin is its terminal: which of its streams (1, 2) are that terminal too."""
@@ -108,7 +108,7 @@ class Terminal:
             pass
 
 
-def come_forward(environ: Mapping[str, str] = os.environ) -> TextIO:
+def come_forward() -> TextIO:
     """Rank 0's half, before a conversation: have the terminal, also as stdout, which the launcher has copied until now.
 
     Without a launcher there is nothing to do.
@@ -117,7 +117,7 @@ def come_forward(environ: Mapping[str, str] = os.environ) -> TextIO:
         Where to write what is no answer, so that it comes in order with the answers: stderr unless that is the
         launcher's pipe.
     """
-    streams = environ.get(VARIABLE)
+    streams = os.environ.get(VARIABLE)
     if streams is None or sys.stdin is None or not sys.stdin.isatty():
         return sys.stderr
     # The modes do not change, but setting them from the background stops the process until it gets the terminal.

@@ -124,7 +124,7 @@ def _writer(entries: Sequence[PromptEntry], out: Optional[ResultFile], options: 
                     [entry.settings.n for entry in entries])
     if out is not None:
         return JsonLines(entries, out.write, in_order=False)
-    return JsonLines(entries, lambda index, value: write_line(sys.stdout, index, value), in_order=not options.many)
+    return JsonLines(entries, lambda _, value: write_line(sys.stdout, value), in_order=not options.many)
 
 
 def _asked(entry: PromptEntry) -> str:

@@ -14,8 +14,13 @@ _MEANING = {
     "temperature": "above 1 more surprising, below 1 more predictable",
     "top_k": "draw from this many likeliest tokens, 0 from all",
     "top_p": "draw from the likeliest tokens that together have this probability",
+    "min_p": "draw from tokens with at least this part of the likeliest one's probability, 0 from all",
     "repetition_penalty": "above 1 makes tokens that occurred less likely",
+    "presence_penalty": "above 0 makes tokens that the answer has already less likely, below 0 more",
+    "frequency_penalty": "the same for each time the answer has them",
+    "no_repeat_ngram_size": "so many tokens in a row come only once, 0 allows repeating",
     "seed": "the same seed gives the same answers; none draws differently each time",
+    "min_new_tokens": "an answer does not end before so many tokens",
     "max_new_tokens": "most tokens of an answer; none leaves it to the window",
     "stop": "an answer ends before this text; none for no such text",
 }
@@ -27,7 +32,8 @@ def describe(settings: Settings) -> str:
     """A line for each value, with what it means."""
     values = {name: shown(getattr(settings, name)) for name in NAMES}
     width = max(map(len, values.values()))
-    lines = [f"{name:<18} {value:<{width}}  {_MEANING[name]}"
+    names = max(map(len, NAMES))
+    lines = [f"{name:<{names}} {value:<{width}}  {_MEANING[name]}"
              + (" (no effect without do_sample)" if name in settings.idle else "") for name, value in values.items()]
     return "\n".join([*lines, "/set NAME VALUE changes one."])
 

@@ -175,9 +175,9 @@ def check_reading() -> Optional[Finding]:
     return Finding("reading", OK, f"{way} (prefetch, bytes ahead, places), {whence}")
 
 
-def check_nodes(found: Optional[machine.Processors] = None) -> Finding:
+def check_nodes() -> Finding:
     """The memory nodes, and what is done about several."""
-    found = machine.processors() if found is None else found
+    found = machine.processors()
     if len(found.nodes) == 1:
         return Finding("nodes", OK, "1 memory node")
     each = "; ".join(f"node {number}: {len(cpus)} CPUs" for number, cpus in found.nodes.items())
@@ -202,9 +202,9 @@ def check_ascend(environ: Optional[Mapping[str, str]] = None, root: str = "/",
     return checks
 
 
-def check_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Finding:
+def check_memory() -> Finding:
     """Memory that is free now."""
-    has = machine.memory(proc, cgroup)
+    has = machine.memory()
     if has.free_bytes is None or has.whole_bytes is None:
         return Finding("memory", INFO, "not known on this system")
     return Finding("memory", OK, f"{memory.gib(has.free_bytes)} free of {memory.gib(has.whole_bytes)} ({has.what})")
@@ -222,8 +222,8 @@ def check_msrun(path: Optional[str] = None) -> Finding:
     return Finding("msrun", OK, found)
 
 
-def check_port(port: int = DEFAULT_PORT) -> Finding:
-    """Whether the scheduler's default port can be listened on."""
+def check_port(port: int) -> Finding:
+    """Whether the scheduler's port can be listened on."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As the scheduler does: a port in TIME_WAIT counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -315,7 +315,11 @@ def parser() -> Parser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Command line: exit code 0 when nothing fails, 1 when something does."""
+    """Command line: exit code 0 when nothing fails, 1 when something does.
+
+    Raises:
+        UserError: the port is none.
+    """
     args = parser().parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"{args.port} is not a port", "--port", "Ports go from 1 to 65535.")

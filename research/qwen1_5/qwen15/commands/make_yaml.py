@@ -317,7 +317,11 @@ def parser() -> Parser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Command line of this module."""
+    """Command line: writes the YAML; exit code 0.
+
+    Raises:
+        UserError: the checkpoint cannot be read or run, or the file to write is there already.
+    """
     args = parser().parse_args(argv)
     if args.model_parallel is not None and args.model_parallel < 1:
         raise UserError(f"must be at least 1, not {args.model_parallel}", "--model_parallel")

@@ -8,9 +8,11 @@ from typing import Optional, Sequence
 
 from .. import device, naming
 from ..command_line import Parser
+from ..config.describe import describe
 from ..config.flags import add_flags, flags_from
 from ..config.load import load_config
 from ..config.schema import Config
+from ..errors import UserError
 from ..family import FAMILY, yaml_name
 from ..generation.memory import gib, need
 from ..generation.memory_check import check
@@ -71,8 +73,9 @@ def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 memory", (
         "Memory that a run needs on each card, without loading anything: a table of the shipped YAML files, or with "
-        "--config one configuration compared with this machine."),
-        ["qwen15 memory", "qwen15 memory --config predict_qwen1_5_7b.yaml --seq_length 4096"])
+        "--config or --load_checkpoint one configuration compared with this machine."),
+        ["qwen15 memory", "qwen15 memory --config predict_qwen1_5_7b.yaml --seq_length 4096",
+         "qwen15 memory --load_checkpoint models/Qwen1.5-0.5B-Chat"])
     add_flags(made)
     made.add_argument("--update", metavar="FILE", help="write the table between the markers of this Markdown file")
     return made
@@ -82,10 +85,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line: the table, or the need of one configuration."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     args = parser().parse_args(argv)
-    if args.config:
-        config = load_config(args.config, flags_from(args), args.options)
-        print(check(config))
+    flags = flags_from(args)
+    if args.config or any(flag.key == "load_checkpoint" for flag in flags):
+        config = load_config(args.config, flags, args.options)
+        print(describe(config) if args.print_config else check(config))
         return 0
+    if flags or args.options or args.print_config:
+        name = flags[0].name if flags else "--options" if args.options else "--print_config"
+        raise UserError("is about one configuration, and none is given", name,
+                        "Give --config or --load_checkpoint as well.")
     if args.update:
         update(args.update, NAME, document_part(here))
     else:

@@ -15,7 +15,7 @@ from ..config.load import load_config
 from ..errors import EXIT_OK, UserError
 from ..generation.request import Request
 from ..generation.session import Session
-from ..reporting import LEVELS, Reporter, quiet_frameworks, set_encoding
+from ..reporting import LEVELS, begin, set_encoding
 from ..text_file import read_text
 
 LONGEST_WINDOW = 1024
@@ -122,10 +122,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.print_config:
         print(describe(config))
         return EXIT_OK
-    report = Reporter(args.log_level)
-    for note in config.notes:
-        report.warning(note)
-    quiet_frameworks(args.log_level)
+    report = begin(args.log_level, config.notes)
     set_encoding(json=args.json)
     text = read_text(args.text_file)
     size, stride = _sizes(args.window, args.stride, config.model.seq_length)

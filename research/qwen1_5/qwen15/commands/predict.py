@@ -13,7 +13,7 @@ from ..config.load import load_config
 from ..config.schema import Config
 from ..errors import EXIT_OK, UserError
 from ..generation.session import Session, Settings
-from ..reporting import LEVELS, Reporter, quiet_frameworks, set_encoding
+from ..reporting import LEVELS, begin, set_encoding
 from .options import PredictOptions
 
 
@@ -78,16 +78,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = parser().parse_args(argv)
     level = args.log_level or ("debug" if args.debug else "info")
-    report = Reporter(level)
     config = _load_config(args)
     if args.print_config:
         print(describe(config))
         return EXIT_OK
     options = PredictOptions.of(args)
     settings = _settings(config, args)
-    for note in config.notes:
-        report.warning(note)
-    quiet_frameworks(level)
+    report = begin(level, config.notes)
     set_encoding(json=not options.interactive and options.output_format == "jsonl")
     if options.interactive and not options.dry_run:
         from . import repl

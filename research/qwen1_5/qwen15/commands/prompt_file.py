@@ -57,7 +57,7 @@ def _read(path: str, name: str) -> str:
                         fix="Name a file with one prompt a line.") from None
     except ValueError as error:  # of which UnicodeDecodeError is one
         if not isinstance(error, UnicodeDecodeError):
-            raise UserError("is no name of a file", where=path) from None
+            raise UserError("is not a file's name", where=path) from None
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError("is not UTF-8 text", where=f"{name}:{line}",
                         fix="Convert it, e.g. with iconv -f GBK -t UTF-8.") from None

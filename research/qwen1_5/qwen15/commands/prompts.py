@@ -32,9 +32,9 @@ class PromptEntry:
     name: Any = None
 
 
-def of_texts(texts: Sequence[str], settings: Settings, as_chat: bool = False,
-             system: Optional[str] = None) -> Iterator[PromptEntry]:
-    """The texts of a command line; `as_chat` makes each the question of a conversation.
+def of_texts(texts: Sequence[str], settings: Settings, as_chat: bool, system: Optional[str]
+             ) -> Iterator[PromptEntry]:
+    """The texts of a command line; `as_chat` makes each the question of a conversation, after `system` if there is one.
 
     Raises:
         UserError: a question without any text.

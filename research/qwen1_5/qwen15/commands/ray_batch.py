@@ -118,7 +118,7 @@ def _run(config: Config, todo: Todo, out: Optional[ResultFile], options: Predict
     ray = _connected(options.ray or "auto")
     progress = BatchProgress(len(todo), sys.stderr, report.shows("info"))
     write: Callable[[int, Dict[str, Any]], None]
-    write = out.write if out is not None else lambda index, value: write_line(stdout, index, value)
+    write = out.write if out is not None else lambda _, value: write_line(stdout, value)
     driver = None
     try:
         count = _workers(ray, options, len(todo))

@@ -58,6 +58,9 @@ def run(session: Session, settings: Settings, system: Optional[str], report: Rep
         settings: how answers are made; its limits are adapted to the window, see `window_of`.
         system: the system message, None for the template's own.
         report: takes what is not the answer.
+
+    Raises:
+        UserError: the checkpoint knows no conversations, the system message does not fit, or loading fails.
     """
     if session.tokenizer.chat_template is None and session.tokenizer.im_start_id is None:
         raise UserError("the checkpoint has neither a chat template nor Qwen's <|im_start|>",
@@ -177,7 +180,7 @@ class Repl:
         if not self._conversation.settings.do_sample:
             self._screen.note("[without do_sample the answer is the same again: /set do_sample true]")
         self._draws += 1
-        self._again(question, question)
+        self._again(question)
 
     def _edit(self, argument: str) -> None:
         question = self._question("/edit")
@@ -195,7 +198,7 @@ class Repl:
         if not text:
             self._screen.note("[the question stays as it was]")
             return
-        self._again(question, text)
+        self._again(text)
 
     def _question(self, command: str) -> str:
         for message in reversed(self._conversation.messages):
@@ -203,7 +206,7 @@ class Repl:
                 return message["content"]
         raise UserError(f"{command} needs a question, and none has been asked yet")
 
-    def _again(self, question: str, text: str) -> None:
+    def _again(self, text: str) -> None:
         """Ask `text` in place of the last question; when it cannot be asked, the conversation is as before."""
         before, gone = list(self._conversation.messages), self._conversation.gone
         self._conversation.take_back()
@@ -272,7 +275,7 @@ class Repl:
         if not argument:
             raise UserError(f"{command} needs the name of a file", fix=f"Example: {command} talk.json")
         if "\0" in argument:
-            raise UserError("is no name of a file", where=argument)
+            raise UserError("is not a file's name", where=argument)
         return os.path.abspath(os.path.expanduser(argument))
 
 

@@ -37,15 +37,14 @@ class Text:
     Args:
         out: where to; on a terminal nothing in a text is obeyed.
         heads: printed before each answer, the prompt when it is to be shown.
-        answers: how many answers each prompt gets; None for one each.
+        answers: how many answers each prompt gets.
     """
 
-    def __init__(self, out: IO[str], heads: Sequence[str], answers: Optional[Sequence[int]] = None):
+    def __init__(self, out: IO[str], heads: Sequence[str], answers: Sequence[int]):
         self._out = out
         self._on_terminal = out.isatty()
-        counts = [1] * len(heads) if answers is None else answers
-        self._first = [sum(counts[:index]) for index in range(len(counts))]
-        self._waiting = [head for head, count in zip(heads, counts) for _ in range(count)]
+        self._first = [sum(answers[:index]) for index in range(len(answers))]
+        self._waiting = [head for head, count in zip(heads, answers) for _ in range(count)]
         self._finished = [False] * len(self._waiting)
         self._turn = 0
         self._within_line = False
@@ -140,7 +139,7 @@ def _end(answer: Answer) -> Dict[str, Any]:
     return {"generated_tokens": len(answer.token_ids), "finish_reason": answer.finish_reason}
 
 
-def write_line(out: IO[str], index: int, value: Dict[str, Any]) -> None:
+def write_line(out: IO[str], value: Dict[str, Any]) -> None:
     """A result on stdout, at once."""
     out.write(strict_json.dumps(value) + "\n")
     out.flush()

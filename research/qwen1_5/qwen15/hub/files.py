@@ -34,7 +34,11 @@ def needed(names: Collection[str]) -> List[str]:
 
 
 def absent(folder: str) -> Optional[str]:
-    """A file that a whole model in `folder` would have, None when nothing is missing."""
+    """A file that a whole model in `folder` would have, None when nothing is missing.
+
+    Raises:
+        UserError: an index of shards is damaged.
+    """
     present = _files(folder)
     if "config.json" not in present:
         return "config.json"

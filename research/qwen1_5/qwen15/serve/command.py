@@ -19,7 +19,7 @@ from ..config.load import load_config
 from ..config.schema import Config
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ..generation.session import Session, Settings
-from ..reporting import LEVELS, Reporter, quiet_frameworks
+from ..reporting import LEVELS, Reporter, begin
 from .desk import Desk, DeskLimits
 from .refusal import Refusal
 
@@ -86,15 +86,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = parser().parse_args(argv)
     level = "debug" if args.debug else args.log_level
-    report = Reporter(level)
     config = configuration(args)
     if args.print_config:
         print(describe(config))
         return EXIT_OK
     _require_libraries()
-    for note in config.notes:
-        report.warning(note)
-    quiet_frameworks(level)
+    report = begin(level, config.notes)
     session = Session.prepare(config)
     listener = _listen(args.host, args.port) if session.rank == 0 else None
     if listener is not None and args.api_key is None and args.host not in _LOCAL:
@@ -141,7 +138,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(1024)
     except OSError as error:
-        raise UserError(f"cannot be listened on: {os.strerror(error.errno or 0)}", where=f"{host}:{port}",
+        raise UserError(f"cannot listen here: {os.strerror(error.errno or 0)}", where=f"{host}:{port}",
                         fix="Choose another --port, or --port 0 for any free one.") from None
     listener.setblocking(False)
     return listener

@@ -107,7 +107,7 @@ class CallReader:
     """
 
     def __init__(self, session: Session, settings: Settings, names: Sequence[str],
-                 compile_grammar: Optional["GrammarMaker"] = None):
+                 compile_grammar: Optional["GrammarMaker"]):
         self._session = session
         self._settings = replace(settings, max_length=session.limits.seq_length)
         self._names = tuple(names)

@@ -72,7 +72,7 @@ def command_line(arguments: Mapping[str, Any]) -> List[str]:
                             fix=f"Ray decides it: {place}." if place else "Every replica is one process: `replicas` "
                                 "times the model, not one model over several.")
         if name not in known:
-            raise UserError(f"{name} is no flag of qwen15 serve", where="args", fix=did_you_mean(str(name), known))
+            raise UserError(f"{name} is not a flag of qwen15 serve", where="args", fix=did_you_mean(str(name), known))
         if isinstance(value, Mapping):
             argv += [f"--{name}", *(f"{key}={_text(item)}" for key, item in value.items())]
         elif isinstance(value, (list, tuple)):
