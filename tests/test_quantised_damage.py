@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from checkpoint_fixtures import LIBRARY_DTYPES, read_contents, write_safetensors
 from quantised_fixtures import Form, write_quantised
+from qwen15.checkpoint.tensors import itemsize
 from qwen15.errors import run_main
 
 FORMS = {
@@ -118,8 +119,7 @@ def retype(folder, rng) -> str:
     floats = ("F16", "BF16", "F32")
     other = rng.choice([kind for kind in LIBRARY_DTYPES
                         if kind != dtype and not (kind in floats and dtype in floats)])
-    width = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1}[other]
-    contents[name] = other, shape, bytes(int(np.prod(shape)) * width)
+    contents[name] = other, shape, bytes(int(np.prod(shape)) * itemsize(other))
     write_safetensors(path, contents)
     return base_of(name)
 
