@@ -360,6 +360,7 @@ def test_operators_equal_plain_products():
 @pytest.mark.parametrize("arguments, line", (
     (("decode", "--checkpoint", "nowhere"), "error: --checkpoint nowhere: no such folder"),
     (("decode", "--size", "3b"), "error: --size: '3b' is not a Qwen1.5 size"),
+    (("speculate", "--draft_size", "3b"), "error: --draft_size: '3b' is not a Qwen1.5 size"),
     (("decode", "--against", "bfloat16"),
      "error: --against bfloat16: compares random weights of another dtype with it"),
     (("prefill", "--dtype", "bfloat16", "--against", "bfloat16"),

@@ -59,7 +59,7 @@ def test_flags_of_a_cluster_that_contradict_others_are_refused(tmp_path, small_m
     assert "--ray_workers: has no effect without --ray" in error_line(*base, "--predict_file", file,
                                                                       "--ray_workers", "2")
     assert "--ray: is for files of prompts" in error_line(*base, "--predict_data", "x", "--ray")
-    assert "--ray_cpus: must be at least 1, not 0" in error_line(*base, "--predict_file", file, "--ray",
+    assert "--ray_cpus: wants at least 1, not 0" in error_line(*base, "--predict_file", file, "--ray",
                                                                  "--ray_cpus", "0")
 
 

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
     start.hold()
 
-from qwen15.command_line import Parser, boolean, program, whole  # noqa: E402
+from qwen15.command_line import Parser, boolean, positive, program, whole  # noqa: E402
 from qwen15.conversion.cli import add_common_flags, add_hub_flag, carry_out, options_from, require_source  # noqa: E402
 from qwen15.errors import UserError, run_main  # noqa: E402
 
@@ -28,7 +28,8 @@ def parser():
                       help="what to make: x.ckpt, x.safetensors, or a folder (default ./transform.ckpt)")
     made.add_argument("--format", choices=("ckpt", "safetensors", "folder"),
                       help="instead of going by the extension; with --model_parallel the slices' format")
-    made.add_argument("--model_parallel", type=whole, metavar="N", help="write rank_0 .. rank_N-1, cut for N devices")
+    made.add_argument("--model_parallel", type=positive, metavar="N",
+                      help="write rank_0 .. rank_N-1, cut for N devices")
     made.add_argument("--vocab_emb_dp", type=boolean, default=True, metavar="True|False",
                       help="with --model_parallel: every rank keeps embedding and head whole (default True)")
     made.add_argument("--quantize", choices=("int8", "int4"),

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from typing import Any, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, List, NoReturn, Optional, Sequence, Tuple
 
 from .errors import UserError, did_you_mean
 
@@ -143,6 +143,23 @@ def whole(text: str) -> int:
     if re.fullmatch(r"[+-]?[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{len(text)} digits are too many for any number here")
     raise argparse.ArgumentTypeError(f"wants a whole number, not {text!r}{_meant(text, whole_only=True)}")
+
+
+def whole_from(least: int, most: Optional[int] = None, why: str = "") -> Callable[[str], int]:
+    """argparse type of a flag that takes a whole number from `least` to `most`; `why` ends what is said of less."""
+    def read(text: str) -> int:
+        found = whole(text)
+        if found < least:
+            raise argparse.ArgumentTypeError(f"wants at least {least}, not {found}{why}")
+        if most is not None and found > most:
+            raise argparse.ArgumentTypeError(f"wants at most {most}, not {found}")
+        return found
+
+    return read
+
+
+positive = whole_from(1)
+"""argparse type of a count."""
 
 
 def number(text: str) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..checkpoint.atomic import check_space, disk_bytes
 from ..checkpoint.reader import open_checkpoint
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from ..errors import EXIT_FAILED, UserError
 from . import child, hf, options
 from .report import Column, Measured, gigabytes, number, text
@@ -47,7 +47,7 @@ def parser() -> Parser:
     options.add_checkpoint(made, _SIZE, _LAYERS)
     made.add_argument("--scratch", metavar="FOLDER",
                       help="where results are written and removed again (default: beside the checkpoint)")
-    made.add_argument("--parallel", type=options.positive, default=4, metavar="N",
+    made.add_argument("--parallel", type=positive, default=4, metavar="N",
                       help="ranks of the slices (default 4)")
     options.add_rounds(made)
     made.add_argument("--against", choices=("hf",),

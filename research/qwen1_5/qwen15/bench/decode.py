@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Dict, Mapping, Sequence
 
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from . import options, report, rounds, work
 from .engines import Engines
 from .ours import random_prompts
@@ -18,9 +18,9 @@ def parser() -> Parser:
                   ["qwen15 bench decode --size 0.5b",
                    "qwen15 bench decode --checkpoint FOLDER --batch 1 8 --context 32 2048 --against hf",
                    "qwen15 bench decode --dtype int4 --batch 1 4 8 --against bfloat16"])
-    made.add_argument("--batch", type=options.positive, nargs="+", default=[1], metavar="B",
+    made.add_argument("--batch", type=positive, nargs="+", default=[1], metavar="B",
                       help="sequences at once (default 1)")
-    made.add_argument("--context", type=options.positive, nargs="+", default=[32], metavar="N",
+    made.add_argument("--context", type=positive, nargs="+", default=[32], metavar="N",
                       help="tokens of the prompt (default 32)")
     made.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
                       help="tokens of each sequence in a run (default 128)")

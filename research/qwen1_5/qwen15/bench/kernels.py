@@ -9,13 +9,13 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 import numpy as np
 
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from ..family import FAMILY
 from ..kernels import library
 from ..naming import Dims
 from ..network.base import rope_tables
 from . import hf, options, report, rounds, work
-from .make_checkpoint import DTYPES, dims_of
+from .make_checkpoint import DTYPES, dims_of, size
 from .operators import Array, Pool, prepare
 from .probes import Probes
 from .report import Column, Measured, number, text
@@ -200,17 +200,18 @@ class Cases:
 def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench kernels", __doc__ or "", ["qwen15 bench kernels --size 7b --tokens 1 512"])
-    made.add_argument("--size", default="0.5b", help=f"whose shapes: one of {', '.join(FAMILY)} (default 0.5b)")
-    made.add_argument("--layers", type=options.positive, metavar="N",
+    made.add_argument("--size", type=size, default="0.5b",
+                      help=f"whose shapes: one of {', '.join(FAMILY)} (default 0.5b)")
+    made.add_argument("--layers", type=positive, metavar="N",
                       help="another number of layers than the published one")
     made.add_argument("--dtype", choices=(*DTYPES, *QUANTISED), default="bfloat16",
                       help="of weights and KV cache (default bfloat16); in int8 and int4 the cache is bfloat16, table "
                            "and head have 8 bits, and activations are those of computing in bfloat16")
-    made.add_argument("--group_size", type=options.positive, default=128, metavar="N",
+    made.add_argument("--group_size", type=positive, default=128, metavar="N",
                       help="columns that share a scale in int8 and int4 (default 128)")
-    made.add_argument("--tokens", type=options.positive, nargs="+", default=[1, 8, 16, 32, 512], metavar="T",
+    made.add_argument("--tokens", type=positive, nargs="+", default=[1, 8, 16, 32, 512], metavar="T",
                       help="rows at once (default 1 8 16 32 512); those above 64 are a prompt")
-    made.add_argument("--context", type=options.positive, nargs="+", default=[512, 4096, 16384], metavar="N",
+    made.add_argument("--context", type=positive, nargs="+", default=[512, 4096, 16384], metavar="N",
                       help="tokens in the cache for attention in decode (default 512 4096 16384)")
     options.add_run(made, "kernels", 7)
     return made

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from . import child, hf, options, report
 from .probes import Probes
 from .report import Column, Measured, gigabytes, number, text
@@ -22,7 +22,7 @@ MEMORY_FACTOR, MEMORY_PLUS_BYTES = 1.25, 600_000_000
 def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench load", __doc__ or "", ["qwen15 bench load --checkpoint FOLDER --against hf"])
-    made.add_argument("--prompt", type=options.positive, default=512, metavar="N",
+    made.add_argument("--prompt", type=positive, default=512, metavar="N",
                       help="tokens of the prompt that is run (default 512)")
     made.add_argument("--new_tokens", type=options.at_least_two, default=16, metavar="N",
                       help="tokens after it (default 16)")

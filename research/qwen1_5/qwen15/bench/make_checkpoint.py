@@ -19,8 +19,8 @@ from ..checkpoint.format_safetensors import steps
 from ..checkpoint.quantised import SCALE, ZERO, Scheme
 from ..checkpoint.reader import INDEX_FILES, write_index
 from ..checkpoint.tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
-from ..command_line import Parser, whole
-from ..errors import UserError, did_you_mean
+from ..command_line import Parser, positive, whole
+from ..errors import did_you_mean
 from ..progress import byte_bar
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -32,19 +32,17 @@ _STRIP_ELEMENTS = 4 * 2 ** 20
 _SHARD_BYTES = 5 * 10 ** 8  # a shard is closed before it would grow beyond this
 
 
-def dims_of(size: str, layers: Optional[int] = None) -> naming.Dims:
-    """Sizes of a family member ('0.5b', '72B'), with another number of layers if one is given.
+def size(text: str) -> str:
+    """argparse type of a flag that takes a family member's name, in any case."""
+    if text.upper() not in family.FAMILY:
+        hint = did_you_mean(text.upper(), family.FAMILY) or f"Known are {', '.join(family.FAMILY)}."
+        raise argparse.ArgumentTypeError(f"{text!r} is not a Qwen1.5 size. {hint}")
+    return text.upper()
 
-    Raises:
-        UserError: no such size, or a number of layers below 1.
-    """
-    known = {name.lower(): dims for name, dims in family.FAMILY.items()}
-    if size.lower() not in known:
-        raise UserError(f"{size!r} is not a Qwen1.5 size", where="--size",
-                        fix=did_you_mean(size.lower(), known) or f"Known are {', '.join(family.FAMILY)}.")
-    if layers is not None and layers < 1:
-        raise UserError(f"{layers} layers", where="--layers", fix="Give at least 1.")
-    dims = known[size.lower()]
+
+def dims_of(member: str, layers: Optional[int] = None) -> naming.Dims:
+    """Sizes of a family member ('0.5b', '72B'), with another number of layers if one is given."""
+    dims = family.FAMILY[member.upper()]
     return dims if layers is None else dataclasses.replace(dims, num_layers=layers)
 
 
@@ -160,8 +158,8 @@ def parser() -> Parser:
     made = Parser("qwen15 bench make-checkpoint", __doc__ or "",
                   ["qwen15 bench make-checkpoint OUT --size 0.5b --layers 2"], usage="OUT [flags]")
     made.add_argument("folder", metavar="OUT", help="folder to make")
-    made.add_argument("--size", default="0.5b", help=f"one of {', '.join(family.FAMILY)}")
-    made.add_argument("--layers", type=whole, metavar="N", help="another number of layers than the published one")
+    made.add_argument("--size", type=size, default="0.5b", help=f"one of {', '.join(family.FAMILY)}")
+    made.add_argument("--layers", type=positive, metavar="N", help="another number of layers than the published one")
     made.add_argument("--dtype", choices=(*DTYPES, *QUANTISED), default="bfloat16",
                       help="of all tensors; int8 and int4: of the matrices")
     made.add_argument("--seed", type=whole, default=0, help="start of the random numbers")

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any, Dict, List, Mapping, Sequence
 
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from ..kernels import library
 from . import options, report, rounds
 from .engines import Engines
@@ -68,7 +68,7 @@ class Neighbour:
 def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench neighbour", __doc__ or "", ["qwen15 bench neighbour --batch 1 8"])
-    made.add_argument("--batch", type=options.positive, nargs="+", default=[1, 8], metavar="B",
+    made.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="B",
                       help="sequences at once (default 1 8)")
     options.add_lengths(made, 64)
     options.add_checkpoint(made)

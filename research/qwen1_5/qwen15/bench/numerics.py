@@ -8,7 +8,7 @@ from typing import Dict, List
 
 import numpy as np
 
-from ..command_line import Parser, whole
+from ..command_line import Parser, positive
 from ..network.build import build_network
 from . import hf
 from .options import BenchCheckpoint
@@ -29,7 +29,7 @@ def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench numerics", __doc__ or "", ["qwen15 bench numerics FOLDER"], usage="CHECKPOINT [flags]")
     made.add_argument("checkpoint", help="a Hugging Face folder with tokenizer files")
-    made.add_argument("--tokens", type=whole, default=64,
+    made.add_argument("--tokens", type=positive, default=64,
                       help="greedy tokens of each of %d prompts (default 64)" % len(TEXTS))
     return made
 

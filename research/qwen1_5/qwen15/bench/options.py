@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 from .. import family
-from ..command_line import whole
+from ..command_line import positive, whole_from
 from ..config.flags import Flag
 from ..config.keys import MODEL
 from ..config.load import load_config
@@ -16,6 +16,7 @@ from ..config.schema import Config
 from ..errors import UserError
 from . import report
 from .make_checkpoint import DTYPES, QUANTISED, dims_of, make_checkpoint
+from .make_checkpoint import size as family_size
 
 AGAINST = {"hf": "also run transformers on the same, taking turns", "bfloat16": "also the same shape in bfloat16"}
 """Whom our engine can be measured against, and what that does."""
@@ -48,19 +49,7 @@ class BenchCheckpoint(NamedTuple):
                                   *(Flag(key, "bench", value) for key, value in whole_keys.items())])
 
 
-def _at_least(least: int, why: str = "") -> Callable[[str], int]:
-    def count(text: str) -> int:
-        found = whole(text)
-        if found < least:
-            raise argparse.ArgumentTypeError(f"wants at least {least}, not {found}{why}")
-        return found
-
-    return count
-
-
-positive = _at_least(1)
-"""argparse type of a count."""
-at_least_two = _at_least(2, ": the first token comes out of the prompt")
+at_least_two = whole_from(2, why=": the first token comes out of the prompt")
 """argparse type of tokens of which the first is not timed."""
 
 
@@ -77,7 +66,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, size: str = "0.5b", layers: 
     group = parser.add_argument_group("weights")
     group.add_argument("--checkpoint", metavar="FOLDER",
                        help="measure with this checkpoint; without it a random one is made and kept")
-    group.add_argument("--size", default=size,
+    group.add_argument("--size", type=family_size, default=size,
                        help=f"of the random checkpoint: one of {', '.join(family.FAMILY)} (default {size})")
     group.add_argument("--layers", type=positive, metavar="N", default=layers,
                        help=f"of the random checkpoint (default {layers or 'the published number'})")
@@ -117,7 +106,7 @@ def find_checkpoint(args: argparse.Namespace) -> BenchCheckpoint:
     """The checkpoint the arguments mean; a random one is made when it is not there yet.
 
     Raises:
-        UserError: no such folder, size, or number of layers; no room.
+        UserError: no such folder, --layers beside --checkpoint, or no room.
     """
     if args.checkpoint is not None:
         if args.layers is not None:
@@ -129,15 +118,22 @@ def find_checkpoint(args: argparse.Namespace) -> BenchCheckpoint:
                                  Flag("context.device_target", "bench", "CPU")])
         return BenchCheckpoint(args.checkpoint, os.path.basename(os.path.normpath(args.checkpoint)), args.dtype
                           or own.model.param_init_type)
-    dtype = args.dtype or "bfloat16"
-    dims = dims_of(args.size, args.layers)
-    label = f"Qwen1.5-{args.size.upper()}" + (f", {args.layers} layers" if args.layers else "")
-    name = f"qwen1.5-{args.size.lower()}-" + (f"{args.layers}layers-" if args.layers else "") + dtype
-    path = os.path.join(args.cache, name)
+    return random_checkpoint(args.size, args.layers, args.dtype or "bfloat16", args.cache)
+
+
+def random_checkpoint(size: str, layers: Optional[int], dtype: str, cache: str) -> BenchCheckpoint:
+    """A checkpoint of random weights in the folder `cache`, made when it is not there yet.
+
+    Raises:
+        UserError: no room.
+    """
+    label = f"Qwen1.5-{size.upper()}" + (f", {layers} layers" if layers else "")
+    name = f"qwen1.5-{size.lower()}-" + (f"{layers}layers-" if layers else "") + dtype
+    path = os.path.join(cache, name)
     if not os.path.isdir(path):
         print(f"making random weights in {path}", file=sys.stderr)
-        os.makedirs(args.cache, exist_ok=True)
-        make_checkpoint(path, dims, dtype)
+        os.makedirs(cache, exist_ok=True)
+        make_checkpoint(path, dims_of(size, layers), dtype)
     return BenchCheckpoint(path, f"{label}, random weights", dtype)
 
 
@@ -150,7 +146,7 @@ def find_bfloat16(args: argparse.Namespace) -> BenchCheckpoint:
     if args.checkpoint is not None or args.dtype in (None, "bfloat16"):
         raise UserError("compares random weights of another dtype with it", where="--against bfloat16",
                         fix="Give --dtype, and leave --checkpoint out.")
-    return find_checkpoint(argparse.Namespace(**{**vars(args), "dtype": "bfloat16"}))
+    return random_checkpoint(args.size, args.layers, "bfloat16", args.cache)
 
 
 def plot_path(args: argparse.Namespace, what: str) -> Optional[str]:

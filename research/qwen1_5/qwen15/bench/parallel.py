@@ -13,7 +13,7 @@ import tempfile
 from typing import Any, Dict, List, Mapping, Sequence
 
 from .. import naming
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from ..config.flags import boolean
 from ..errors import EXIT_FAILED, UserError
 from . import child, options, report
@@ -24,9 +24,9 @@ from .report import Column, Measured, gigabytes, number, text
 def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench parallel", __doc__ or "", ["qwen15 bench parallel --workers 1 2"])
-    made.add_argument("--workers", type=options.positive, nargs="+", default=[1, 2, 4], metavar="N",
+    made.add_argument("--workers", type=positive, nargs="+", default=[1, 2, 4], metavar="N",
                       help="how many (default 1 2 4)")
-    made.add_argument("--prompt", type=options.positive, default=512, metavar="N",
+    made.add_argument("--prompt", type=positive, default=512, metavar="N",
                       help="tokens of the prompt (default 512)")
     made.add_argument("--new_tokens", type=options.at_least_two, default=64, metavar="N",
                       help="tokens after it (default 64)")

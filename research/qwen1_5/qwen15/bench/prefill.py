@@ -6,7 +6,7 @@ import argparse
 import functools
 from typing import Any, Dict, List, Mapping, Sequence
 
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from . import options, report, rounds, work
 from .engines import Engines
 from .ours import random_prompts
@@ -16,7 +16,7 @@ from .report import Column, Measured, number, text
 def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench prefill", __doc__ or "", ["qwen15 bench prefill --tokens 128 512 2048"])
-    made.add_argument("--tokens", type=options.positive, nargs="+", default=[512], metavar="N",
+    made.add_argument("--tokens", type=positive, nargs="+", default=[512], metavar="N",
                       help="of the prompt (default 512)")
     options.add_checkpoint(made)
     options.add_run(made, "prefill", against=tuple(options.AGAINST))

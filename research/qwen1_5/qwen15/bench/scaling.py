@@ -6,7 +6,7 @@ import argparse
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from .. import ops
-from ..command_line import Parser
+from ..command_line import Parser, positive, whole_from
 from ..kernels import library
 from ..machine import MOST_THREADS
 from . import options, report, rounds, work
@@ -15,22 +15,14 @@ from .probes import Probes
 from .report import Column, Measured, number, text
 
 
-def threads(argument: str) -> int:
-    """argparse type of a number of threads."""
-    count = options.positive(argument)
-    if count > MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"wants at most {MOST_THREADS} threads, not {count}")
-    return count
-
-
 def parser() -> Parser:
     """The flags."""
     made = Parser("qwen15 bench scaling", __doc__ or "", ["qwen15 bench scaling --threads 1 2 4 8"])
-    made.add_argument("--threads", type=threads, nargs="+", metavar="N",
+    made.add_argument("--threads", type=whole_from(1, MOST_THREADS), nargs="+", metavar="N",
                       help="how many (default 1, 2, 4, ... up to what a run takes here)")
-    made.add_argument("--batch", type=options.positive, nargs="+", default=[1, 8, 32], metavar="B",
+    made.add_argument("--batch", type=positive, nargs="+", default=[1, 8, 32], metavar="B",
                       help="sequences that decode at once (default 1 8 32)")
-    made.add_argument("--prefill", type=options.positive, default=512, metavar="N",
+    made.add_argument("--prefill", type=positive, default=512, metavar="N",
                       help="tokens of the prompt (default 512)")
     options.add_lengths(made, 32, prompt="tokens in the cache when decoding begins")
     options.add_checkpoint(made)

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from ..errors import EXIT_FAILED, UserError
 from ..generation.scheduler import PIECE_TOKENS
 from . import child, options, report
@@ -39,9 +39,9 @@ def parser() -> Parser:
     made = Parser("qwen15 bench serve", __doc__ or "",
                   ["qwen15 bench serve --checkpoint models/SmolLM2-135M-Instruct"])
     made.add_argument("--checkpoint", required=True, metavar="FOLDER", help="with its tokenizer's files")
-    made.add_argument("--clients", type=options.positive, default=16, metavar="N", help="at once (default 16)")
-    made.add_argument("--requests", type=options.positive, default=64, metavar="N", help="in all (default 64)")
-    made.add_argument("--long", type=options.positive, default=4096, metavar="N",
+    made.add_argument("--clients", type=positive, default=16, metavar="N", help="at once (default 16)")
+    made.add_argument("--requests", type=positive, default=64, metavar="N", help="in all (default 64)")
+    made.add_argument("--long", type=positive, default=4096, metavar="N",
                       help="tokens of the long prompt (default 4096)")
     made.add_argument("--dtype", choices=options.DTYPES, default="bfloat16",
                       help="of weights and KV cache (default bfloat16)")

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from ..command_line import number as real
 from ..config.speculation import DRAFT_TOKENS, NGRAM_TOKENS
 from ..errors import UserError
@@ -22,6 +22,7 @@ from ..generation.speculate import PromptLookup, Speculation
 from ..text import chat
 from ..text.tokenizer import Qwen2Tokenizer
 from . import options, report, rounds
+from .make_checkpoint import size
 from .ours import Ours, random_prompts
 from .probes import Probes
 from .report import Column, Measured, number, text
@@ -93,14 +94,14 @@ def parser() -> Parser:
     made = Parser("qwen15 bench speculate", __doc__ or "",
                   ["qwen15 bench speculate --checkpoint models/SmolLM2-135M-Instruct",
                    "qwen15 bench speculate --size 7b --dtype int4 --draft_size 0.5b --acceptance 0.7 --new_tokens 32"])
-    made.add_argument("--draft_size", metavar="SIZE",
+    made.add_argument("--draft_size", type=size, metavar="SIZE",
                       help="measure a draft model of this size in place of prompt lookup; its guesses are those of the "
                            "target itself, or another token, so that --acceptance of them are right")
-    made.add_argument("--draft_layers", type=options.positive, metavar="N",
+    made.add_argument("--draft_layers", type=positive, metavar="N",
                       help="of the draft (default: the published number)")
     made.add_argument("--acceptance", type=_chances, default=(0.7,), metavar="P[,P...]",
                       help="with --draft_size: chances that a guess is right (default 0.7)")
-    made.add_argument("--tokens", type=options.positive, metavar="N",
+    made.add_argument("--tokens", type=positive, metavar="N",
                       help="most guesses in a step (default: as --speculate_tokens)")
     made.add_argument("--new_tokens", type=options.at_least_two, default=128, metavar="N",
                       help="tokens of each answer (default 128)")
@@ -199,8 +200,7 @@ class Simulated(DraftModel):
 
 
 def _draft(args: argparse.Namespace, checkpoint: options.BenchCheckpoint, machine: Probes) -> List[Dict[str, Any]]:
-    small = options.find_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": None, "size": args.draft_size,
-                                                          "layers": args.draft_layers}))
+    small = options.random_checkpoint(args.draft_size, args.draft_layers, args.dtype or "bfloat16", args.cache)
     prompt = random_prompts(1, 32, 1000)[0]
     longest = len(prompt) + args.new_tokens
     draft = Ours(small, machine.threads, longest, 1)

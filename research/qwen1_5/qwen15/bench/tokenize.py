@@ -10,7 +10,7 @@ import random
 import sysconfig
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
-from ..command_line import Parser
+from ..command_line import Parser, positive
 from ..errors import EXIT_FAILED, UserError
 from . import options, report, rounds
 from .kernels import repeated
@@ -27,7 +27,7 @@ def parser() -> Parser:
     made.add_argument("vocabulary", metavar="FOLDER", help="with vocab.json and merges.txt")
     made.add_argument("--text", nargs="+", metavar="FILE",
                       help="UTF-8 text (default: Python's own library, and Chinese words at random)")
-    made.add_argument("--characters", type=options.positive, default=_DEFAULT_CHARACTERS, metavar="N",
+    made.add_argument("--characters", type=positive, default=_DEFAULT_CHARACTERS, metavar="N",
                       help=f"of each kind of text at most (default {_DEFAULT_CHARACTERS})")
     options.add_run(made, "tokenize", threads=False)
     return made

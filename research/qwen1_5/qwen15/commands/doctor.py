@@ -14,7 +14,7 @@ from typing import Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from .. import device, machine
 from ..ascend import installation
-from ..command_line import Parser, whole
+from ..command_line import Parser, whole_from
 from ..errors import EXIT_FAILED, EXIT_OK, UserError
 from ..finding import FAIL, INFO, OK, WARN, Finding
 from ..generation import memory
@@ -309,20 +309,15 @@ def parser() -> Parser:
     made.add_argument("--json", action="store_true", help="print one JSON object")
     made.add_argument("--vocab_file", metavar="FILE", help="examine this vocab.json ...")
     made.add_argument("--merges_file", metavar="FILE", help="... with this merges.txt")
-    made.add_argument("--port", type=whole, default=DEFAULT_PORT, help=f"the scheduler's port (default {DEFAULT_PORT})")
+    made.add_argument("--port", type=whole_from(1, 65535), default=DEFAULT_PORT,
+                      help=f"the scheduler's port (default {DEFAULT_PORT})")
     made.add_argument("--deep", action="store_true", help="also import MindSpore and run one operator (some seconds)")
     return made
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Command line: exit code 0 when nothing fails, 1 when something does.
-
-    Raises:
-        UserError: the port is none.
-    """
+    """Command line: exit code 0 when nothing fails, 1 when something does."""
     args = parser().parse_args(argv)
-    if not 0 < args.port < 65536:
-        raise UserError(f"{args.port} is not a port", "--port", "Ports go from 1 to 65535.")
     checks = examine(args.vocab_file, args.merges_file, args.port, args.deep)
     print(as_json(checks) if args.json else as_text(checks))
     return EXIT_FAILED if any(check.status == FAIL for check in checks) else EXIT_OK

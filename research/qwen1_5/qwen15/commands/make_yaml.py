@@ -9,7 +9,7 @@ from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from .. import device, terminal
 from ..ascend import mcore_yaml
-from ..command_line import Parser, whole
+from ..command_line import Parser, positive
 from ..config.hf_config import dims_from_hf_config
 from ..config.keys import KEYS, MODEL, convert, size_bytes
 from ..config.schema import ModelConfig, ParallelConfig
@@ -309,7 +309,7 @@ def parser() -> Parser:
     add_hub_flag(made)
     made.add_argument("--output", metavar="FILE",
                         help="YAML file to write, stdout by default; one that is there is not overwritten")
-    made.add_argument("--model_parallel", type=whole, metavar="N",
+    made.add_argument("--model_parallel", type=positive, metavar="N",
                         help="workers; by default the fewest of 1, 2, 4, 8 on which it fits into 59 GB cards")
     made.add_argument("--mcore", action="store_true",
                       help="write it for MindFormers' newer network (use_legacy: False), which reads the folder itself")
@@ -323,8 +323,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: the checkpoint cannot be read or run, or the file to write is there already.
     """
     args = parser().parse_args(argv)
-    if args.model_parallel is not None and args.model_parallel < 1:
-        raise UserError(f"must be at least 1, not {args.model_parallel}", "--model_parallel")
     folder = resolve(args.checkpoint, args.hub)
     name = _folder_name(folder) if folder == args.checkpoint else args.checkpoint
     contents = yaml_for(folder, args.model_parallel, name)

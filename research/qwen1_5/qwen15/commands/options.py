@@ -83,8 +83,6 @@ class PredictOptions:
         if self.system is not None and not self.chat:
             raise UserError("a system message needs a conversation", where="--system", fix="Add --chat.")
         self._check_ray(ray_cpus)
-        if self.max_batch is not None and self.max_batch < 1:
-            raise UserError(f"must be at least 1, not {self.max_batch}", where="--max_batch")
         if self.interactive:
             self._check_interactive(output_format, logprobs)
         elif self.output_format == "text":
@@ -101,8 +99,6 @@ class PredictOptions:
         for flag, given in (("--ray_workers", self.ray_workers), ("--ray_cpus", cpus)):
             if given is not None and self.ray is None:
                 raise UserError("has no effect without --ray", where=flag, fix="Add --ray, or leave it away.")
-            if given is not None and given < 1:
-                raise UserError(f"must be at least 1, not {given}", where=flag)
         if self.ray is not None and not self.many:
             raise UserError("is for files of prompts", where="--ray", fix="Pass --predict_file.")
         if self.ray is not None and self.output_format == "text":

@@ -6,7 +6,7 @@ import argparse
 from typing import List, Optional, Sequence, Tuple
 
 from .. import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
-from ..command_line import Parser, boolean, program, whole
+from ..command_line import Parser, boolean, positive, program, whole
 from ..config.describe import describe
 from ..config.flags import add_flags, flags_from
 from ..config.load import load_config
@@ -41,7 +41,7 @@ def parser() -> Parser:
                        help="answers to each prompt, sampled independently (with --do_sample)")
     group.add_argument("--logit_bias", nargs="+", default=[], metavar="ID=NUMBER",
                        help="add a number to a token's logit; -inf forbids the token")
-    group.add_argument("--max_batch", type=whole, metavar="N",
+    group.add_argument("--max_batch", type=positive, metavar="N",
                        help="most sequences that run at once (default: 16 with --predict_file, else what the KV cache "
                             "holds)")
     group.add_argument("--task", default="text_generation", choices=("text_generation",),
@@ -49,8 +49,9 @@ def parser() -> Parser:
     group.add_argument("--ray", nargs="?", const="auto", metavar="ADDRESS",
                        help="with --predict_file: let the workers of a Ray cluster do the work (default address: the "
                             "cluster of this machine)")
-    group.add_argument("--ray_workers", type=whole, metavar="N", help="models on the cluster (default: as many as fit)")
-    group.add_argument("--ray_cpus", type=whole, metavar="N", help="CPUs, and threads, of each (default 2)")
+    group.add_argument("--ray_workers", type=positive, metavar="N",
+                       help="models on the cluster (default: as many as fit)")
+    group.add_argument("--ray_cpus", type=positive, metavar="N", help="CPUs, and threads, of each (default 2)")
     group = made.add_argument_group("output")
     group.add_argument("--output_format", choices=("text", "jsonl"),
                        help="text streams to stdout (default); jsonl prints one object per prompt (default with "

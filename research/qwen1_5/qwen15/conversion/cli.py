@@ -66,8 +66,6 @@ def options_from(args: argparse.Namespace, target: str, parts: Optional[int] = N
     from .hugging_face import Output, parse_size
     from .slices import Slicing
 
-    if parts is not None and parts < 1:
-        raise UserError(f"must be at least 1, not {parts}", "--model_parallel", "Give 1, 2, 4, ...")
     return Output(target=target, form=args.format, dtype=args.dtype, shard_bytes=parse_size(args.max_shard_size),
                   slicing=None if parts is None else Slicing(parts, vocab_emb_dp), recipe=_recipe(args, chosen),
                   dequantise=getattr(args, "dequantize", False))

@@ -12,7 +12,7 @@ import threading
 from typing import Any, Callable, List, Optional, Sequence
 
 from .. import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
-from ..command_line import Parser, whole
+from ..command_line import Parser, whole_from
 from ..config.describe import describe
 from ..config.flags import add_flags, flags_from
 from ..config.load import load_config
@@ -41,35 +41,26 @@ def parser() -> Parser:
     add = made.add_argument_group("the server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every address of this machine "
                                             "(default 127.0.0.1)")
-    add("--port", type=_within(0, 65535), default=8000, help="port to listen on, 0 for any free one (default 8000)")
+    add("--port", type=whole_from(0, 65535), default=8000, help="port to listen on, 0 for any free one (default 8000)")
     add("--api_key", type=_key, default=os.environ.get("QWEN15_API_KEY") or None, metavar="KEY",
         help="what clients must send; also read from QWEN15_API_KEY, which other users of the machine cannot see")
     add("--served_model_name", nargs="+", metavar="NAME",
         help="what the model is called (default: the checkpoint's folder)")
-    add("--max_batch", type=_within(1, 4096), default=DEFAULT_MAX_BATCH, metavar="N",
+    add("--max_batch", type=whole_from(1, 4096), default=DEFAULT_MAX_BATCH, metavar="N",
         help=f"most answers that are generated at once (default {DEFAULT_MAX_BATCH})")
-    add("--max_waiting", type=_within(0, 10 ** 6), default=256, metavar="N",
+    add("--max_waiting", type=whole_from(0, 10 ** 6), default=256, metavar="N",
         help="most prompts that wait beside them; more are answered with 429 (default 256)")
-    add("--max_body_mib", type=_within(1, 1024), default=8, metavar="N", help="longest request body in MiB (default 8)")
-    add("--request_timeout_s", type=_within(1, 10 ** 6), metavar="N",
+    add("--max_body_mib", type=whole_from(1, 1024), default=8, metavar="N",
+        help="longest request body in MiB (default 8)")
+    add("--request_timeout_s", type=whole_from(1, 10 ** 6), metavar="N",
         help="longest time for one answer (default: no limit)")
-    add("--drain_s", type=_within(0, 10 ** 6), default=30, metavar="N",
+    add("--drain_s", type=whole_from(0, 10 ** 6), default=30, metavar="N",
         help="how long answers may still take after Ctrl-C or SIGTERM (default 30; the launcher allows 2)")
     add("--allowed_origins", nargs="+", default=[], metavar="URL",
         help="web pages of other servers that may call this one (CORS)")
     add("--log_level", choices=LEVELS, default="info", help="what is said on stderr (default info)")
     add("--debug", action="store_true", help="show tracebacks; log level debug")
     return made
-
-
-def _within(least: int, most: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        number = whole(text)
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"wants a whole number from {least} to {most}, not {number}")
-        return number
-
-    return read
 
 
 def _key(text: str) -> str:
