@@ -10,8 +10,8 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 from .. import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
 from ..command_line import Parser, whole
 from ..config.describe import describe
-from ..config.flags import add_flags, flags_from
-from ..config.load import load_config
+from ..config.flags import add_flags
+from ..config.load import config_of
 from ..errors import EXIT_OK, UserError
 from ..generation.request import Request
 from ..generation.session import Session
@@ -118,7 +118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         UserError: whatever the user can mend.
     """
     args = parser().parse_args(argv)
-    config = load_config(args.config, flags_from(args), args.options)
+    config = config_of(args)
     if args.print_config:
         print(describe(config))
         return EXIT_OK

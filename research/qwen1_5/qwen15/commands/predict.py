@@ -8,8 +8,8 @@ from typing import List, Optional, Sequence, Tuple
 from .. import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
 from ..command_line import Parser, boolean, positive, program, whole
 from ..config.describe import describe
-from ..config.flags import add_flags, flags_from
-from ..config.load import load_config
+from ..config.flags import add_flags
+from ..config.load import config_of
 from ..config.schema import Config
 from ..errors import EXIT_OK, UserError
 from ..generation.session import Session, Settings
@@ -79,7 +79,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = parser().parse_args(argv)
     level = args.log_level or ("debug" if args.debug else "info")
-    config = _load_config(args)
+    config = config_of(args)
     if args.print_config:
         print(describe(config))
         return EXIT_OK
@@ -94,15 +94,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from . import batch
 
     return batch.run(config, settings, options, report)
-
-
-def _load_config(args: argparse.Namespace) -> Config:
-    flags = flags_from(args)
-    if not args.config and not any(flag.key == "load_checkpoint" for flag in flags):
-        raise UserError("no configuration is given", where="--config",
-                        fix="Pass one of the predict_qwen1_5_*.yaml beside this script, or --load_checkpoint with a "
-                            "config.json in it.")
-    return load_config(args.config, flags, args.options)
 
 
 def _settings(config: Config, args: argparse.Namespace) -> Settings:

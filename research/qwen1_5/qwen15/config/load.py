@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
@@ -12,15 +13,12 @@ from ..naming import Dims, indivisible
 from . import speculation, yaml_lines
 from .checkpoint_files import CheckpointFiles, read_beside
 from .final import Final
-from .flags import Flag
+from .flags import Flag, flags_from
 from .given import Given, odd_error
 from .keys import KEYS, MODEL, TOKENIZER, USED, size_bytes
 from .model import model_config
-from .sampling_rules import implied, shaping
+from .sampling_rules import SAMPLING, implied, shaping
 from .schema import Config, GenerationConfig, ModelConfig, ParallelConfig, TokenizerConfig
-
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens")
 
 
 def load_config(yaml_path: Optional[str], flags: Sequence[Flag] = (), options: Sequence[str] = (),
@@ -44,6 +42,19 @@ def load_config(yaml_path: Optional[str], flags: Sequence[Flag] = (), options: S
     given = Given(document)
     given.take_command_line(flags, options)
     return _config(Final(given), os.environ if environ is None else environ)
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The configuration that a command line with `flags.add_flags` asks for.
+
+    Raises:
+        UserError: neither --config nor --load_checkpoint is given, or as `load_config`.
+    """
+    flags = flags_from(args)
+    if not args.config and not any(flag.key == "load_checkpoint" for flag in flags):
+        raise UserError("no configuration is given", "--config",
+                        "Pass one of the predict_qwen1_5_*.yaml, or --load_checkpoint with a config.json in it.")
+    return load_config(args.config, flags, args.options)
 
 
 def _config(final: Final, environ: Mapping[str, str]) -> Config:
@@ -175,9 +186,9 @@ def generation_config(final: Final, files: CheckpointFiles, model: ModelConfig) 
 
 
 def _sampling(final: Final, files: CheckpointFiles) -> Dict[str, Any]:
-    """Everything of `_SAMPLING`, as given, with what that means."""
-    picked = {name: final.model(name, files.from_generation(name)) for name in _SAMPLING}
-    commanded = {name: picked[name] for name in _SAMPLING if MODEL + name in final.given.commanded}
+    """Everything of `SAMPLING`, as given, with what that means."""
+    picked = {name: final.model(name, files.from_generation(name)) for name in SAMPLING}
+    commanded = {name: picked[name] for name in SAMPLING if MODEL + name in final.given.commanded}
     greedy = picked["temperature"] == 0
     try:
         # A file states all values, used or not: only temperature 0 among them implies more, greedy decoding.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Dict, Mapping
 
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens")
+"""The settings of sampling, under the names that keys, flags, prompts and `sampling.SamplingParams` have for them."""
 _UNLIMITED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 

@@ -11,7 +11,7 @@ from .. import interrupts, ops
 from ..checkpoint.reader import open_checkpoint
 from ..config import schema as config_schema
 from ..config.keys import KEYS, MODEL, convert
-from ..config.sampling_rules import implied, shaping
+from ..config.sampling_rules import SAMPLING, implied, shaping
 from ..config.schema import Config
 from ..device import env_rank
 from ..errors import UserError
@@ -27,11 +27,8 @@ from .request import STOP, Limits, LogProbs, Request, Step, Usage
 from .sampling import SamplingParams, Selection
 from .speculate import PromptLookup, Speculation, Told, most_streams
 
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens")
-"""Settings that `sampling.SamplingParams` has under the same names."""
 _KEY_OF = {"seed": "seed", "max_length": MODEL + "max_decode_length",
-           **{name: MODEL + name for name in (*_SAMPLING, "max_new_tokens")}}
+           **{name: MODEL + name for name in (*SAMPLING, "max_new_tokens")}}
 _MOST_LOGPROBS = 1000
 _MOST_ANSWERS = 128
 
@@ -78,12 +75,12 @@ class Settings:
         """What the configuration says."""
         g = config.generation
         return cls(seed=g.seed, max_length=g.max_length, max_new_tokens=g.max_new_tokens,
-                   **{name: getattr(g, name) for name in _SAMPLING})
+                   **{name: getattr(g, name) for name in SAMPLING})
 
     def params(self, seed: int, stream: int) -> SamplingParams:
         """How the sampler chooses tokens."""
         return SamplingParams(seed=seed, stream=stream, logit_bias=self.logit_bias,
-                              **{name: getattr(self, name) for name in _SAMPLING})
+                              **{name: getattr(self, name) for name in SAMPLING})
 
     def changed(self, values: Mapping[str, Any]) -> "Settings":
         """With these values in place of some; each is checked as the configuration's are.

@@ -14,8 +14,8 @@ from typing import Any, Callable, List, Optional, Sequence
 from .. import interrupts  # noqa: F401  (before everything that imports NumPy, see there)
 from ..command_line import Parser, whole_from
 from ..config.describe import describe
-from ..config.flags import add_flags, flags_from
-from ..config.load import load_config
+from ..config.flags import add_flags
+from ..config.load import config_of
 from ..config.schema import Config
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ..generation.session import Session, Settings
@@ -77,7 +77,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = parser().parse_args(argv)
     level = "debug" if args.debug else args.log_level
-    config = configuration(args)
+    config = config_of(args)
     if args.print_config:
         print(describe(config))
         return EXIT_OK
@@ -92,19 +92,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if listener is None:
         return _follow(session)
     return _serve(session, args, config, listener, report)
-
-
-def configuration(args: argparse.Namespace) -> Config:
-    """What the command line configures.
-
-    Raises:
-        UserError: nothing does, or it is wrong.
-    """
-    flags = flags_from(args)
-    if not args.config and not any(flag.key == "load_checkpoint" for flag in flags):
-        raise UserError("no configuration is given", where="--config",
-                        fix="Pass one of the predict_qwen1_5_*.yaml, or --load_checkpoint with a config.json in it.")
-    return load_config(args.config, flags, args.options)
 
 
 def _require_libraries() -> None:

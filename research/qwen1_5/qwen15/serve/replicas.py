@@ -16,9 +16,10 @@ import threading
 from typing import Any, AsyncIterator, Dict, List, Mapping, MutableMapping, Optional, Sequence
 
 from .. import interrupts
+from ..config.load import config_of
 from ..errors import UserError, did_you_mean
 from ..ray_environment import ENVIRONMENT
-from .command import configuration, parser, web_of
+from .command import parser, web_of
 from .refusal import Refusal
 
 MODEL, GATE = "Model", "Gate"
@@ -48,7 +49,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
 
     argv = command_line(arguments)
     args = parser().parse_args(argv)
-    configuration(args)
+    config_of(args)
     replica = serve.deployment(Replica, name=MODEL, max_ongoing_requests=args.max_batch + args.max_waiting + _SPARE,
                                ray_actor_options={"num_cpus": 2, "runtime_env": {"env_vars": ENVIRONMENT}},
                                health_check_period_s=5)
@@ -104,7 +105,7 @@ class Replica:
 
         _check_environment()
         args = parser().parse_args([*argv, *_threads(argv)])
-        config = configuration(args)
+        config = config_of(args)
         report = Reporter(args.log_level)
         quiet_frameworks(args.log_level)
         session = Session.prepare(config)
