@@ -20,6 +20,7 @@ from ..hub.resolve import resolve
 from ..json_file import read_json
 from ..naming import Dims, indivisible
 from ..text.tokenizer_config import read_template
+from ..whole_file import write_whole
 
 _LONGEST = 8192
 _CARD = "59GB"
@@ -344,15 +345,8 @@ def _mcore(contents: PredictYaml, checkpoint: str, name: str) -> str:
 
 
 def _write_new(path: str, text: str) -> None:
-    """Write beside, then link to the final name, which fails where something is there already."""
-    beside = f"{path}.tmp{os.getpid()}"
     try:
-        with open(beside, "x", encoding="utf-8") as file:
-            file.write(text)
-        try:
-            os.link(beside, path)
-        finally:
-            os.unlink(beside)
+        write_whole(path, text.encode("utf-8"), replace=False)
     except FileExistsError:
         raise UserError("is there already", path, "Choose another --output, or move it away.") from None
     except OSError as error:
