@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from typing import Collection, Dict, List, Optional, Set, Tuple
+from typing import Collection, Dict, List, Mapping, Optional, Set, Tuple
 
 MOST_THREADS = 256
 """The kernels' pool holds no more."""
@@ -120,13 +120,16 @@ def cpu_fields(cpuinfo: str = "/proc/cpuinfo") -> Dict[str, str]:
     return fields
 
 
+def cpu_name(fields: Mapping[str, str]) -> str:
+    """What a processor with these `cpu_fields` is called."""
+    return fields.get("model name") or platform.processor() or platform.machine()
+
+
 def cpu_model() -> str:
     """The processor's name, as the system has it, with what tells apart those of one name."""
     fields = cpu_fields()
-    if "model name" in fields:
-        return " ".join(filter(None, (fields["model name"], fields.get("cpu family"), fields.get("model"))))
-    return " ".join(filter(None, (platform.processor() or platform.machine(), fields.get("CPU implementer"),
-                                  fields.get("CPU part"))))
+    keys = ("cpu family", "model") if "model name" in fields else ("CPU implementer", "CPU part")
+    return " ".join(filter(None, (cpu_name(fields), *map(fields.get, keys))))
 
 
 def cpu_quota(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Optional[float]:

@@ -117,13 +117,13 @@ def _processor(cpuinfo: str) -> Tuple[str, Set[str]]:
     """The processor's name and the flags of its first core."""
     fields = machine.cpu_fields(cpuinfo)
     flags = fields.get("flags", fields.get("Features", ""))
-    return fields.get("model name") or platform.processor() or platform.machine(), set(flags.split())
+    return machine.cpu_name(fields), set(flags.split())
 
 
 def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Finding:
     """The processor: its name, how much of it this process may use, and the instruction sets that matter here."""
     name, flags = _processor(cpuinfo)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = len(machine.processors().cpus)
     known = " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no known vector extensions"
     return Finding("cpu", OK, f"{platform.machine()}, {name}, {usable} logical cores usable; {known}")
 
