@@ -176,8 +176,13 @@ class Link:
         raise NotImplementedError
 
     def _take(self, peer: _Peer, message: Message) -> None:
-        """A line of a peer."""
-        raise NotImplementedError
+        """A line of a peer that is known."""
+        if "failed" in message:
+            report = Report.of(message["failed"])
+            peer.done = True  # it is leaving and has said why
+            self._note(report)
+        elif "done" in message:
+            peer.done = True
 
     def _join(self, peer: _Peer) -> None:
         """Listen to a peer from now on."""
@@ -325,12 +330,8 @@ class Hub(Link):
     def _take(self, peer: _Peer, message: Message) -> None:
         if peer.machine is None:
             self._welcome(peer, message)
-        elif "failed" in message:
-            report = Report.of(message["failed"])
-            peer.done = True  # it is leaving and has said why
-            self._note(report)
-        elif "done" in message:
-            peer.done = True
+        else:
+            super()._take(peer, message)
 
     def _note(self, report: Report) -> None:
         if self._failure is None:
@@ -440,14 +441,6 @@ class Member(Link):
             return False
         peer.machine = machine
         return True
-
-    def _take(self, peer: _Peer, message: Message) -> None:
-        if "failed" in message:
-            report = Report.of(message["failed"])
-            peer.done = True
-            self._note(report)
-        elif "done" in message:
-            peer.done = True
 
 
 def _read_line(peer: _Peer, deadline: float) -> Message:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, NoReturn, Tuple
+from typing import Any, Dict, Tuple
 
+from .. import strict_json
 from ..errors import EXIT_FAILED
 from ..terminal import shown
 
@@ -13,7 +14,7 @@ _MOST_LINES, _MOST_CHARACTERS = 20, 1000  # of a log, of one text
 
 Message = Dict[str, Any]
 
-NONSENSE = (ValueError, TypeError, KeyError, RecursionError)
+NONSENSE = (ValueError, TypeError, KeyError)
 """What taking apart a line of somebody who is no launcher raises."""
 
 
@@ -100,11 +101,7 @@ def encode(message: Message) -> bytes:
 
 def decode(line: bytes) -> Message:
     """A line taken apart. Raises one of `NONSENSE` when it is not an object of strict JSON."""
-    message = json.loads(line, parse_constant=_refuse)
+    message = strict_json.loads(line.decode("utf-8"))
     if not isinstance(message, dict):
         raise ValueError("not an object")
     return message
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a number of JSON")
