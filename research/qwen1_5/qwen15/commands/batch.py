@@ -11,18 +11,16 @@ from ..errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ..generation import memory_check
 from ..generation.ranks import Shared
 from ..generation.request import Usage
-from ..generation.session import Prompt, Session, Settings
+from ..generation.session import Session, Settings
 from ..reporting import Reporter
 from .batch_progress import BatchProgress
 from .options import PredictOptions
 from .prompt_file import read_file
-from .prompts import PromptEntry, encode, from_json, of_texts, point_out, to_json
+from .prompts import PromptEntry, Todo, encode, from_json, of_texts, point_out, to_json
 from .result_file import ResultFile, fingerprint
 from .results import JsonLines, Text, summary, write_line
 
 DEFAULT_MAX_BATCH = 16
-
-Todo = List[Tuple[PromptEntry, Prompt]]
 
 
 def run(config: Config, settings: Settings, options: PredictOptions, report: Reporter) -> int:

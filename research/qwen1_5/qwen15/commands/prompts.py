@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ..errors import UserError
 from ..generation.session import Prompt, Session, Settings, mismatch, numbered
@@ -30,6 +30,10 @@ class PromptEntry:
     source: Union[str, Messages]
     settings: Settings
     name: Any = None
+
+
+Todo = List[Tuple[PromptEntry, Prompt]]
+"""Prompts without a result yet."""
 
 
 def of_texts(texts: Sequence[str], settings: Settings, as_chat: bool, system: Optional[str]

@@ -22,11 +22,9 @@ from ..ray_environment import ENVIRONMENT
 from ..reporting import Reporter, quiet_frameworks, stdout_to_stderr
 from .batch_progress import BatchProgress
 from .options import PredictOptions
-from .prompts import PromptEntry
+from .prompts import PromptEntry, Todo
 from .result_file import ResultFile
 from .results import JsonLines, write_line
-
-Todo = List[Tuple[PromptEntry, Prompt]]
 
 SHARE_BATCHES = 4
 """A share holds at most so many batches' worth of prompts: long enough to keep a batch full, short enough to lose."""
