@@ -41,11 +41,9 @@ class Speculation:
 
     def learn(self, continuation: Continuation, guesses: Sequence[int], right: int) -> None:
         """The first `right` of a stream's guesses were what was chosen; its ids have grown by one more than that."""
-        raise NotImplementedError
 
     def forget(self, continuation: Continuation) -> None:
         """The stream has ended."""
-        raise NotImplementedError
 
 
 class Told(Speculation):
@@ -55,12 +53,6 @@ class Told(Speculation):
 
     def __init__(self, most: int, most_streams: int):
         self.most, self.most_streams = most, most_streams
-
-    def learn(self, continuation: Continuation, guesses: Sequence[int], right: int) -> None:
-        pass
-
-    def forget(self, continuation: Continuation) -> None:
-        pass
 
 
 # ---- how many ----
