@@ -28,10 +28,6 @@ class Slicing:
         """The axis a weight is cut along, None where every rank has the whole."""
         return weight.axis(self.parts, self.vocab_emb_dp)
 
-    def shape(self, weight: Weight) -> Tuple[int, ...]:
-        """Shape of one rank's slice."""
-        return weight.slice_shape(self.parts, self.vocab_emb_dp)
-
     def check(self, dims: Dims) -> None:
         """Refuse a number of ranks that the model does not divide by.
 
