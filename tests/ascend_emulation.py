@@ -9,6 +9,7 @@ import sys
 
 import mindspore as ms
 import numpy as np
+from quantised_fixtures import unpack_int4
 from qwen15.ascend import operators as plain
 from qwen15.checkpoint import casting
 
@@ -126,7 +127,7 @@ def _weight_quant_matmul(primitive):
             raise ValueError("an input that this project does not use is given")
         integers, group = weight.asnumpy(), primitive.antiquant_group_size
         if weight.dtype == ms.qint4x2:
-            integers = plain.unpack_int4(integers)
+            integers = unpack_int4(integers)
         if group:
             if primitive.transpose_weight or group not in (64, 128):
                 raise ValueError(f"transpose_weight {primitive.transpose_weight}, group {group}")

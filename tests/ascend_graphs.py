@@ -25,6 +25,7 @@ from mindformers.core.context import parallel
 from mindspore import context
 from mindspore._c_expression import MSContext, ms_ctx_param
 from mindspore.train import mind_ir_pb2
+from quantised_fixtures import unpack_int4
 from qwen15 import device, naming
 from qwen15.ascend import check, operators
 from qwen15.checkpoint.quantised import Scheme, dequantise
@@ -370,7 +371,7 @@ def _meaning(held: dict, name: str) -> np.ndarray:
     """(W + offset) scale of a quantised weight's parameters, as (O, I): x W with x the unit matrix."""
     integers, transposed = held[name].asnumpy(), held[name + "_scale"].ndim == 1
     if held[name].dtype != ms.int8:
-        integers = operators.unpack_int4(integers)
+        integers = unpack_int4(integers)
     scale, offset = (ascend_emulation.values(held[name + part]) if name + part in held else None
                      for part in ("_scale", "_offset"))
     unit = np.eye(integers.shape[1 if transposed else 0], dtype=np.float32)

@@ -191,3 +191,9 @@ def write_quantised(
 
         (folder / form.settings_file).write_text(json.dumps({k: v for k, v in settings.items() if k != "quant_method"}))
     return contents, meanings
+
+
+def unpack_int4(packed: np.ndarray) -> np.ndarray:
+    """(I, O / 2) int8 to (I, O) int8, -8..7: column 2 c in the low nibble of byte c, column 2 c + 1 in the high."""
+    low, high = (packed << 4).astype(np.int8) >> 4, packed >> 4
+    return np.stack((low, high), axis=-1).reshape(len(packed), -1)

@@ -19,6 +19,7 @@ from qwen15.commands import doctor, dry_run
 from qwen15.config.load import Flag, load_config
 from qwen15.errors import UserError
 from qwen15.generation import memory_check
+from qwen15.installed import folder_of
 from qwen15.network import mindformers
 from qwen15.network.mindformers_import import import_mindformers
 
@@ -95,7 +96,7 @@ def test_a_wheel_for_another_processor_is_named_before_anything_is_imported(fore
 def test_the_installed_wheel_fits_this_machine():
     installed("mindspore")
     assert device.foreign_libraries() is None
-    library = os.path.join(device.mindspore_folder(), "lib", "libmindspore_core.so")
+    library = os.path.join(folder_of("mindspore"), "lib", "libmindspore_core.so")
     assert device.elf_machine(library) == os.uname().machine
 
 
@@ -230,7 +231,7 @@ def test_free_memory_of_the_card_counts_not_all_of_it(runtime, monkeypatch):
 def packages(monkeypatch):
     """The MindSpore and MindFormers that are believed to be installed."""
     def packages(mindspore, mindformers="1.9.0"):
-        monkeypatch.setattr(installation, "_installed", {"mindspore": mindspore, "mindformers": mindformers}.get)
+        monkeypatch.setattr(installation, "version_of", {"mindspore": mindspore, "mindformers": mindformers}.get)
     return packages
 
 
@@ -238,7 +239,7 @@ def packages(monkeypatch):
 def test_what_is_wanted_is_read_from_the_installed_packages(packages):
     installed("mindformers")
     want = installation.wanted()
-    version = installation._installed("mindspore")
+    version = installation.version_of("mindspore")
     if version in installation.PAIRS:
         assert (want.cann, want.driver) == installation.PAIRS[version][1:]
     assert ".".join(want.cann.split(".")[:2]) in want.accepted

@@ -125,7 +125,7 @@ def first_contact(monkeypatch):
                       "there is no card 5 (--device_id, DEVICE_ID): this machine has 1, numbered from 0"):
             patch.setattr(device, "ask", lambda *_, fault=fault, **__: device.CardAnswer(fault))
             told += [_said(lambda: device.require("Ascend")), _said(lambda: check.main([]))]
-        patch.setattr(device, "mindspore_folder", lambda: "/mindspore")
+        patch.setattr(device, "folder_of", lambda package: "/mindspore")
         patch.setattr(device, "foreign_libraries", functools.partial(device.foreign_libraries, machine="aarch64"))
         patch.setattr(device.glob, "glob", lambda pattern: [pattern])
         patch.setattr(device, "elf_machine", lambda path: "x86_64")

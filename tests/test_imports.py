@@ -10,7 +10,7 @@ from conftest import MODULE, ROOT
 PACKAGE = MODULE / "qwen15"
 
 GROUND = ["errors", "finding", "naming", "family", "json_file", "strict_json", "odd_characters", "whole_file",
-          "command_line", "device", "machine", "cluster", "interrupts", "progress", "reporting", "start",
+          "command_line", "device", "installed", "machine", "cluster", "interrupts", "progress", "reporting", "start",
           "terminal", "text_file", "ray_environment"]
 """Files beside the wings that any wing may import."""
 BELOW = {

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from quantised_fixtures import unpack_int4
 from qwen15 import naming
-from qwen15.ascend.operators import unpack_int4, weight_quant_matmul
+from qwen15.ascend.operators import weight_quant_matmul
 from qwen15.checkpoint.quantised import Scheme, dequantise, pack
 from qwen15.errors import UserError
 from qwen15.naming import Weight

@@ -53,12 +53,9 @@ def overview() -> str:
 
 def version() -> str:
     """The installed package's version."""
-    from importlib import metadata  # half of what starting would take
+    from .installed import version_of  # half of what starting would take
 
-    try:
-        return metadata.version("qwen15-mindspore")
-    except metadata.PackageNotFoundError:
-        return "(not installed: run from its source)"
+    return version_of("qwen15-mindspore") or "(not installed: run from its source)"
 
 
 def run() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import importlib.util
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Callable, Mapping, Optional, Tuple
 
 from .errors import UserError
+from .installed import folder_of
 
 ASCEND, CPU, AUTO = "Ascend", "CPU", "auto"
 TARGETS = (AUTO, ASCEND, CPU)
@@ -121,14 +121,8 @@ def remedy(found: Ascend) -> str:
     return "Install a MindSpore with the Ascend backend."
 
 
-def mindspore_folder() -> Optional[str]:
-    """Where MindSpore is installed, None when it is not."""
-    spec = importlib.util.find_spec("mindspore")
-    return next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None
-
-
 def _plugin() -> Optional[str]:
-    folder = mindspore_folder()
+    folder = folder_of("mindspore")
     found = glob.glob(os.path.join(folder, "lib", "plugin", "libmindspore_ascend.so*")) if folder else []
     return found[0] if found else None
 
@@ -233,7 +227,7 @@ def foreign_libraries(folder: Optional[str] = None, machine: Optional[str] = Non
         folder: MindSpore's; the installed one by default.
         machine: this machine's architecture, as uname names it.
     """
-    folder = mindspore_folder() if folder is None else folder
+    folder = folder_of("mindspore") if folder is None else folder
     machine = platform.machine() if machine is None else machine
     libraries = glob.glob(os.path.join(folder, "lib", "libmindspore_core.so")) if folder else []
     built_for = elf_machine(libraries[0]) if libraries else None

@@ -16,7 +16,6 @@ import tempfile
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -25,6 +24,7 @@ from .. import device
 from ..command_line import Parser, whole
 from ..config.load import load_config
 from ..errors import EXIT_FAILED, EXIT_OK, UserError
+from ..installed import version_of
 from ..network import weights
 from ..network.mindformers import MindFormersNetwork
 from ..reporting import stdout_to_stderr
@@ -170,10 +170,7 @@ def environment() -> Dict[str, str]:
     """Versions of everything below us."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("mindspore", "mindformers", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+        found[package] = version_of(package) or "not installed"
     found["cards"] = str(len(device.find_ascend().cards))
     for finding in installation.examine():
         line = f"{finding.status}: {finding.detail}"

@@ -9,11 +9,11 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Callable, Mapping, Optional, Sequence
 
-from .. import device
+from .. import device, machine
 from ..finding import FAIL, INFO, OK, WARN, Finding
+from ..installed import folder_of, version_of
 
 PAIRS = {"2.10.0": ("2.0.0", "9.1.0", "26.1.0"), "2.9.0": ("1.9.0", "9.0.0", "26.0.RC1"),
          "2.7.2": ("1.8.0", "8.5.0", "25.5.0")}
@@ -105,13 +105,13 @@ def card(answer: device.CardAnswer) -> list[Finding]:
 
 def wanted() -> Wanted:
     """What the installed MindSpore wants, as MindFormers' and its own files say."""
-    version = _installed("mindspore") or ""
+    version = version_of("mindspore") or ""
     accepted = _accepted_cann()
     try:
-        with open(os.path.join(_folder("mindformers") or "", "VERSION_MAP.json"), encoding="utf-8") as file:
+        with open(os.path.join(folder_of("mindformers") or "", "VERSION_MAP.json"), encoding="utf-8") as file:
             told = json.load(file)
         cann = told["ms"][version]["prefer"]
-        return Wanted(cann, told["cann"][cann]["prefer"], accepted, f"mindformers {_installed('mindformers')}")
+        return Wanted(cann, told["cann"][cann]["prefer"], accepted, f"mindformers {version_of('mindformers')}")
     except (OSError, ValueError, KeyError, TypeError):
         _, cann, driver = PAIRS.get(version, (None, None, None))
         return Wanted(cann, driver, accepted, f"mindspore {version or 'is not installed'}")
@@ -119,7 +119,7 @@ def wanted() -> Wanted:
 
 def _accepted_cann() -> tuple[str, ...]:
     """The list that MindSpore warns by, read from its source: importing it would set up a device."""
-    path = os.path.join(_folder("mindspore") or "", "run_check", "_check_version.py")
+    path = os.path.join(folder_of("mindspore") or "", "run_check", "_check_version.py")
     if not os.path.isfile(path):
         return ()
     with open(path, encoding="utf-8") as file:
@@ -222,25 +222,8 @@ def pinning(environ: Mapping[str, str], allowed: Optional[int] = None, processor
         allowed, processors: how many processors this process may use and the machine has; asked for by default.
     """
     if allowed is None or processors is None:
-        allowed, processors = allowed_processors(), os.cpu_count() or 1
+        allowed, processors = len(machine.processors().cpus), os.cpu_count() or 1
     if allowed >= processors or environ.get("CPU_AFFINITY", "").lower() in ("0", "false"):
         return []
     return [Finding("pinning", INFO, f"this process may use {allowed} of {processors} processors (cpuset); MindFormers "
                     "would pin ranks to others, so a run sets CPU_AFFINITY=False")]
-
-
-def allowed_processors() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _installed(package: str) -> Optional[str]:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _folder(package: str) -> Optional[str]:
-    spec = importlib.util.find_spec(package)
-    return next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None

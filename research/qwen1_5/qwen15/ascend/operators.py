@@ -74,12 +74,6 @@ def weight_quant_matmul(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, of
     return x @ (numbers * np.repeat(scale, repeat, axis=0))
 
 
-def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """(I, O / 2) int8 to (I, O) int8, -8..7: column 2 c in the low nibble of byte c, column 2 c + 1 in the high."""
-    low, high = (packed << 4).astype(np.int8) >> 4, packed >> 4
-    return np.stack((low, high), axis=-1).reshape(len(packed), -1)
-
-
 def reshape_and_cache(key: np.ndarray, value: np.ndarray, key_cache: np.ndarray, value_cache: np.ndarray,
                       slots: np.ndarray) -> None:
     """ReshapeAndCache: write token t's key and value to slot `slots[t]` of the caches, in place, none where negative.
@@ -161,6 +155,6 @@ def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float)
     return np.einsum("htl,lhd->thd", scores / scores.sum(axis=-1, keepdims=True), value)
 
 
-def causal_mask(masked: Optional[float] = None) -> np.ndarray:
+def causal_mask(masked: float = 1.0) -> np.ndarray:
     """The triangle (128, 128) float32 that MindFormers hands over: `masked` above the diagonal, 0 elsewhere."""
-    return np.triu(np.full((MASK_SIZE, MASK_SIZE), 1.0 if masked is None else masked, np.float32), 1)
+    return np.triu(np.full((MASK_SIZE, MASK_SIZE), masked, np.float32), 1)

@@ -18,6 +18,7 @@ from ..command_line import Parser, whole_from
 from ..errors import EXIT_FAILED, EXIT_OK, UserError
 from ..finding import FAIL, INFO, OK, WARN, Finding
 from ..generation import memory
+from ..installed import version_of
 from ..launch.plan import DEFAULT_PORT
 
 _PYTHON = ((3, 9), (3, 12))
@@ -35,14 +36,6 @@ def check_python() -> Finding:
     if _PYTHON[0] <= version <= _PYTHON[1]:
         return Finding("python", OK, detail)
     return Finding("python", FAIL, detail, "MindSpore has packages for Python 3.9 to 3.12.")
-
-
-def version_of(package: str) -> Optional[str]:
-    """The installed version of a package, None when it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def check_packages(version: Callable[[str], Optional[str]] = version_of) -> List[Finding]:

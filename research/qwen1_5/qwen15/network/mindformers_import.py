@@ -11,11 +11,11 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from importlib import metadata
 from types import ModuleType
 from typing import Any, Optional
 
 from ..errors import EXIT_FAILED, UserError
+from ..installed import version_of
 
 PACKAGE = "hyper_parallel"
 _STOOD_FOR = (PACKAGE, "mindformers.pynative")
@@ -34,7 +34,7 @@ def import_mindformers() -> Any:
     except ImportError as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "Install the version that goes with this MindSpore: `qwen15 doctor` names it."
-        if _version().startswith("2.1."):
+        if (version_of("mindformers") or "").startswith("2.1."):
             fix = "MindFormers 2.1 wants MindSpore 2.11, which is not out yet: pip install --no-deps mindformers==2.0.0"
         raise UserError(f"MindFormers cannot be imported: {first}", exit_code=EXIT_FAILED, fix=fix) from error
     return mindformers
@@ -43,15 +43,7 @@ def import_mindformers() -> Any:
 def _wants_what_is_not_there() -> bool:
     if PACKAGE in sys.modules or importlib.util.find_spec(PACKAGE) is not None:
         return False
-    return _version().startswith("2.")
-
-
-def _version() -> str:
-    """Of MindFormers; "" where it is not installed."""
-    try:
-        return metadata.version("mindformers")
-    except metadata.PackageNotFoundError:
-        return ""
+    return (version_of("mindformers") or "").startswith("2.")
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -10,8 +10,7 @@ forms:
 
 (aclnnWeightQuantBatchMatmulV2, its documentation for Atlas A2: `pergroup` takes INT8 and INT4, W not transposed.)
 
-The offset is the negated zero point. Nobody checks how nibbles are packed, so `pack_int4` has its opposite in
-ascend/operators.py, and the test that they are opposites.
+The offset is the negated zero point. Nobody checks how nibbles are packed: the tests unpack them by the layout above.
 """
 
 from __future__ import annotations
