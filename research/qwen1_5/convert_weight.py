@@ -64,11 +64,12 @@ def calibration(args, folder):
 def main(argv=None):
     args = parser().parse_args(argv)
     require_source("--torch_ckpt_dir", args.torch_ckpt_dir, "./", "./config.json")
+    from qwen15.checkpoint.reader import folder_of
     from qwen15.conversion.hugging_face import plan_to_mindspore, yaml_lines
     from qwen15.hub.resolve import resolve
 
     source = resolve(args.torch_ckpt_dir, args.hub)
-    chosen = calibration(args, source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source)))
+    chosen = calibration(args, folder_of(source))
     options = options_from(args, args.mindspore_ckpt_path, args.model_parallel, args.vocab_emb_dp, chosen)
     plan = plan_to_mindspore(source, options)
     if carry_out(plan, args, chosen):

@@ -108,15 +108,14 @@ def non_finite(array: np.ndarray, dtype: str) -> Tuple[int, int]:
     A float whose exponent is all ones is NaN or infinite; as a signed integer such a positive number is at least the
     exponent's mask, as an unsigned one such a negative number at least mask and sign. So two maxima are enough.
     """
-    unsigned, signed, exponent, sign = {"F32": (np.uint32, np.int32, 0x7F800000, 0x80000000),
-                                        "F16": (np.uint16, np.int16, 0x7C00, 0x8000),
-                                        "BF16": (np.uint16, np.int16, 0x7F80, 0x8000)}[dtype]
+    unsigned, without_sign, exponent = _BITS[dtype]
+    signed, sign = np.int32 if unsigned is np.uint32 else np.int16, without_sign + 1
     flat = array.reshape(-1).view(unsigned)
     nan = infinite = 0
     for start in range(0, flat.size, _CHUNK_ELEMENTS):
         block = flat[start:start + _CHUNK_ELEMENTS]
         if block.view(signed).max() >= exponent or block.max() >= (exponent | sign):
-            magnitude = block & unsigned(sign - 1)
+            magnitude = block & unsigned(without_sign)
             nan += int(np.count_nonzero(magnitude > exponent))
             infinite += int(np.count_nonzero(magnitude == exponent))
     return nan, infinite

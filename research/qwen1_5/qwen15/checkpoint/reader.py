@@ -30,6 +30,11 @@ def format_of(path: str) -> Optional[str]:
     return extension if extension in FORMATS else None
 
 
+def folder_of(path: str) -> str:
+    """The folder in which a checkpoint's small files lie: itself, or that of its file."""
+    return path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+
+
 class Checkpoint:
     """What is common to a file and a folder: tensors by name, read whole or in part.
 

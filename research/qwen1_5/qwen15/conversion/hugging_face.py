@@ -16,7 +16,7 @@ from ..checkpoint.gguf_file import GgufFile
 from ..checkpoint.quantised import ORDER, Scheme, companion_of
 from ..checkpoint.quantised_settings import CONFIG_KEY, QuantizationConfig, settings_of
 from ..checkpoint.quantised_source import read_quantised
-from ..checkpoint.reader import Checkpoint, closed_on_error, format_of, open_checkpoint
+from ..checkpoint.reader import Checkpoint, closed_on_error, folder_of, format_of, open_checkpoint
 from ..checkpoint.regrouped import finer, regrouped
 from ..checkpoint.source import is_gguf, open_source
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo, element_count
@@ -27,8 +27,8 @@ from ..naming import Weight
 from .plan import LAYOUT_FILE, OutFile, Plan, aligned, index_of, record_source, shape_files, shard_names, sidecars
 from .quantise import Recipe, error_of, quantised
 from .slices import Slicing, infer_dims, open_slices
-from .strategy import layout_of, strategy_files
-from .strips import Destination, Move, Part, region_of, whole
+from .strategy import Layout, layout_of, strategy_files
+from .strips import Destination, Move, Part, whole
 from .unquantise import dequantised, describe_layout, merged, original
 
 DEFAULT_SHARD_BYTES = 4 * 10 ** 9
@@ -90,7 +90,7 @@ def plan_to_mindspore(source_path: str, output: Output) -> Plan:
     if not os.path.exists(source_path):  # before its folder is looked into, which is somebody else's then
         raise UserError("no such file or folder", source_path,
                         "Give the model's folder or weight file, or its name on a hub: OWNER/NAME.")
-    folder = source_path if os.path.isdir(source_path) else os.path.dirname(os.path.abspath(source_path))
+    folder = folder_of(source_path)
     if is_gguf(source_path):
         floats = SHORT_NAMES["bfloat16" if output.dtype == "auto" else output.dtype]
         source, settings = open_source(source_path, floats=floats), None
@@ -120,7 +120,7 @@ def plan_to_mindspore(source_path: str, output: Output) -> Plan:
         record_source(plan, origin.source_of([source]))
         changes = dict(output.recipe.changes()) if output.recipe is not None else {}
         if output.dtype != "auto":
-            changes["torch_dtype"] = _one_dtype(tensors)
+            changes["torch_dtype"] = _one_dtype(plan)
         plan.small.update(sidecars(folder, changes) if contents is None else
                           _gguf_sidecars(folder, contents, changes, plan))
         plan.small.update(small)
@@ -196,9 +196,9 @@ class Tensor:
         """Its name on Hugging Face's ('hf') or MindSpore's ('ms') side."""
         return getattr(self.weight, side) + self.suffix
 
-    def axis(self, slicing: Slicing) -> Optional[int]:
-        """The axis it is cut along; every rank has the whole order of columns."""
-        return None if self.suffix == ORDER else slicing.axis(self.weight)
+    def layout(self, slicing: Slicing) -> Layout:
+        """How it is cut; every rank has the whole order of columns."""
+        return layout_of(len(self.shape), None if self.suffix == ORDER else slicing.axis(self.weight), slicing.parts)
 
 
 def _tensors(source: Checkpoint, account: Account, weights: Sequence[Weight], schemes: Mapping[str, Scheme], dtype: str
@@ -246,9 +246,9 @@ def _told(source: Checkpoint, account: Account, config: HfConfig, plan: Plan) ->
     return account
 
 
-def _one_dtype(tensors: Sequence[Tensor]) -> str:
-    """The dtype that most weights have that are not quantised, in the words of configurations."""
-    names = [tensor.target_dtype for tensor in tensors if not tensor.suffix and tensor.target_dtype in FLOATS]
+def _one_dtype(plan: Plan) -> str:
+    """The dtype that most weights of the result have that are not quantised, in the words of configurations."""
+    names = [move.target_dtype for move in plan.moves if move.target_dtype in FLOATS and not companion_of(move.label)]
     return LONG_NAMES[max(sorted(set(names)), key=names.count)]
 
 
@@ -301,8 +301,7 @@ def _sliced_files(plan: Plan, output: Output, tensors: Sequence[Tensor], moves: 
         raise UserError(f"slices are .ckpt or .safetensors files, not {form}", "--format")
     plan.is_folder = True
     by_name = {tensor.name("ms"): (tensor, move) for tensor, move in zip(tensors, moves)}
-    layouts = {tensor.name("ms"): layout_of(len(tensor.shape), tensor.axis(slicing), slicing.parts)
-               for tensor in tensors}
+    layouts = {tensor.name("ms"): tensor.layout(slicing) for tensor in tensors}
     infos = aligned([TensorInfo.of(name, tensor.target_dtype, layouts[name].slice_shape(tensor.shape))
                      for name, (tensor, _) in by_name.items()])
     plan.files = [OutFile(f"rank_{rank}/{output.prefix}{rank}.{form}", form, tuple(infos),
@@ -312,8 +311,7 @@ def _sliced_files(plan: Plan, output: Output, tensors: Sequence[Tensor], moves: 
         destinations = tuple(Destination(rank, info.name, layouts[info.name].region(tensor.shape, rank))
                              for rank in range(slicing.parts))
         plan.moves.append(replace(move, destinations=destinations))
-    plan.small.update(strategy_files({tensor.name("ms"): (tensor.shape, tensor.axis(slicing)) for tensor in tensors},
-                                     slicing.parts))
+    plan.small.update(strategy_files(layouts, slicing.parts))
 
 
 # ---- MindSpore -> Hugging Face ----
@@ -354,13 +352,13 @@ def plan_to_hugging_face(source_path: str, output: Output, config_path: Optional
         else:
             tensors = _tensors(ranks[0], account, weights, {}, output.dtype)
             moves = [Move(tensor.name("ms"), tensor.shape, tensor.dtype, tensor.target_dtype,
-                          tuple(Part(rank, tensor.name("ms"),
-                                     region_of(tensor.shape, tensor.axis(slicing), number, slicing.parts))
+                          tuple(Part(rank, tensor.name("ms"), tensor.layout(slicing).region(tensor.shape, number))
                                 for number, rank in enumerate(ranks)), ()) for tensor in tensors]
             _whole_files(plan, output, tensors, moves, "hf")
             if output.dtype != "auto":
-                changes["torch_dtype"] = _one_dtype(tensors)
-        plan.small.update(_hf_sidecars(folder, config_path, changes))
+                changes["torch_dtype"] = _one_dtype(plan)
+        plan.small.update(sidecars(folder, changes, config_path))
+        plan.small.pop(LAYOUT_FILE, None)
         return plan
 
 
@@ -387,7 +385,7 @@ def _plan_quantised_back(plan: Plan, ranks: Sequence[Checkpoint], slicing: Slici
                   (Part(view, tensor.name("ms"), whole(tensor.shape)),), ()) for tensor in tensors]
     _whole_files(plan, output, tensors, moves, "hf")
     plan.notes.append(f"{len(schemes)} quantised matrices are dequantised to {LONG_NAMES[dtype]}")
-    return {CONFIG_KEY: None, "torch_dtype": _one_dtype(tensors)}
+    return {CONFIG_KEY: None, "torch_dtype": _one_dtype(plan)}
 
 
 def check_contents(ranks: Sequence[Checkpoint]) -> None:
@@ -395,14 +393,6 @@ def check_contents(ranks: Sequence[Checkpoint]) -> None:
     for rank in ranks:
         for file in rank.files:
             file.check_contents()
-
-
-def _hf_sidecars(folder: str, config_path: Optional[str], changes: Mapping[str, object]) -> Dict[str, bytes]:
-    found = sidecars(folder, changes if config_path is None else {})
-    if config_path is not None:
-        given = config_path if os.path.isdir(config_path) else os.path.dirname(os.path.abspath(config_path))
-        found.update(sidecars(given, changes))
-    return {name: content for name, content in found.items() if name != LAYOUT_FILE}
 
 
 def account_slices(ranks: Sequence[Checkpoint], slicing: Slicing, config: HfConfig, plan: Plan) -> Account:
@@ -428,15 +418,9 @@ def account_slices(ranks: Sequence[Checkpoint], slicing: Slicing, config: HfConf
 def yaml_lines(plan: Plan, output: Output) -> List[str]:
     """The lines of a predict YAML that make it use the result."""
     folder = os.path.abspath(output.target if plan.is_folder else os.path.dirname(os.path.abspath(output.target)))
-    parallel = output.slicing is not None and output.slicing.parts > 1
-    names = [move.target_dtype for move in plan.moves if move.target_dtype in FLOATS and not companion_of(move.label)]
-    most = LONG_NAMES[max(sorted(set(names)), key=names.count)]
-    lines = [f"load_checkpoint: '{os.path.abspath(output.target)}'", "auto_trans_ckpt: False"]
-    if output.slicing is not None:
-        lines += [f"use_parallel: {parallel}", "parallel_config:", "  data_parallel: 1",
-                  f"  model_parallel: {output.slicing.parts}", "  pipeline_stage: 1",
-                  f"  vocab_emb_dp: {output.slicing.vocab_emb_dp}"]
-    lines += ["model:", "  model_config:", f"    param_init_type: '{most}'"]
+    slicing = output.slicing
+    lines = plan.yaml_lines(*((None, None) if slicing is None else (slicing.parts, slicing.vocab_emb_dp)))
+    lines += ["model:", "  model_config:", f"    param_init_type: '{_one_dtype(plan)}'"]
     tokenizer = [(key, name) for key, name in (("vocab_file", "vocab.json"), ("merges_file", "merges.txt"))
                  if name in plan.small]
     if tokenizer:

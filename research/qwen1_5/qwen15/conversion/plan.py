@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ..checkpoint import origin
 from ..checkpoint.file_writer import Blocks
 from ..checkpoint.quantised_settings import CONFIG_KEY, SETTINGS_FILES
-from ..checkpoint.reader import FORMATS, INDEX_FILES, Checkpoint, write_index
+from ..checkpoint.reader import FORMATS, INDEX_FILES, Checkpoint, folder_of, write_index
 from ..checkpoint.tensors import TensorInfo, itemsize, total_bytes
 from ..errors import UserError
 from ..json_file import read_json
@@ -130,6 +130,14 @@ class Plan:
     def _small_folder(self) -> str:
         return self.target if self.is_folder else os.path.dirname(os.path.abspath(self.target))
 
+    def yaml_lines(self, parts: Optional[int], vocab_emb_dp: Optional[bool]) -> List[str]:
+        """The lines of a predict YAML that say where the result is and, of one for `parts` ranks, how it is cut."""
+        lines = [f"load_checkpoint: '{os.path.abspath(self.target)}'", "auto_trans_ckpt: False"]
+        if parts is not None:
+            lines += [f"use_parallel: {parts > 1}", "parallel_config:", "  data_parallel: 1",
+                      f"  model_parallel: {parts}", "  pipeline_stage: 1"]
+        return lines if vocab_emb_dp is None else [*lines, f"  vocab_emb_dp: {vocab_emb_dp}"]
+
     def close(self) -> None:
         """Close what is read."""
         for source in self.sources:
@@ -179,17 +187,20 @@ def index_of(files: Sequence[OutFile]) -> Dict[str, bytes]:
     return {INDEX_FILES["safetensors"]: write_index(weight_map, nbytes)}
 
 
-def sidecars(folder: str, changes: Mapping[str, Any]) -> Dict[str, bytes]:
+def sidecars(folder: str, changes: Mapping[str, Any], config_path: Optional[str] = None) -> Dict[str, bytes]:
     """The small files that predicting needs, from the folder of the source.
 
     Args:
         folder: where they are looked for; those that are missing are not in the result.
+        config_path: the config.json that was given instead of the folder's; its folder's files go before.
         changes: keys of config.json and what they shall be, None for those that shall go; nothing leaves the file as it
             is, byte for byte. Without a `quantization_config` the other files that tell of one go as well.
 
     Raises:
         UserError: one is too large to be such a file, or config.json is damaged.
     """
+    if config_path is not None:
+        return {**sidecars(folder, {}), **sidecars(folder_of(config_path), changes)}
     found: Dict[str, bytes] = {}
     for name in _SIDECARS:
         path = os.path.join(folder, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -21,7 +20,7 @@ from ..naming import Weight
 from .hugging_face import account_slices, check_contents
 from .plan import OutFile, Plan, aligned, record_source, sidecars
 from .slices import Slicing, open_slices
-from .strategy import Layout, layout_of, read_strategy, write_strategy
+from .strategy import Layout, layout_of, read_strategy, strategy_files
 from .strips import Destination, Move, Part, whole
 from .unquantise import merged
 
@@ -84,10 +83,7 @@ def plan_transform(request: Reslicing) -> Plan:
             cuts = _cuts_by_strategy(request, ranks, slicing, config, before, after, plan)
         _fill(plan, request, ranks, cuts)
         record_source(plan, origin.source_of(ranks))
-        plan.small.update(sidecars(folder, {}))
-        if request.config_path is not None:
-            given = request.config_path
-            plan.small.update(sidecars(given if os.path.isdir(given) else os.path.dirname(os.path.abspath(given)), {}))
+        plan.small.update(sidecars(folder, {}, request.config_path))
         return plan
 
 
@@ -274,16 +270,10 @@ def _fill(plan: Plan, request: Reslicing, ranks: Sequence[Checkpoint], cuts: Dic
         targets = tuple(Destination(rank, info.name, cut.after.region(cut.shape, rank)) for rank in range(parts))
         plan.moves.append(Move(info.name, cut.shape, info.dtype, info.dtype, sources, targets))
     if parts > 1:
-        content = write_strategy({name: cut.after for name, cut in cuts.items()})
-        plan.small.update({f"strategy/ckpt_strategy_rank_{rank}.ckpt": content for rank in range(parts)})
+        plan.small.update(strategy_files({name: cut.after for name, cut in cuts.items()}, parts))
 
 
 def yaml_lines(plan: Plan, request: Reslicing) -> List[str]:
     """The lines of a predict YAML that make it use the result."""
-    parts = len(plan.files)
-    lines = [f"load_checkpoint: '{os.path.abspath(request.target)}'", "auto_trans_ckpt: False",
-             f"use_parallel: {parts > 1}",
-             "parallel_config:", "  data_parallel: 1", f"  model_parallel: {parts}", "  pipeline_stage: 1"]
-    if parts > 1 and request.target_strategy is None:
-        lines.append(f"  vocab_emb_dp: {request.vocab_emb_dp}")
-    return lines
+    by_table = len(plan.files) > 1 and request.target_strategy is None
+    return plan.yaml_lines(len(plan.files), request.vocab_emb_dp if by_table else None)

@@ -6,7 +6,7 @@ from typing import List, Optional, Sequence, Tuple
 
 from .. import naming
 from ..checkpoint import origin
-from ..checkpoint.reader import Checkpoint, closed_on_error, open_checkpoint, open_ranks, rank_folders
+from ..checkpoint.reader import Checkpoint, closed_on_error, folder_of, open_checkpoint, open_ranks, rank_folders
 from ..config.hf_config import CONFIG_FILE, HfConfig, dims_from_hf_config
 from ..errors import UserError
 from ..naming import Dims, Weight
@@ -45,7 +45,7 @@ class Slicing:
 
 def config_folder(path: str) -> Optional[str]:
     """The folder of a checkpoint's config.json: beside it, or above its `rank_x` folder; None when there is none."""
-    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    folder = folder_of(path)
     for candidate in (folder, os.path.dirname(os.path.abspath(folder))):
         if os.path.isfile(os.path.join(candidate, CONFIG_FILE)):
             # Only a rank folder looks at its parent: any other folder's parent is somebody else's.
@@ -79,7 +79,7 @@ def open_slices(path: str, config_path: Optional[str], vocab_emb_dp: Optional[bo
     ranks = open_ranks(path) if rank_folders(path) else [open_checkpoint(path, ("safetensors", "ckpt"))]
     with closed_on_error(ranks):
         origin.check_together(ranks)
-        folder = beside or (path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
+        folder = beside or folder_of(path)
         slicing = _slicing(ranks, config, vocab_emb_dp) if strict else Slicing(len(ranks), True)
         return ranks, slicing, config, folder
 

@@ -222,15 +222,15 @@ def _repeated(values: Sequence[int]) -> bytes:
     return b"".join(wire.integer_field(1, value) for value in values)
 
 
-def strategy_files(cuts: Mapping[str, Tuple[Tuple[int, ...], Optional[int]]], parts: int) -> Dict[str, bytes]:
+def strategy_files(layouts: Mapping[str, Layout], parts: int) -> Dict[str, bytes]:
     """Every rank's strategy file, as MindSpore's and MindFormers' tools look for them.
 
     Args:
-        cuts: parameter name -> (shape of the whole, axis it is cut along or None).
+        layouts: of each parameter.
         parts: ranks.
 
     Returns:
         Path relative to the folder of the slices -> contents.
     """
-    content = write_strategy({name: layout_of(len(shape), axis, parts) for name, (shape, axis) in cuts.items()})
+    content = write_strategy(layouts)
     return {f"strategy/ckpt_strategy_rank_{rank}.ckpt": content for rank in range(parts)}

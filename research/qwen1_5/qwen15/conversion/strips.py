@@ -88,21 +88,6 @@ def whole(shape: Tuple[int, ...]) -> Region:
     return Region(0, shape[0] if shape else 1, 0, element_count(shape[1:]) if len(shape) > 1 else 1)
 
 
-def region_of(shape: Tuple[int, ...], axis: Optional[int], rank: int, parts: int) -> Region:
-    """The region that rank `rank` of `parts` holds when the tensor is cut along `axis` (None: everything).
-
-    The caller has checked that `parts` divides.
-    """
-    all_of_it = whole(shape)
-    if axis is None:
-        return all_of_it
-    if axis == 0:
-        rows = all_of_it.rows // parts
-        return Region(rank * rows, rows, 0, all_of_it.columns)
-    columns = all_of_it.columns // parts
-    return Region(0, all_of_it.rows, rank * columns, columns)
-
-
 @dataclass
 class Tally:
     """What a transfer did.

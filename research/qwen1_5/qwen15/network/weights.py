@@ -15,7 +15,7 @@ from ..checkpoint.origin import Likeness
 from ..checkpoint.quantised import ORDER, SCALE, ZERO, Scheme, checked_order, companion_of
 from ..checkpoint.quantised_settings import settings_of
 from ..checkpoint.quantised_source import read_quantised
-from ..checkpoint.reader import Checkpoint, all_ranks
+from ..checkpoint.reader import Checkpoint, all_ranks, folder_of
 from ..checkpoint.regrouped import finer, regrouped
 from ..checkpoint.source import open_source
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo
@@ -92,7 +92,7 @@ def open_weights(path: str, dims: naming.Dims) -> Checkpoint:
     source = open_source(path)
     if not any(FOREIGN_QUANTISED.search(name) or info.dtype.startswith("F8") for name, info in source.infos.items()):
         return source
-    settings = settings_of(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
+    settings = settings_of(folder_of(path))
     return source if settings is None else read_quantised(source, settings, naming.weights(dims)).view
 
 
