@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -198,3 +198,36 @@ def table_array(tables: Sequence[BlockTable], lengths: Sequence[int], block_size
     rows = [table.blocks[:-(-length // block_size)] for table, length in zip(tables, lengths)]
     width = max(map(len, rows))
     return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
+
+
+class Part(NamedTuple):
+    """Tokens of one sequence that go through the network together, at the positions from `first` on."""
+
+    table: BlockTable
+    tokens: Sequence[int]
+    first: int
+
+
+def prefill_inputs(parts: Sequence[Part], block_size: int) -> Tuple[np.ndarray, ...]:
+    """What `Network.prefill` takes for these parts, each of a sequence of its own."""
+    stops = [part.first + len(part.tokens) for part in parts]
+    return (np.concatenate([np.asarray(part.tokens, np.int32) for part in parts]),
+            np.asarray([len(part.tokens) for part in parts], np.int32), np.asarray(stops, np.int32),
+            table_array([part.table for part in parts], stops, block_size),
+            np.concatenate([part.table.slots(part.first, stop) for part, stop in zip(parts, stops)]))
+
+
+def decode_inputs(parts: Sequence[Part], block_size: int) -> Tuple[np.ndarray, ...]:
+    """What `Network.decode` takes for these parts: a row for each token; rows of one part share its block table."""
+    ids: List[int] = []
+    lengths: List[int] = []
+    slots: List[int] = []
+    tables = []
+    for table, tokens, first in parts:
+        ids += tokens
+        for position in range(first, first + len(tokens)):
+            lengths.append(position + 1)
+            slots.append(table.slot(position))
+            tables.append(table)
+    return (np.asarray(ids, np.int32), np.asarray(lengths, np.int32), table_array(tables, lengths, block_size),
+            np.asarray(slots, np.int32))

@@ -14,7 +14,7 @@ from .. import interrupts
 from ..config.schema import Config
 from ..network.base import Network
 from . import memory, memory_check, sampling
-from .blocks import BlockPool, BlockTable, OutOfBlocks, name_blocks, table_array
+from .blocks import BlockPool, BlockTable, OutOfBlocks, Part, decode_inputs, name_blocks, prefill_inputs
 from .sampling import NonFiniteLogits, Sampler, Selection
 from .scheduler import PIECE_TOKENS, Continuation
 from .speculate import Speculation, SuccessRate, most_streams, worth
@@ -180,31 +180,17 @@ class DraftModel(Speculation):
     # ---- the draft's network ----
 
     def _prefill(self, parts: Sequence[Tuple["_Guessing", int]]) -> np.ndarray:
-        ids = [each.ids[each.track.cached:stop] for each, stop in parts]
-        tables, lengths = [each.track.table for each, _ in parts], [stop for _, stop in parts]
-        slots = [each.track.table.slots(each.track.cached, stop) for each, stop in parts]
         with interrupts.held():
-            return self.network.prefill(np.concatenate([np.asarray(part, np.int32) for part in ids]),
-                                        np.asarray([len(part) for part in ids], np.int32),
-                                        np.asarray(lengths, np.int32),
-                                        table_array(tables, lengths, self.pool.block_size), np.concatenate(slots))
+            return self.network.prefill(*prefill_inputs(
+                [Part(each.track.table, each.ids[each.track.cached:stop], each.track.cached) for each, stop in parts],
+                self.pool.block_size))
 
     def _decode(self, parts: Sequence[Tuple["_Guessing", Sequence[int]]]) -> Tuple[np.ndarray, List[Optional[int]]]:
         """Logits (rows, V) with a row for each token, behind what the cache holds of its stream, and the largest one's
         id of each row where the network knows it."""
-        ids: List[int] = []
-        lengths: List[int] = []
-        slots: List[int] = []
-        tables = []
-        for each, tokens in parts:
-            first = each.track.cached + len(each.track.fed)
-            ids += tokens
-            for place in range(first, first + len(tokens)):
-                lengths.append(place + 1)
-                slots.append(each.track.table.slot(place))
-                tables.append(each.track.table)
-        logits = self.network.decode(np.asarray(ids, np.int32), np.asarray(lengths, np.int32),
-                                     table_array(tables, lengths, self.pool.block_size), np.asarray(slots, np.int32))
+        logits = self.network.decode(*decode_inputs(
+            [Part(each.track.table, tokens, each.track.cached + len(each.track.fed)) for each, tokens in parts],
+            self.pool.block_size))
         largest = self.network.largest(logits)
         return logits, _unknown(logits) if largest is None else largest.tolist()
 

@@ -12,7 +12,7 @@ from .. import interrupts
 from ..errors import EXIT_FAILED, UserError
 from ..network.base import Network
 from . import ranks, sampling
-from .blocks import BlockPool, table_array
+from .blocks import BlockPool, Part, decode_inputs, prefill_inputs
 from .ranks import Add, Cancel, CancelAll, Command, Shared
 from .request import CANCELLED, FAILED, LENGTH, STOP, Limits, LogProbs, Request, Step, Usage
 from .sampling import NonFiniteLogits, NothingAllowed, Sampler, Selection
@@ -265,12 +265,8 @@ class Engine:
         """Bring tokens into the cache; a prompt that is there as a whole gets its first token."""
         start_s = time.perf_counter()
         with interrupts.held():
-            logits = self.network.prefill(
-                np.concatenate([np.asarray(c.ids[c.cached:stop], np.int32) for c, stop in piece]),
-                np.asarray([stop - c.cached for c, stop in piece], np.int32),
-                np.asarray([stop for _, stop in piece], np.int32),
-                table_array([c.table for c, _ in piece], [stop for _, stop in piece], self.pool.block_size),
-                np.concatenate([c.table.slots(c.cached, stop) for c, stop in piece]))
+            logits = self.network.prefill(*prefill_inputs(
+                [Part(c.table, c.ids[c.cached:stop], c.cached) for c, stop in piece], self.pool.block_size))
         choices = []
         for row, (continuation, stop) in enumerate(piece):
             self.scheduler.note_cached(continuation, stop)
@@ -280,9 +276,9 @@ class Engine:
         self._choose(choices, logits, start_s, [c for c, _ in piece], "prefill_s")
 
     def _score(self, piece: List[Tuple[Continuation, int]]) -> None:
-        """As `_prefill`, in one row of a decode call for each token: rows of one sequence share its block table."""
+        """As `_prefill`, in one row of a decode call for each token: see `decode_inputs`."""
         start_s = time.perf_counter()
-        logits = self._rows([(c, c.ids[c.cached:stop], c.cached) for c, stop in piece])
+        logits = self._rows([Part(c.table, c.ids[c.cached:stop], c.cached) for c, stop in piece])
         choices, row = [], 0
         for continuation, stop in piece:
             first, count = continuation.cached, stop - continuation.cached
@@ -303,7 +299,8 @@ class Engine:
         """One more token for every request that is past its prompt, and one for each guess that is right."""
         start_s = time.perf_counter()
         guesses = self._guesses(streams)
-        logits = self._rows([(c, [c.ids[-1], *guessed], len(c.ids) - 1) for c, guessed in zip(streams, guesses)])
+        logits = self._rows([Part(c.table, [c.ids[-1], *guessed], len(c.ids) - 1)
+                             for c, guessed in zip(streams, guesses)])
         choices, row = [], 0
         for continuation, guessed in zip(streams, guesses):
             self.scheduler.note_cached(continuation, len(continuation.ids))
@@ -338,20 +335,9 @@ class Engine:
         last = next((i + 1 for i, token in enumerate(guessed) if token in stop_ids), len(guessed))
         return tuple(guessed[:self.scheduler.reserve_guesses(continuation, last)])
 
-    def _rows(self, parts: Sequence[Tuple[Continuation, List[int], int]]) -> np.ndarray:
-        """Logits (rows, V) of a decode call with a row for each of the tokens, those of a part from its position on."""
-        ids: List[int] = []
-        lengths: List[int] = []
-        tables = []
-        slots: List[int] = []
-        for continuation, tokens, first in parts:
-            ids += tokens
-            for position in range(first, first + len(tokens)):
-                lengths.append(position + 1)
-                slots.append(continuation.table.slot(position))
-                tables.append(continuation.table)
-        return self.network.decode(np.asarray(ids, np.int32), np.asarray(lengths, np.int32),
-                                   table_array(tables, lengths, self.pool.block_size), np.asarray(slots, np.int32))
+    def _rows(self, parts: Sequence[Part]) -> np.ndarray:
+        """Logits (rows, V) of a decode call with a row for each of the tokens."""
+        return self.network.decode(*decode_inputs(parts, self.pool.block_size))
 
     def _choose(self, choices: List[_Choice], logits: np.ndarray, start_s: float, took_part: Sequence[Continuation],
                 clock: str) -> None:

@@ -266,9 +266,9 @@ class Web:
         """What the model is called."""
         return self._options.names
 
-    def authorised(self, path: str, header: bytes) -> bool:
-        """Whether a request may be served."""
-        return authorised(self._options.api_key, path, header)
+    def check_key(self, path: str, header: bytes) -> None:
+        """Refuse a request without the key; see the function."""
+        check_key(self._options.api_key, path, header)
 
     async def _refused(self, request: Request, error: Any) -> Response:
         return JSONResponse(error.body, status_code=error.status, headers=error.headers)
@@ -318,26 +318,29 @@ class _Guard:
             await asyncio.wait_for(send(message), SEND_S)
 
         try:
-            header = dict(scope["headers"]).get(b"authorization", b"")
-            if self._web.authorised(scope["path"], header):
-                await self._app(scope, receive, sent)
-            else:
-                refusal = Refusal(401, "Wrong or missing API key: send it as Authorization: Bearer KEY.",
-                                  code="invalid_api_key")
-                await JSONResponse(refusal.body, status_code=401, headers=refusal.headers)(scope, receive, sent)
+            app = self._app
+            try:
+                self._web.check_key(scope["path"], dict(scope["headers"]).get(b"authorization", b""))
+            except Refusal as refusal:
+                app = JSONResponse(refusal.body, status_code=refusal.status, headers=refusal.headers)
+            await app(scope, receive, sent)
         except (asyncio.TimeoutError, ClientDisconnect):
             status[0] = 499
         finally:
             self._web.told(scope, status[0], time.monotonic() - start_s)
 
 
-def authorised(key: Optional[str], path: str, header: bytes) -> bool:
-    """Whether a request may be served that has this Authorization header, `Bearer` and the key in UTF-8; the key is
-    compared in constant time."""
+def check_key(key: Optional[str], path: str, header: bytes) -> None:
+    """Refuse a request whose Authorization header is not `Bearer` and the key in UTF-8, compared in constant time.
+
+    Raises:
+        Refusal: the path asks for the key, and the header does not have it.
+    """
     if key is None or path in _OPEN_PATHS:
-        return True
+        return
     scheme, _, given = header.partition(b" ")
-    return hmac.compare_digest(given.strip(), key.encode()) and scheme.lower() == b"bearer"
+    if not hmac.compare_digest(given.strip(), key.encode()) or scheme.lower() != b"bearer":
+        raise Refusal(401, "Wrong or missing API key: send it as Authorization: Bearer KEY.", code="invalid_api_key")
 
 
 async def read_body(request: Request, most: int) -> bytes:

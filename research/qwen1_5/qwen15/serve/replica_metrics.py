@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Tuple
 
-from .metrics import SECONDS, TOKEN_SECONDS
+from .metrics import Counted
 
 
-class _Counted:
+class _RayCounter:
     """A Ray counter as prometheus_client's are called."""
 
     def __init__(self, counter: Any, tags: Dict[str, str]):
@@ -18,33 +18,21 @@ class _Counted:
         if by > 0:
             self._counter.inc(by, tags=self._tags)
 
-    def labels(self, *values: str) -> "_Counted":
+    def labels(self, *values: str) -> "_RayCounter":
         """The same for these values of the labels."""
-        return _Counted(self._counter, dict(zip(self._tags, values)))
+        return _RayCounter(self._counter, dict(zip(self._tags, values)))
 
 
-class ReplicaMetrics:
+class ReplicaMetrics(Counted):
     """As `metrics.Metrics`, on Ray."""
 
     def __init__(self) -> None:
         from ray.util import metrics
 
-        def counter(name: str, what: str, labels: Tuple[str, ...] = ()) -> _Counted:
-            return _Counted(metrics.Counter(f"qwen15_{name}", what, tag_keys=labels), dict.fromkeys(labels, ""))
-
-        def histogram(name: str, what: str, buckets: Tuple[float, ...]) -> Any:
-            return metrics.Histogram(f"qwen15_{name}", what, boundaries=list(buckets))
-
-        self.requests = counter("requests", "Requests answered, by endpoint and HTTP status", ("endpoint", "status"))
-        self.aborted = counter("aborted_requests", "Requests whose client left before the end")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts, those found in the prefix cache included")
-        self.cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts that the prefix cache held")
-        self.generated_tokens = counter("generated_tokens", "Tokens generated")
-        self.first_token_s = histogram("time_to_first_token_seconds", "From a request's arrival to its first token",
-                                       SECONDS)
-        self.token_s = histogram("time_per_output_token_seconds", "Between a request's tokens, on average",
-                                 TOKEN_SECONDS)
-        self.request_s = histogram("request_seconds", "From a request's arrival to its end", SECONDS)
+        super().__init__(
+            lambda name, what, labels=(): _RayCounter(metrics.Counter(name, what, tag_keys=labels),
+                                                      dict.fromkeys(labels, "")),
+            lambda name, what, buckets: metrics.Histogram(name, what, boundaries=list(buckets)))
         self._gauge = metrics.Gauge
         self._watched: List[Tuple[Any, Callable[[], float]]] = []
 

@@ -209,14 +209,11 @@ class Gate:
         """Answer one HTTP request."""
         from starlette.responses import JSONResponse, StreamingResponse
 
-        from .app import authorised, read_body
+        from .app import check_key, read_body
 
         try:
             scope = _carried(request.scope)
-            if not authorised(self._api_key, scope["path"],
-                              request.headers.get("authorization", "").encode("latin-1")):
-                raise Refusal(401, "Wrong or missing API key: send it as Authorization: Bearer KEY.",
-                              code="invalid_api_key")
+            check_key(self._api_key, scope["path"], request.headers.get("authorization", "").encode("latin-1"))
             if scope["path"] == "/metrics":
                 raise Refusal(404, "Every replica's figures are among Ray's own metrics, as ray_qwen15_...; its "
                                    "dashboard names the addresses.")
