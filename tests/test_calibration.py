@@ -215,7 +215,7 @@ def test_layers_that_are_done_are_not_calibrated_again(tiny, tmp_path, monkeypat
     (["--quantize", "int4", "--calibrate", "/dev/zero"], "/dev/zero: has more than 268435456 bytes. Give a part"),
     (["--quantize", "int4", "--calibrate", "short.txt"],
      "short.txt: 5 tokens are too few to calibrate with: it takes at least 64"),
-    (["--quantize", "int4", "--calibrate", "latin.txt"], "latin.txt: is not UTF-8 at byte 3"),
+    (["--quantize", "int4", "--calibrate", "latin.txt"], "latin.txt:1: is not UTF-8 at byte 3"),
 ])
 def test_a_mistake_with_the_text_is_one_line(tiny, tmp_path, module_dir, flags, said):
     (tmp_path / "short.txt").write_text("short")

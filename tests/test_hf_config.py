@@ -111,7 +111,7 @@ def test_numbers_beyond_any_model_are_refused_at_once(change, said):
     ('{"a":\u30001}',
      "config.json:1: not valid JSON: column 6 is an ideographic space (U+3000). Write spaces instead."),
     ('\ufeff{"a": 1}', "config.json:1: not valid JSON: column 1 is a byte order mark (U+FEFF). Remove it."),
-    ('{"a": ' + "1" * 5000 + "}", "config.json: not a configuration: it holds a number of 5000 digits"),
+    ('{"a": ' + "1" * 5000 + "}", "config.json: not a configuration: holds a number of 5000 digits"),
     ('{"a": 1,\r\n}', "config.json:2: not valid JSON: "),
 ])
 def test_what_is_no_json_is_named_with_line_and_column(tmp_path, text, said):

@@ -6,12 +6,11 @@ import codecs
 import json
 from typing import Any
 
-from . import odd_characters
+from . import odd_characters, strict_json
 from .errors import UserError
 from .text_file import read_small
 
 _LARGEST_FILE_BYTES = 16 * 2 ** 20
-_MOST_DIGITS = 400
 
 
 def read_json(path: str, most_bytes: int = _LARGEST_FILE_BYTES) -> Any:
@@ -22,7 +21,7 @@ def read_json(path: str, most_bytes: int = _LARGEST_FILE_BYTES) -> Any:
     """
     try:
         text = decoded(read_small(path, most_bytes, "a configuration"), path)
-        return json.loads(text, parse_int=_integer)
+        return json.loads(text, parse_int=strict_json.integer)
     except FileNotFoundError:
         raise UserError("no such file", path, "Download the whole model folder, config.json included.") from None
     except json.JSONDecodeError as error:
@@ -60,9 +59,3 @@ def _not_json(error: json.JSONDecodeError, path: str) -> UserError:
     if odd is not None:
         return UserError(f"not valid JSON: column {error.colno} is {odd.what}", where, odd.fix)
     return UserError(f"not valid JSON: {error.msg} (column {error.colno})", where, "Download the file again.")
-
-
-def _integer(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise ValueError(f"it holds a number of {len(text)} digits")
-    return int(text)

@@ -21,7 +21,7 @@ def loads(text: str, *, once: bool = False) -> Any:
         ValueError: with the rest of the sentence "`file` ...": what is wrong and in which column.
     """
     try:
-        return json.loads(text, parse_constant=_constant, parse_float=_finite, parse_int=_integer,
+        return json.loads(text, parse_constant=_constant, parse_float=_finite, parse_int=integer,
                           object_pairs_hook=_once if once else None)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} ({_place(error)})") from None
@@ -44,7 +44,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _integer(text: str) -> int:
+def integer(text: str) -> int:
+    """A whole number of JSON. Raises ValueError for more digits than any number has a use for."""
     if len(text) > _MOST_DIGITS:
         raise ValueError(f"holds a number of {len(text)} digits")
     return int(text)

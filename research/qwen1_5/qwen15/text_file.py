@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from .errors import UserError
 
 LARGEST_BYTES = 256 * 2 ** 20
@@ -23,22 +21,27 @@ def read_small(path: str, most_bytes: int, what: str, fix: str = "Is this the ri
     return contents
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, most_bytes: int = LARGEST_BYTES, shorter: str = "Give a part of it: head -c 10M FILE.") -> str:
     """The text in a file, or on standard input where `path` is "-".
 
+    Args:
+        path: the file.
+        most_bytes: more is refused; a device may have no end at all.
+        shorter: what the user is told then.
+
     Raises:
-        UserError: it cannot be read, is not UTF-8, or has more than `LARGEST_BYTES` (a device may have no end at all).
+        UserError: it cannot be read, is too long, or is not UTF-8; with the line.
     """
+    name = "stdin" if path == "-" else path
     try:
-        if path == "-":
-            contents = sys.stdin.buffer.read(LARGEST_BYTES + 1)
-        else:
-            with open(path, "rb") as file:
-                contents = file.read(LARGEST_BYTES + 1)
-        if len(contents) > LARGEST_BYTES:
-            raise UserError(f"has more than {LARGEST_BYTES} bytes", path, "Give a part of it: head -c 10M FILE.")
-        return contents.decode("utf-8")
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            contents = file.read(most_bytes + 1)
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", path, "A text file is wanted.") from None
+        raise UserError(f"cannot be read: {error.strerror}", name, "A text file is wanted.") from None
+    if len(contents) > most_bytes:
+        raise UserError(f"has more than {most_bytes} bytes", name, shorter)
+    try:
+        return contents.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 at byte {error.start}", path, "Convert it: iconv -f GB18030 -t UTF-8.") from None
+        raise UserError(f"is not UTF-8 at byte {error.start}", f"{name}:{contents.count(10, 0, error.start) + 1}",
+                        "Convert it: iconv -f GB18030 -t UTF-8.") from None

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from ..command_line import Parser, positive
 from ..errors import EXIT_FAILED, UserError
+from ..text_file import read_text
 from . import options, report, rounds
 from .kernels import repeated
 from .report import Column, Measured, number, text
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> Measured:
     encoders: Dict[str, Any] = {"qwen15": ours}
     if args.against:
         encoders["hf"] = _fast(files)
-    texts = {os.path.basename(path): _read(path) for path in args.text} if args.text else {
+    texts = {os.path.basename(path): read_text(path) for path in args.text} if args.text else {
         "code and English": _code(), "Chinese": _chinese(ours, args.characters)}
     rows: List[Dict[str, Any]] = []
     for name, whole in texts.items():
@@ -85,14 +86,6 @@ def _measure(name: str, nbytes: int, calls: Mapping[str, Callable[[], Any]], cou
         row.update(hf_mb_per_s=nbytes / 1e6 / rounds.median_seconds(samples["hf"]),
                    ratio_hf=rounds.ratio(mine, samples["hf"]))
     return row
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as UTF-8 text ({error})", where=f"--text {path}") from None
 
 
 def _code() -> str:

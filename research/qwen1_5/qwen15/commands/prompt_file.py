@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from typing import IO, Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from .. import strict_json
 from ..errors import UserError, did_you_mean
 from ..generation.session import SETTING_NAMES, Settings
+from ..text_file import read_text
 from .prompts import Messages, PromptEntry, conversation
 
 _OTHER_KEYS = ("id", "prompt", "messages", "system")
@@ -30,7 +30,8 @@ def read_file(path: str, settings: Settings, as_chat: bool = False, system: Opti
         UserError: the file cannot be read or is empty, or a line cannot be used; with its number.
     """
     name = "stdin" if path == "-" else path
-    lines = [(number, line) for number, line in enumerate(_read(path, name).split("\n"), 1) if line.strip()]
+    contents = read_text(path, _MOST_BYTES, "Split it.").removeprefix("\ufeff")
+    lines = [(number, line) for number, line in enumerate(contents.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError("there is no prompt in it", where=name)
     as_json = path.endswith((".jsonl", ".ndjson")) or (not path.endswith(".txt") and _is_object(lines[0][1]))
@@ -41,33 +42,6 @@ def read_file(path: str, settings: Settings, as_chat: bool = False, system: Opti
         else:
             text = line.rstrip("\r")
             yield PromptEntry(index, where, conversation(text, system) if as_chat else text, settings)
-
-
-def _read(path: str, name: str) -> str:
-    data = b""
-    try:
-        if path == "-":
-            data = _bounded(sys.stdin.buffer, name)
-        else:
-            with open(path, "rb") as file:
-                data = _bounded(file, name)
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=path,
-                        fix="Name a file with one prompt a line.") from None
-    except ValueError as error:  # of which UnicodeDecodeError is one
-        if not isinstance(error, UnicodeDecodeError):
-            raise UserError("is not a file's name", where=path) from None
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError("is not UTF-8 text", where=f"{name}:{line}",
-                        fix="Convert it, e.g. with iconv -f GBK -t UTF-8.") from None
-
-
-def _bounded(file: IO[bytes], name: str) -> bytes:
-    data = file.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-        raise UserError("has more than 1 GiB", where=name, fix="Split it.")
-    return data
 
 
 def _is_object(line: str) -> bool:

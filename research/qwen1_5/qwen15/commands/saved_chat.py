@@ -7,6 +7,7 @@ from typing import Any, Dict, Tuple
 
 from .. import strict_json
 from ..errors import UserError
+from ..text_file import read_small
 from ..whole_file import write_whole
 
 _LARGEST_FILE_BYTES = 64 * 2 ** 20
@@ -48,12 +49,9 @@ class SavedChats:
         try:
             if not os.path.isfile(path) and os.path.exists(path):
                 raise UserError("is no file", where=path, fix="Give a file that /save has written.")
-            with open(path, "rb") as file:
-                data = file.read(_LARGEST_FILE_BYTES + 1)
+            data = read_small(path, _LARGEST_FILE_BYTES, "a conversation")
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}", where=path) from None
-        if len(data) > _LARGEST_FILE_BYTES:
-            raise UserError("is too large for a conversation", where=path)
         return strict_json.loads(data.decode("utf-8"))
 
     def loaded(self, path: str) -> None:
