@@ -26,6 +26,8 @@ sys.path.insert(0, str(ROOT / "research" / "qwen1_5"))
 from qwen15.kernels.build import ARM_SOURCES, FLAGS, HERE, X86_SOURCES, find_compiler  # noqa: E402
 
 TOKENS = (1, 2, 4, 8)
+WIDE = {2: "1, 8", 4: "3, 8", 8: "2, 4"}
+"""Tokens -> the arguments of the tile that meets them, as matmul_wide.h chooses it."""
 
 
 class Family(NamedTuple):
@@ -165,8 +167,8 @@ def turn_of(kernel: Kernel, tokens: int, core: Core, instructions: str) -> Turn:
     if kernel.title.startswith("int"):
         places = 1 if tokens * kernel.rows > 4 else 2
         return Turn(kernel.function.format(n=tokens, p=places), kernel.place_bytes * places)
-    if kernel.title == "bf16" and instructions == "avx512_bf16" and tokens >= 8:
-        return Turn("wide_tile<qwen15::(anonymous namespace)::PairTile, 8, 2, 4>", 8 * 64)
+    if kernel.title == "bf16" and instructions == "avx512_bf16" and tokens in WIDE:
+        return Turn(f"wide_tile<qwen15::(anonymous namespace)::PairTile, 8, {WIDE[tokens]}>", 8 * 64)
     often = -(-tokens // core.most_tokens)
     split = kernel.title == "bf16" and instructions == "avx2" and tokens >= 7
     function = dot_places("SplitRow") if split else kernel.function

@@ -156,7 +156,7 @@ class Library:
         self._handle.qwen15_set_reading(hint, ahead, places)
 
     def reading_seconds(self, weights: np.ndarray, tokens: int) -> float:
-        """Seconds in which all threads read weights (rows, cols) of 16 bits, bfloat16, from memory against so many
+        """Seconds in which all threads read weights (rows, cols) of 16 bits, as float16, from memory against so many
         tokens."""
         return self._handle.qwen15_probe_reading(weights.ctypes.data, *weights.shape, tokens)
 

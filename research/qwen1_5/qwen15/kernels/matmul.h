@@ -22,9 +22,12 @@ inline int64_t panels_from(DType dtype) { return is_quantised(dtype) ? kQuantPac
 // Asks memory for what this thread reads first in a matmul that begins with `job` when tokens are few: called before the
 // barrier in front of it, while others still prepare the activations, it hides the time until the first weights arrive.
 void ask(Team& team, const Job& job, int64_t tokens) {
-  if (tokens >= panels_from(job.w.dtype) || is_wide(job.w.dtype, tokens)) return;
+  if (tokens >= panels_from(job.w.dtype)) return;
   const Reading way = reading();
   if (way.hint == 0) return;
+#ifdef QWEN15_REPEAT
+  if (is_wide(job.w.dtype, tokens)) return ask_wide(team, job, way.ahead);
+#endif
   Places places(team, team.rank(), job, tokens);
   int64_t row_bytes = job.w.row_bytes(), most = (places.end - places.begin) * row_bytes;
   const char* w = (const char*)job.w.data + places.begin * row_bytes;

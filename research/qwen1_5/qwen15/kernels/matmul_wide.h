@@ -5,7 +5,10 @@
 // panel holds G units of each of W / G tokens; G units of a row are broadcast to meet it. The sums of a row and a token
 // are then G lanes, added when the results of a block of rows are turned from (rows, tokens) to (tokens, rows).
 //   panel (units / G, N vectors, W / G tokens, G units)
-// N and G follow from the number of tokens: 2 vectors for each broadcast at least, or the loads are what limits.
+// N and G follow from the number of tokens: 2 vectors for each broadcast at least, or the loads are what limits (two
+// tokens, whose weights take longer to arrive, fill one). A thread reads 8 rows side by side, so that the panel comes
+// from L2 once for all of them, and asks for the next 8 meanwhile. They are asked into L2: in the first cache level they
+// and the panel would put each other out, which made steps of 8 to 16 tokens take up to twice the time on Zen 4.
 #pragma once
 #include "matmul_few.h"
 #include "matmul_tile.h"
@@ -14,8 +17,8 @@ namespace qwen15 {
 namespace {
 
 #ifdef QWEN15_REPEAT
-constexpr int kWideRows = 8;          // rows at once, 16 to 24 accumulators
-constexpr int64_t kWideFrom = 8;      // tokens from which this pays for bf16, and
+constexpr int kWideRows = 8;          // rows at once, 8 to 24 accumulators
+constexpr int64_t kWideFrom = 2;      // tokens from which this pays for bf16, and
 constexpr int64_t kWideFromFloat = 5; // for float32, whose activations fill the first cache level sooner
 constexpr int64_t kWideMost = 64;     // tokens that 4 vectors hold
 constexpr int64_t kWideBytes = 1 << 18;  // of the panel: it stays in L2 beside the weights
@@ -38,7 +41,7 @@ __attribute__((noinline)) void wide_tile(const typename T::A* w, int64_t stride,
     int64_t end = k - i < most ? k : i + most;
     for (; i + kLine <= end; i += kLine, ahead += ahead_step) {
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_row, 0, 3);
+      for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_row, 0, 2);
 #pragma GCC unroll 16
       for (int j = 0; j < kLine; j += G * T::depth) {
         V x[N];
@@ -118,6 +121,25 @@ void turn(const float* c, int64_t rows, int64_t tokens, float* y) {
     }
 }
 
+// A thread's rows of a job.
+struct WideRows {
+  int64_t begin, end, blocks;
+
+  WideRows(const Team& team, int owner, const Job& job) {
+    team.share_of(owner, job.w.rows, W, &begin, &end);
+    blocks = (end - begin + kRowBlock - 1) / kRowBlock;
+  }
+};
+
+// Asks for the beginnings of the rows that this thread reads first, `bytes` of all together.
+inline void ask_wide(const Team& team, const Job& job, int64_t bytes) {
+  const WideRows share(team, team.rank(), job);
+  const int64_t stride = job.w.row_bytes(), rows = share.end - share.begin < kWideRows ? share.end - share.begin : kWideRows;
+  const char* w = (const char*)job.w.data + share.begin * stride;
+  for (int64_t at = 0; at < bytes / kWideRows && at < stride; at += 64)
+    for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(w + r * stride + at, 0, 3);
+}
+
 template <class T, int N, int G>
 void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
   typedef typename T::A A;
@@ -132,16 +154,8 @@ void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t 
   float* c = (float*)(memory + panel_bytes);
   float* y[2] = {c + c_floats, c + c_floats + y_floats};
   pack_tokens<T, N, G>((const A*)x.data, x.stride, tokens, cols, panel);
-  struct Rows {
-    int64_t begin, end, blocks;
-  };
-  auto rows_of = [&](const Job& job, int owner) {
-    Rows share;
-    team.share_of(owner, job.w.rows, W, &share.begin, &share.end);
-    share.blocks = (share.end - share.begin + kRowBlock - 1) / kRowBlock;
-    return share;
-  };
-  for_blocks(team, jobs, job_count, rows_of, [&](const Job& job, const Rows& share, int64_t block) {
+  auto rows_of = [&](const Job& job, int owner) { return WideRows(team, owner, job); };
+  for_blocks(team, jobs, job_count, rows_of, [&](const Job& job, const WideRows& share, int64_t block) {
     bool gated = job.up.data != nullptr;
     int64_t row = share.begin + block * kRowBlock, rows = share.end - row < kRowBlock ? share.end - row : kRowBlock;
     for (int part = 0; part <= (gated ? 1 : 0); ++part) {
@@ -170,6 +184,8 @@ void wide_of(Team& team, const Job* jobs, int job_count, Activations x, int64_t 
 
 template <class T>
 void wide(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
+  if (tokens <= 2) return wide_of<T, 1, 8>(team, jobs, job_count, x, tokens);
+  if (tokens <= 6) return wide_of<T, 3, 8>(team, jobs, job_count, x, tokens);
   if (tokens <= 8) return wide_of<T, 2, 4>(team, jobs, job_count, x, tokens);
   if (tokens <= 12) return wide_of<T, 3, 4>(team, jobs, job_count, x, tokens);
   if (tokens <= 16) return wide_of<T, 2, 2>(team, jobs, job_count, x, tokens);

@@ -20,10 +20,12 @@ uint64_t read_streams(const char* p, int64_t bytes) {
       const char* from = p + s * part + i;
       if (Streams == 1)
         for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(from + 2048 + line, 0, 3);
-      Q w[words];
-      memcpy(w, from, step);
 #pragma GCC unroll 16
-      for (int j = 0; j < words; ++j) sums[j % 4] += w[j];
+      for (int j = 0; j < words; ++j) {
+        Q w;  // one vector at a time: GCC would take a larger copy through the stack, in halves that wait for each other
+        memcpy(&w, from + j * sizeof w, sizeof w);
+        sums[j % 4] += w;
+      }
     }
   Q all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   uint64_t sum = 0;

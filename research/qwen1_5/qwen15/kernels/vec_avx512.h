@@ -208,10 +208,16 @@ inline void v_transpose_quarters(V& a, V& b, V& c, V& d) {
   c = _mm512_shuffle_f32x4(t2, t3, 0x88);
   d = _mm512_shuffle_f32x4(t2, t3, 0xdd);
 }
-// 16 / G vectors of 16 / G units of G dwords (1, 2 or 4), transposed in place.
+// 16 / G vectors of 16 / G units of G dwords (1, 2, 4 or 8), transposed in place.
 template <int G>
 inline void v_transpose_units(V* r) {
-  static_assert(G == 1 || G == 2 || G == 4, "what can be transposed");
+  static_assert(G == 1 || G == 2 || G == 4 || G == 8, "what can be transposed");
+  if (G == 8) {
+    V first = _mm512_shuffle_f32x4(r[0], r[1], 0x44);
+    r[1] = _mm512_shuffle_f32x4(r[0], r[1], 0xee);
+    r[0] = first;
+    return;
+  }
   if (G == 1) return v_transpose(r);
   if (G == 4) return v_transpose_quarters(r[0], r[1], r[2], r[3]);
   V even[4], odd[4];  // units 0, 2, 4, 6 and 1, 3, 5, 7 of two vectors each
