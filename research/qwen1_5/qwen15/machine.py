@@ -1,4 +1,4 @@
-"""What memory and CPUs this machine has, or the container that a process runs in."""
+"""What memory and CPUs this machine has, or the container that a process runs in, and where a user's caches lie."""
 
 from __future__ import annotations
 
@@ -57,15 +57,20 @@ class Processors:
         return tuple(sorted(cpu for core in self.cores for cpu in core))
 
 
+def allowed_cpus() -> Collection[int]:
+    """Logical CPUs that this process may run on: its affinity, that of a container's cpuset."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
 def processors(allowed: Optional[Collection[int]] = None, system: str = "/sys/devices/system") -> Processors:
-    """Cores and nodes among the CPUs that this process may run on (its affinity, that of a container's cpuset).
+    """Cores and nodes among the CPUs that this process may run on.
 
     Args:
-        allowed: logical CPUs; what the system says of this process by default.
+        allowed: logical CPUs; `allowed_cpus()` by default.
         system: where Linux tells of CPUs and nodes.
     """
     if allowed is None:
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        allowed = allowed_cpus()
     cores: Dict[Tuple[int, int], List[int]] = {}
     for cpu in sorted(allowed):
         topology = os.path.join(system, "cpu", f"cpu{cpu}", "topology")
@@ -153,6 +158,11 @@ def cpu_quota(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> Optional[f
             limits.append(_quota_at(folder))
             folder = os.path.dirname(folder)
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def cache_folder(what: str) -> str:
+    """The user's folder for one kind of things that can be made again: below $XDG_CACHE_HOME, or ~/.cache."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "qwen15", what)
 
 
 def _quota_at(folder: str) -> Optional[float]:

@@ -222,7 +222,7 @@ def pinning(environ: Mapping[str, str], allowed: Optional[int] = None, processor
         allowed, processors: how many processors this process may use and the machine has; asked for by default.
     """
     if allowed is None or processors is None:
-        allowed, processors = len(machine.processors().cpus), os.cpu_count() or 1
+        allowed, processors = len(machine.allowed_cpus()), os.cpu_count() or 1
     if allowed >= processors or environ.get("CPU_AFFINITY", "").lower() in ("0", "false"):
         return []
     return [Finding("pinning", INFO, f"this process may use {allowed} of {processors} processors (cpuset); MindFormers "

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..command_line import Parser, positive
 from ..family import FAMILY
+from ..generation.memory import ITEM_BYTES
 from ..kernels import library
 from ..naming import Dims
 from ..network.base import rope_tables
@@ -62,7 +63,7 @@ class Cases:
     def __init__(self, dims: Dims, dtype: str, group: int):
         self.dims, self.bits, self.group = dims, QUANTISED.get(dtype), group
         self.dtype = "bfloat16" if self.bits else dtype
-        self.item = work.ITEM_BYTES[self.dtype]
+        self.item = ITEM_BYTES[self.dtype]
         self.weight_bytes = self.bits / 8 + 2 / group if self.bits else float(self.item)
         elements = int(work.matrix_elements(dims) * self.weight_bytes / self.item)
         self.pool = Pool(max(elements, _LEAST_POOL_BYTES // self.item), self.dtype)

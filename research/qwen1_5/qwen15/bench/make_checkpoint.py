@@ -15,11 +15,10 @@ from .. import family, naming
 from ..checkpoint.atomic import AtomicFolder, check_space, check_target, write_small
 from ..checkpoint.casting import from_float32
 from ..checkpoint.file_writer import Blocks, FileWriter
-from ..checkpoint.format_safetensors import steps
 from ..checkpoint.quantised import SCALE, ZERO, Scheme
-from ..checkpoint.reader import INDEX_FILES, write_index
 from ..checkpoint.tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
 from ..command_line import Parser, positive, whole
+from ..conversion.plan import OutFile, index_of, shape_files, shard_names
 from ..errors import did_you_mean
 from ..progress import byte_bar
 
@@ -62,7 +61,7 @@ def hf_config(dims: naming.Dims, dtype: str) -> dict:
 
 def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0,
                     overwrite: bool = False) -> int:
-    """Write the folder: config.json, shards and their index. It appears under its name when it is complete.
+    """Write the folder: config.json and shards with their index. It appears under its name when it is complete.
 
     Args:
         folder: where to.
@@ -82,23 +81,19 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
     total = sum(info.nbytes for info in infos)
     check_target(folder, [], overwrite)
     check_space(folder, total)
-    shards: List[List[TensorInfo]] = [[]]
-    for info in infos:
-        if shards[-1] and sum(i.nbytes for i in shards[-1]) + info.nbytes > _SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(info)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    shards = shape_files(infos, _SHARD_BYTES)
+    files = [OutFile(name, "safetensors", tuple(shard), {"format": "pt"})
+             for name, shard in zip(shard_names(len(shards)), shards)]
     rng = np.random.default_rng(seed)
     made = AtomicFolder(folder)
     try:
         made.clear()
         with byte_bar("writing", total) as bar:
-            for name, shard in zip(names, shards):
-                _write_shard(os.path.join(made.path, name), shard, rng, bar.update)
-        weight_map = {info.name: name for name, shard in zip(names, shards) for info in shard}
-        write_small(os.path.join(made.path, INDEX_FILES["safetensors"]), write_index(weight_map, total))
-        write_small(os.path.join(made.path, "config.json"),
-                    json.dumps(hf_config(dims, "bfloat16" if dtype in QUANTISED else dtype), indent=2).encode() + b"\n")
+            for file in files:
+                _write_shard(os.path.join(made.path, file.name), file, rng, bar.update)
+        config = hf_config(dims, "bfloat16" if dtype in QUANTISED else dtype)
+        for name, content in {**index_of(files), "config.json": json.dumps(config, indent=2).encode() + b"\n"}.items():
+            write_small(os.path.join(made.path, name), content)
         made.publish()
     finally:
         made.close()
@@ -134,14 +129,14 @@ def _strip(info: TensorInfo, count: int, deviation: float, rng: np.random.Genera
     return np.ascontiguousarray(from_float32(values, info.dtype)).astype(NUMPY_DTYPES[info.dtype], copy=False)
 
 
-def _write_shard(path: str, infos: List[TensorInfo], rng: np.random.Generator,
+def _write_shard(path: str, file: OutFile, rng: np.random.Generator,
                  advance: Callable[[int], object]) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         with Blocks() as blocks:
-            writer = FileWriter(fd, path, steps(infos, {"format": "pt"}), blocks)
+            writer = FileWriter(fd, path, file.steps(), blocks)
             deviation = 1.0
-            for info in infos:
+            for info in file.infos:
                 count = element_count(info.shape)
                 deviation = _DEVIATION.get(info.dtype, deviation)
                 for start in range(0, count, _STRIP_ELEMENTS):

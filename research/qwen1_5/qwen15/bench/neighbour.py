@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Mapping, Sequence
 
 from ..command_line import Parser, positive
 from ..kernels import library
+from ..machine import allowed_cpus
 from . import options, report, rounds
 from .engines import Engines
 from .ours import Decode, Ours, random_prompts
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> Measured:
         UserError: arguments that cannot be.
     """
     engines = Engines(args, args.context + args.new_tokens, max(args.batch))
-    cpus = sorted(os.sched_getaffinity(0))
+    cpus = sorted(allowed_cpus())
     neighbour = Neighbour(cpus[0])
     try:
         rows = [_row(engines.ours, neighbour, batch, len(cpus), args.context, args.new_tokens, args.rounds)

@@ -14,6 +14,7 @@ from ..config.keys import MODEL
 from ..config.load import load_config
 from ..config.schema import Config
 from ..errors import UserError
+from ..machine import cache_folder
 from . import report
 from .make_checkpoint import DTYPES, QUANTISED, dims_of, make_checkpoint
 from .make_checkpoint import size as family_size
@@ -72,7 +73,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, size: str = "0.5b", layers: 
                        help=f"of the random checkpoint (default {layers or 'the published number'})")
     group.add_argument("--dtype", choices=(*DTYPES, *QUANTISED),
                        help="of weights and KV cache (default: the checkpoint's own; bfloat16 for a random one)")
-    group.add_argument("--cache", metavar="FOLDER", default=cache_folder(),
+    group.add_argument("--cache", metavar="FOLDER", default=cache_folder("bench"),
                        help="where random checkpoints are kept (default %(default)s)")
 
 
@@ -95,11 +96,6 @@ def add_rounds(parser: argparse._ActionsContainer, rounds: int = 5) -> None:
     """Add how often everything is run; so often if nothing is said."""
     parser.add_argument("--rounds", type=positive, default=rounds, metavar="N",
                         help=f"runs of each, medians are shown (default {rounds})")
-
-
-def cache_folder() -> str:
-    """Where random checkpoints are kept: $XDG_CACHE_HOME/qwen15/bench, ~/.cache/qwen15/bench without it."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "qwen15", "bench")
 
 
 def find_checkpoint(args: argparse.Namespace) -> BenchCheckpoint:

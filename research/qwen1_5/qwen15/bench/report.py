@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence
 
 from ..checkpoint.atomic import write_small
 from ..errors import UserError
-from ..machine import cpu_fields, cpu_name
+from ..machine import allowed_cpus, cpu_fields, cpu_name
 
 _MADE_BY = "qwen15 bench"
 
@@ -81,7 +81,7 @@ COMPARED = (
 def machine() -> Dict[str, Any]:
     """This machine: CPU, cores this process may use, memory."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu_name(cpu_fields()), "cores": len(os.sched_getaffinity(0)),
+    return {"cpu": cpu_name(cpu_fields()), "cores": len(allowed_cpus()),
             "memory_gb": round(memory_bytes / 1e9, 1), "system": f"{platform.system()} {platform.release()}",
             "python": platform.python_version()}
 

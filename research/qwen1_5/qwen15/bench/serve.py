@@ -20,6 +20,7 @@ import numpy as np
 from ..command_line import Parser, positive
 from ..errors import EXIT_FAILED, UserError
 from ..generation.scheduler import PIECE_TOKENS
+from ..machine import allowed_cpus
 from . import child, options, report
 from .report import Column, Measured, number, text
 
@@ -145,7 +146,7 @@ def _throughput(own: options.BenchCheckpoint, port: int, jobs: Sequence[ClientRe
     from .ours import Ours
 
     longest = max(len(job.prompt) + job.new_tokens for job in jobs)
-    ours = Ours(own, threads or len(os.sched_getaffinity(0)), longest, clients)
+    ours = Ours(own, threads or len(allowed_cpus()), longest, clients)
     ours.engine.scheduler.max_batch = clients
     made = sum(job.new_tokens for job in jobs)
     served: List[float] = []

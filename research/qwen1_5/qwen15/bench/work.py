@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Optional
 
 from .. import naming
+from ..generation.memory import ITEM_BYTES
 from ..naming import Dims
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def matrix_elements(dims: Dims) -> int:

@@ -116,7 +116,7 @@ def _processor(cpuinfo: str) -> Tuple[str, Set[str]]:
 def check_cpu(cpuinfo: str = "/proc/cpuinfo") -> Finding:
     """The processor: its name, how much of it this process may use, and the instruction sets that matter here."""
     name, flags = _processor(cpuinfo)
-    usable = len(machine.processors().cpus)
+    usable = len(machine.allowed_cpus())
     known = " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no known vector extensions"
     return Finding("cpu", OK, f"{platform.machine()}, {name}, {usable} logical cores usable; {known}")
 

@@ -10,6 +10,7 @@ from typing import Collection, List, Optional
 
 from ..errors import EXIT_FAILED, UserError
 from ..json_file import read_json
+from ..machine import cache_folder
 from ..progress import byte_bar
 
 _SETTINGS = re.compile(r"[^/]+\.(json|jinja)|merges\.txt")
@@ -71,7 +72,7 @@ def verify(folder: str, repo: str) -> None:
     Raises:
         UserError: a file is not what its digest says.
     """
-    marks = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "qwen15", "verified")
+    marks = cache_folder("verified")
     os.makedirs(marks, exist_ok=True)
     for name in sorted(_files(folder)):
         path = os.path.realpath(os.path.join(folder, name))

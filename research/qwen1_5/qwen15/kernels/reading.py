@@ -101,10 +101,9 @@ def use(kernels: Library) -> None:
 
 
 def cache_path(kernels: Library) -> str:
-    """Where the way for this CPU, instruction set and number of threads is kept: below $XDG_CACHE_HOME or ~/.cache."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """Where the way for this CPU, instruction set and number of threads is kept."""
     cpu = re.sub(r"[^A-Za-z0-9]+", "-", machine.cpu_model()).strip("-").lower()[:80] or "cpu"
-    return os.path.join(folder, "qwen15", "reading", f"{cpu}-{kernels.kernels}-{kernels.threads}.json")
+    return os.path.join(machine.cache_folder("reading"), f"{cpu}-{kernels.kernels}-{kernels.threads}.json")
 
 
 def measured(kernels: Library) -> Way:

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
-from .. import device, interrupts, naming
+from .. import device, interrupts, machine, naming
 from ..checkpoint import casting
 from ..checkpoint.tensors import LONG_NAMES
 from ..config.schema import Config, ModelConfig
@@ -200,7 +200,7 @@ def start(settings: Any) -> Tuple[int, int]:
     """
     from mindformers import build_context
 
-    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
+    if len(machine.allowed_cpus()) < (os.cpu_count() or 1):
         # MindFormers counts all processors of the machine and pins ranks to numbers that a cpuset may not hold.
         os.environ.setdefault("CPU_AFFINITY", "False")
     try:

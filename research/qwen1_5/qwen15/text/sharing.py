@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Iterator, List, Tuple
 
 SLICE = 1 << 16
 """Characters of a long text that one thread takes at a time."""
 _LINE_START = re.compile(r"(?<=\n)\S")
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sliced(text: str) -> Iterator[str]:

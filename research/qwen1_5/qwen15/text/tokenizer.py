@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Pattern, Sequence, Tuple, Union, cast
 
 from ..errors import UserError
+from ..machine import allowed_cpus
 from ..whole_file import write_whole
 from . import tokenizer_json
 from .bpe import BytePairEncoder
 from .matching import one_of
-from .sharing import SLICE, even_groups, processors, sliced
+from .sharing import SLICE, even_groups, sliced
 from .template import CHATML, render
 from .tokenizer_config import (
     CONFIG_NAME,
@@ -302,7 +303,7 @@ class Qwen2Tokenizer:
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"each text must be a str, got {type(text).__name__}")
-        workers = processors()
+        workers = len(allowed_cpus())
         # Threads help because the merging runs without Python's lock; a few short texts are not worth handing over.
         if workers < 2 or sum(map(len, texts)) < 20000 or any("\n" in content for content in self._added_ids):
             return [self._encode(text, control_tokens) for text in texts]
