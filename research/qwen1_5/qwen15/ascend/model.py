@@ -11,6 +11,7 @@ import numpy as np
 from .. import naming
 from ..checkpoint import casting
 from ..checkpoint.tensors import SHORT_NAMES
+from ..config.hf_config import CONFIG_FILE, hf_config_of
 from ..naming import Dims
 from ..network.base import rope_tables
 from . import operators as plain
@@ -62,14 +63,8 @@ def save(folder: str, sizes: Dims, tensors: Dict[str, np.ndarray], ranks: int = 
     from safetensors.numpy import save_file
 
     save_file(tensors, os.path.join(folder, "model.safetensors"))
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": sizes.hidden_size,
-              "intermediate_size": sizes.intermediate_size, "num_hidden_layers": sizes.num_layers,
-              "num_attention_heads": sizes.num_heads, "num_key_value_heads": sizes.num_kv_heads,
-              "vocab_size": sizes.vocab_size, "tie_word_embeddings": sizes.tie_word_embeddings,
-              "rms_norm_eps": RMS_NORM_EPS, "rope_theta": THETA, "max_position_embeddings": SEQ_LENGTH,
-              "torch_dtype": "float32", "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 0}
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file)
+    with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
+        json.dump(hf_config_of(sizes, "float32", SEQ_LENGTH, 0, RMS_NORM_EPS, THETA), file)
     path = os.path.join(folder, "predict.yaml")
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"""\

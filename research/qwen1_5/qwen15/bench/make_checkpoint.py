@@ -18,6 +18,7 @@ from ..checkpoint.file_writer import Blocks, FileWriter
 from ..checkpoint.quantised import SCALE, ZERO, Scheme
 from ..checkpoint.tensors import NUMPY_DTYPES, SHORT_NAMES, TensorInfo, element_count
 from ..command_line import Parser, positive, whole
+from ..config.hf_config import CONFIG_FILE, hf_config_of
 from ..conversion.plan import OutFile, index_of, shape_files, shard_names
 from ..errors import did_you_mean
 from ..progress import byte_bar
@@ -43,20 +44,6 @@ def dims_of(member: str, layers: Optional[int] = None) -> naming.Dims:
     """Sizes of a family member ('0.5b', '72B'), with another number of layers if one is given."""
     dims = family.FAMILY[member.upper()]
     return dims if layers is None else dataclasses.replace(dims, num_layers=layers)
-
-
-def hf_config(dims: naming.Dims, dtype: str) -> dict:
-    """config.json of a Qwen2ForCausalLM with these sizes."""
-    end = min(151643, dims.vocab_size - 1)
-    return {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": dtype,
-        "hidden_size": dims.hidden_size, "intermediate_size": dims.intermediate_size,
-        "num_hidden_layers": dims.num_layers,
-        "num_attention_heads": dims.num_heads, "num_key_value_heads": dims.num_kv_heads, "vocab_size": dims.vocab_size,
-        "tie_word_embeddings": dims.tie_word_embeddings, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "max_position_embeddings": 32768, "use_sliding_window": False, "bos_token_id": end, "eos_token_id": end,
-        "initializer_range": 0.02, "attention_dropout": 0.0, "use_cache": True,
-    }
 
 
 def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", seed: int = 0,
@@ -91,8 +78,9 @@ def make_checkpoint(folder: str, dims: naming.Dims, dtype: str = "bfloat16", see
         with byte_bar("writing", total) as bar:
             for file in files:
                 _write_shard(os.path.join(made.path, file.name), file, rng, bar.update)
-        config = hf_config(dims, "bfloat16" if dtype in QUANTISED else dtype)
-        for name, content in {**index_of(files), "config.json": json.dumps(config, indent=2).encode() + b"\n"}.items():
+        config = hf_config_of(dims, "bfloat16" if dtype in QUANTISED else dtype, max_positions=32768,
+                              end=min(151643, dims.vocab_size - 1))
+        for name, content in {**index_of(files), CONFIG_FILE: json.dumps(config, indent=2).encode() + b"\n"}.items():
             write_small(os.path.join(made.path, name), content)
         made.publish()
     finally:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from ..checkpoint.quantised import Scheme
-from ..conversion.quantise import levels, nearest_scale, nearest_zero
+from ..conversion.quantise import inverse_of, levels, nearest_scale, nearest_zero
 
 DAMPING = 0.01
 """What is added to H's diagonal, against its mean: columns that the text hardly moved are rounded to nearest."""
@@ -113,7 +113,7 @@ def compensated(weight: np.ndarray, factor: np.ndarray, scheme: Scheme) -> Round
                 members = columns[i:i + scheme.group_size].T[:, None, :]
                 scales[:, group] = nearest_scale(members, scheme.bits)[:, 0]
                 scale = scales[:, group].astype(np.float32)
-                inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+                inverse = inverse_of(scales[:, group])
                 if zeros is not None:
                     zeros[:, group] = nearest_zero(members, inverse[:, None])[:, 0]
                     zero = zeros[:, group].astype(np.float32)

@@ -160,9 +160,7 @@ class Calibration:
         """(layers that are done, the activations that the next one is given) of an earlier run of the same."""
         assert self._folder is not None
         folder = self._folder.path
-        sources = [[os.path.realpath(file.path), os.stat(file.path).st_size, os.stat(file.path).st_mtime_ns]
-                   for file in source.files]
-        record = json.dumps([sources, repr(config.dims), config.rms_norm_eps, config.rope_theta, self.describe(),
+        record = json.dumps([source.state(), repr(config.dims), config.rms_norm_eps, config.rope_theta, self.describe(),
                              recipe.bits, recipe.group_size], sort_keys=True).encode()
         path = os.path.join(folder, _RECORD)
         try:

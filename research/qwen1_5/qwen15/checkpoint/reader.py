@@ -76,6 +76,11 @@ class Checkpoint:
         """Fill `buffer` with the tensor's bytes from byte `offset` on; maps nothing."""
         self.file_of(name).read_into(name, offset, buffer)
 
+    def state(self) -> List[List[Union[str, int]]]:
+        """Path, size and time of each file: the same as long as nobody has changed them."""
+        return [[os.path.realpath(file.path), os.stat(file.path).st_size, os.stat(file.path).st_mtime_ns]
+                for file in self.files]
+
     def close(self) -> None:
         """Close the files. Arrays that were read stay valid."""
         for file in self.files:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, replace
-from typing import Any, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 from .. import device, terminal
 from ..ascend import mcore_yaml
 from ..command_line import Parser, positive
+from ..config.checkpoint_files import read_beside
 from ..config.hf_config import dims_from_hf_config
-from ..config.keys import KEYS, MODEL, convert, size_bytes
+from ..config.keys import KEYS, MODEL, size_bytes
 from ..config.schema import ModelConfig, ParallelConfig
 from ..conversion.cli import add_hub_flag
 from ..errors import UserError
 from ..generation import memory
 from ..hub.resolve import resolve
-from ..json_file import read_json
 from ..naming import Dims, indivisible
-from ..text.tokenizer_config import read_template
+from ..text.tokenizer_config import CONFIG_NAME, default_template, read_config, read_template, token_content
 from ..whole_file import write_whole
 
 _LONGEST = 8192
@@ -189,9 +189,12 @@ def yaml_for(checkpoint: str, model_parallel: Optional[int] = None, name: Option
     if not os.path.isdir(checkpoint):
         raise UserError("is not a folder", checkpoint, "Give the downloaded model's folder, the one with config.json, "
                         "or the model's name on a hub: OWNER/NAME.")
-    hf = dims_from_hf_config(checkpoint)
-    generation = _generation_settings(os.path.join(checkpoint, "generation_config.json"))
-    tokenizer = _settings(os.path.join(checkpoint, "tokenizer_config.json"))
+    beside = read_beside(checkpoint)
+    hf = beside.hf or dims_from_hf_config(checkpoint)
+    generation = {name: beside.from_generation(name)[0]
+                  for name in ("eos_token_id", "pad_token_id", "bos_token_id", *_SAMPLING)}
+    tokenizer_path = os.path.join(checkpoint, CONFIG_NAME)
+    tokenizer, template = read_config(tokenizer_path), read_template(checkpoint)
     longest = hf.max_position_embeddings or _LONGEST
     seq_length, block_size = _lengths(min(longest, _LONGEST))
     eos = generation["eos_token_id"] or hf.eos_token_ids
@@ -202,6 +205,10 @@ def yaml_for(checkpoint: str, model_parallel: Optional[int] = None, name: Option
                         "Add it to config.json: without it answers do not end.")
     sampling = tuple((name, _first(generation[name], KEYS[MODEL + name].default)) for name in _SAMPLING)
     length = tokenizer.get("model_max_length")
+
+    def token(role: str) -> str:
+        return token_content(tokenizer.get(role), role, tokenizer_path) or _END
+
     sequences = 2 if hf.dims.num_kv_heads == hf.dims.num_heads else 4
     contents = PredictYaml(
         title=f"{name or _folder_name(checkpoint)}: written by qwen15 make-yaml from its config.json.",
@@ -210,9 +217,9 @@ def yaml_for(checkpoint: str, model_parallel: Optional[int] = None, name: Option
         pad_token_id=pad, bos_token_id=bos, max_decode_length=min(2048, seq_length), sampling=sampling,
         model_parallel=1, vocab_emb_dp=True, max_device_memory=_CARD,
         model_max_length=length if isinstance(length, int) and length < 2 ** 31 else longest,
-        tokens=(_token_text(tokenizer, "unk_token"), _token_text(tokenizer, "eos_token"),
-                _token_text(tokenizer, "pad_token")),
-        chat_template=_template(tokenizer, checkpoint))
+        tokens=(token("unk_token"), token("eos_token"), token("pad_token")),
+        chat_template=default_template(tokenizer.get("chat_template"), tokenizer_path) if template is None
+        else template)
     return _spread(contents, model_parallel, checkpoint)
 
 
@@ -255,47 +262,8 @@ def _lengths(longest: int) -> Tuple[int, int]:
     return longest, longest
 
 
-def _settings(path: str) -> Mapping[str, Any]:
-    """The object in a JSON file that a model may or may not come with."""
-    if not os.path.isfile(path):
-        return {}
-    contents = read_json(path)
-    if not isinstance(contents, dict):
-        raise UserError("is not an object of settings", path, "Download the file again.")
-    return contents
-
-
-def _generation_settings(path: str) -> Mapping[str, Any]:
-    """What generation_config.json says of tokens and sampling, checked like the YAML's keys; None for the rest."""
-    contents, checked = _settings(path), {}
-    for name in ("eos_token_id", "pad_token_id", "bos_token_id", *_SAMPLING):
-        try:
-            checked[name] = convert(KEYS[MODEL + name], contents.get(name))
-        except ValueError as error:
-            raise UserError(f"{name} {error}", path) from None
-    return checked
-
-
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
-
-
-def _token_text(settings: Mapping[str, Any], name: str) -> str:
-    value = settings.get(name)
-    if isinstance(value, dict):  # an AddedToken written out
-        value = value.get("content")
-    return value if isinstance(value, str) and value else _END
-
-
-def _template(settings: Mapping[str, Any], checkpoint: str) -> Optional[str]:
-    beside = read_template(checkpoint)
-    if beside is not None:
-        return beside
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several templates by name
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
 
 
 def parser() -> Parser:

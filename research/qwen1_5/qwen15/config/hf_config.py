@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 from ..errors import UserError, did_you_mean
 from ..json_file import read_json
@@ -40,6 +40,20 @@ class HfConfig:
     eos_token_ids: Tuple[int, ...]
     pad_token_id: Optional[int]
     where: str
+
+
+def hf_config_of(dims: Dims, torch_dtype: str, max_positions: int, end: int, rms_norm_eps: float = 1e-6,
+                 rope_theta: float = 1e6) -> Dict[str, Any]:
+    """The config.json of a model with these sizes; `end` is the token id that ends a text."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": torch_dtype,
+        "hidden_size": dims.hidden_size, "intermediate_size": dims.intermediate_size,
+        "num_hidden_layers": dims.num_layers,
+        "num_attention_heads": dims.num_heads, "num_key_value_heads": dims.num_kv_heads, "vocab_size": dims.vocab_size,
+        "tie_word_embeddings": dims.tie_word_embeddings, "rms_norm_eps": rms_norm_eps, "rope_theta": rope_theta,
+        "max_position_embeddings": max_positions, "use_sliding_window": False, "bos_token_id": end, "eos_token_id": end,
+        "initializer_range": 0.02, "attention_dropout": 0.0, "use_cache": True,
+    }
 
 
 def dims_from_hf_config(source: Union[str, "os.PathLike[str]", Mapping[str, Any]]) -> HfConfig:

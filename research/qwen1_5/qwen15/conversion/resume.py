@@ -86,11 +86,7 @@ def _size_of(path: str) -> int:
 
 def fingerprint(plan: "Plan") -> str:
     """A number for a plan and the state of its sources: the same only if taking up the work gives the same result."""
-    sources = []
-    for source in plan.sources:
-        for file in source.files:
-            there = os.stat(file.path)
-            sources.append([os.path.realpath(file.path), there.st_size, there.st_mtime_ns])
+    sources = [state for source in plan.sources for state in source.state()]
     moves = [[move.label, move.dtype, move.target_dtype, [[d.file, d.name, repr(d.region)] for d in move.destinations]]
              for move in plan.moves]
     files = [[file.name, file.kind, sorted(file.metadata.items())] for file in plan.files]

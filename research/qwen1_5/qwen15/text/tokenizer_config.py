@@ -24,21 +24,24 @@ class AddedToken(NamedTuple):
     special: bool = True
 
 
+def _read(path: str, what: str, fix: str) -> Optional[str]:
+    try:
+        return read_small(path, _MOST_BYTES, what, fix).decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", path, fix) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text (byte {error.start})", path, fix) from None
+
+
 def read_template(folder: str) -> Optional[str]:
     """The chat template that transformers 4.43 and later write into a file of its own; None where there is none.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
-    path = os.path.join(folder, TEMPLATE_NAME)
-    try:
-        return read_small(path, _MOST_BYTES, "a chat template").decode("utf-8")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", path) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", path, "Fetch it again.") from None
+    return _read(os.path.join(folder, TEMPLATE_NAME), "a chat template", "Fetch it again.")
 
 
 def read_config(path: str) -> Dict[str, Any]:
@@ -48,14 +51,9 @@ def read_config(path: str) -> Dict[str, Any]:
         UserError: it cannot be read, is too large or no JSON object.
     """
     fix = "Fetch it again, or move it away to do without."
+    found = _read(path, "a tokenizer_config.json", fix)
     try:
-        config = strict_json.loads(read_small(path, _MOST_BYTES, "a tokenizer_config.json", fix).decode("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", path, fix) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", path, fix) from None
+        config = strict_json.loads(found) if found is not None else {}
     except ValueError as error:
         raise UserError(str(error), path, fix) from None
     if not isinstance(config, dict):
