@@ -75,18 +75,114 @@ def test_a_quantised_checkpoint_means_the_same_here_and_goes_back_bit_for_bit(tm
         assert not (back / "source_layout.json").exists()
 
 
-@pytest.mark.parametrize("packing, form", [
-    ("auto_round:auto_gptq", Form(sym=False)), ("auto_round:gptqmodel", Form(sym=False, version=2)),
-    ("auto_round", Form(sym=False, version=2)), ("auto_round:auto_awq", Form("awq", sym=False))])
-def test_what_autoround_packs_is_read_in_the_layout_that_it_names(tmp_path, packing, form):
-    settings = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": form.group,
-                "extra_config": {"lm_head": {"bits": 16}}}
+INTEGER_BY_INTEGER, WORD_BY_WORD, AS_THEY_ARE = (Form(sym=False), Form(sym=False, by_gptqmodel=True),
+                                                 Form(sym=False, version=2))
+AUTOROUND = {
+    "packing_format auto_round:auto_gptq": ({"packing_format": "auto_round:auto_gptq"}, INTEGER_BY_INTEGER),
+    "... of 0.5": ({"packing_format": "auto_round:gptq", "autoround_version": "0.5.1"}, INTEGER_BY_INTEGER),
+    "... of 0.6": ({"packing_format": "auto_round:gptq", "autoround_version": "0.6.0"}, WORD_BY_WORD),
+    "... of 0.12": ({"packing_format": "auto_round:auto_gptq", "autoround_version": "0.12.0.dev1"}, WORD_BY_WORD),
+    "packing_format auto_round:gptqmodel": ({"packing_format": "auto_round:gptqmodel", "autoround_version": "0.16.1"},
+                                            AS_THEY_ARE),
+    "packing_format auto_round": ({"packing_format": "auto_round"}, AS_THEY_ARE),
+    "packing_format auto_round:auto_awq": ({"packing_format": "auto_round:auto_awq"}, Form("awq", sym=False)),
+    "GPTQ of 0.12": ({"quant_method": "gptq", "provider": "auto-round", "autoround_version": "0.12.0"},
+                     INTEGER_BY_INTEGER),
+    "GPTQ of 0.14": ({"quant_method": "gptq", "provider": "auto-round", "autoround_version": "0.14.0"}, WORD_BY_WORD),
+    "backend with gptq, of 0.3": ({"quant_method": "intel/auto-round", "backend": "auto_round:gptq:exllamav2"},
+                                  INTEGER_BY_INTEGER),
+    "backend without gptq, of 0.3": ({"quant_method": "intel/auto-round", "backend": "auto_round:exllamav2"},
+                                     AS_THEY_ARE),
+    "backend awq, of 0.4": ({"backend": "auto_round:awq"}, Form("awq", sym=False)),
+    "neither": ({"backend": "auto"}, INTEGER_BY_INTEGER),
+}
+
+
+@pytest.mark.parametrize("name", AUTOROUND)
+def test_what_autoround_packs_is_read_in_the_layout_that_it_names(tmp_path, name):
+    own, form = AUTOROUND[name]
+    settings = {"quant_method": "auto-round", "bits": 4, "group_size": form.group, "sym": False,
+                "extra_config": {"lm_head": {"bits": 16}}, **own}
     contents, wanted = write_quantised(tmp_path / "hf", form, quantization_config=settings)
     convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.safetensors"))))
     found = meanings(tmp_path / "x.safetensors")
     assert set(found) == set(wanted) and all(np.array_equal(found[key], wanted[key]) for key in wanted)
     convert(plan_to_hugging_face(str(tmp_path / "x.safetensors"), Output(str(tmp_path / "back"))))
     assert read_contents(tmp_path / "back") == contents
+
+
+def test_settings_that_autoround_keeps_beside_config_json_alone_are_read(tmp_path):
+    contents, wanted = write_quantised(tmp_path / "hf", AS_THEY_ARE, quantization_config=None)
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel", "bits": 4, "group_size": 64}
+    (tmp_path / "hf" / "quantization_config.json").write_text(json.dumps(settings))
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "ms" / "x.safetensors"))))
+    found = meanings(tmp_path / "ms" / "x.safetensors")
+    assert set(found) == set(wanted) and all(np.array_equal(found[key], wanted[key]) for key in wanted)
+    convert(plan_to_hugging_face(str(tmp_path / "ms" / "x.safetensors"), Output(str(tmp_path / "back"))))
+    assert read_contents(tmp_path / "back") == contents
+    assert json.loads((tmp_path / "back" / "quantization_config.json").read_text()) == settings
+    convert(plan_to_hugging_face(str(tmp_path / "ms" / "x.safetensors"),
+                                 Output(str(tmp_path / "floats"), dequantise=True)))
+    assert not (tmp_path / "floats" / "quantization_config.json").exists()
+
+
+def test_one_file_of_any_name_with_quantize_config_json_is_read(tmp_path):
+    contents, wanted = write_quantised(tmp_path / "hf", Form(biases=True, settings_file="quantize_config.json"))
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "gptq_model-4bit-64g.safetensors")
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.safetensors"))))
+    found = meanings(tmp_path / "x.safetensors")
+    assert set(found) == set(wanted) and all(np.array_equal(found[key], wanted[key]) for key in wanted)
+
+
+def overwritten(z, bits):
+    """AutoGPTQ's words of zero points [G, O]: of a 0 less one all 32 bits are set, over those of what follows it."""
+    made = np.zeros((len(z), z.shape[1] * bits // 32), np.uint32)
+    for column in range(z.shape[1]):
+        made[:, column * bits // 32] |= (z[:, column] - 1).astype(np.uint32) << np.uint32(column * bits % 32)
+    return made.view(np.int32)
+
+
+@pytest.mark.parametrize("bits, read", [(4, [5, 9, 0, 0, 0, 0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 0]),
+                                        (8, [5, 9, 0, 0, 200, 0, 0, 0])])
+def test_zero_points_that_autogptq_has_overwritten_are_read_as_it_reads_them_and_told(tmp_path, bits, read):
+    whole = np.array({4: [5, 9, 0, 7, 7, 7, 7, 7, 3, 3, 3, 3, 3, 3, 3, 0], 8: [5, 9, 0, 7, 200, 0, 1, 2]}[bits])
+    z = np.tile(whole, (3, 128 // len(whole)))
+    base = "model.layers.1.mlp.down_proj"
+    contents, _ = write_quantised(tmp_path / "hf", Form(bits=bits),
+                                  change=lambda c: {**c, f"{base}.qzeros": entry(overwritten(z, bits))})
+    plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.safetensors")))
+    words = {4: 128 // 16, 8: 2 * 128 // 8}[bits] * 3
+    assert any(f"{words} words of zero points (first in {base}.qzeros) hold a 0 before others" in note
+               for note in plan.notes)
+    convert(plan)
+    with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+        zero = checkpoint.read("model.layers.1.feed_forward.w2.weight_zero")
+    stored = zero if bits == 4 else zero.view(np.uint8) ^ 128
+    assert stored.T.tolist() == [read * (128 // len(read))] * 3
+    convert(plan_to_hugging_face(str(tmp_path / "x.safetensors"), Output(str(tmp_path / "back"))))
+    assert read_contents(tmp_path / "back") == contents
+
+
+@pytest.mark.parametrize("form", [Form(), WORD_BY_WORD, AS_THEY_ARE, Form("awq", sym=False),
+                                  Form("compressed-tensors", sym=False)])
+def test_zero_points_that_nobody_doubts_are_not_spoken_of(tmp_path, form):
+    write_quantised(tmp_path / "hf", form)
+    plan = plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.safetensors")))
+    assert not any("words of zero points" in note for note in plan.notes)
+    plan.close()
+
+
+def test_compressed_tensors_in_several_groups_of_one_form_are_read(tmp_path):
+    form = Form("compressed-tensors", sym=False)
+    settings = form.settings()
+    (group,) = settings["config_groups"].values()
+    settings["config_groups"] = {"group_1": {**group, "targets": ["re:.*self_attn.*"]},
+                                 "group_2": {**group, "targets": ["re:.*mlp.*"]}}
+    _, wanted = write_quantised(tmp_path / "hf", form, quantization_config={
+        **settings, "ignore": ["re:.*lm_head"], "kv_cache_scheme": None, "transform_config": {}})
+    convert(plan_to_mindspore(str(tmp_path / "hf"), Output(str(tmp_path / "x.safetensors"))))
+    found = meanings(tmp_path / "x.safetensors")
+    assert set(found) == set(wanted) and all(np.array_equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("name", ["gptq-4", "gptq-8", "awq-asym", "compressed-4-asym-rows"])
@@ -294,11 +390,18 @@ DAMAGE = {
                                            "dynamic gives +:.*down_proj bits 8, the other layers have 4"),
     "AutoRound's other groups for a layer": (None, {"extra_config": {f"{BASE}": {"group_size": 32}}},
                                              f"extra_config gives {BASE} group_size 32, the other layers have 64"),
+    "AutoRound with quantised activations": (None, {"quant_method": "auto-round", "act_bits": 8},
+                                             "activations of 8 bits"),
+    "AutoRound with a rotation": (None, {"rotation_config": {"block_size": 32}}, "rotates activations while it runs"),
+    "GPTQModel with a rotation": (None, {"rotation": "hadamard"}, "rotation says that the model rotates activations"),
+    "GPTQModel with a LoRA": (None, {"meta": {"adapter": {"path": "eora"}}}, "adapter says that the model adds a LoRA"),
+    "settings without a method": (None, {"quant_method": None}, "quant_method is missing"),
     "AutoRound in MX": (None, {"quant_method": "auto-round", "packing_format": "auto_round:mx"}, "'auto_round:mx'"),
 }
 
 
 AWQ, COMPRESSED = Form(layout="awq", sym=False), Form(layout="compressed-tensors", sym=False)
+GROUPS = COMPRESSED.settings()["config_groups"]
 OTHER_DAMAGE = {
     "AWQ without zero points": (AWQ, without(f"{BASE}.qzeros"), {}, f"{BASE}.qzeros is missing"),
     "AWQ packed as GPTQ is": (
@@ -335,6 +438,14 @@ OTHER_DAMAGE = {
         "make it [128, 3]",
     ),
     "compressed-tensors of floats": (COMPRESSED, None, {"format": "float-quantized"}, "'float-quantized'"),
+    "compressed-tensors with a quantised cache": (COMPRESSED, None, {"kv_cache_scheme": {"num_bits": 8}},
+                                                  "kv_cache_scheme (a quantised key-value cache) is not supported"),
+    "compressed-tensors with a rotation": (COMPRESSED, None, {"transform_config": {"config_groups": {"R1": {}}}},
+                                           "transform_config says that the model rotates activations"),
+    "compressed-tensors with two ways": (
+        COMPRESSED, None, {"config_groups": {**GROUPS, "group_1": {"weights": {**GROUPS["group_0"]["weights"],
+                                                                               "num_bits": 8}}}},
+        "config_groups quantises group_0 and group_1 differently"),
     "GPTQ's bits as a text": (Form(), None, {"bits": "four"}, "'four' bits"),
     "GPTQ's group of nothing": (Form(), None, {"group_size": 0}, "group_size 0 is not supported"),
 }

@@ -179,7 +179,7 @@ def _missing_hint(checkpoint: Checkpoint, missing: Sequence[str], expected: Expe
         return f"If the head is the embedding, {expected.sizes_from} must say tie_word_embeddings true."
     if any(FOREIGN_QUANTISED.search(name) for name in checkpoint.infos):
         return ("These are tensors of GPTQ, AWQ or the like, and nothing beside them says which: put config.json (with "
-                "quantization_config) or quantize_config.json of the same model there.")
+                "quantization_config), quantize_config.json or quantization_config.json of the same model there.")
     if expected.names == "hf" and any(naming.ms_to_hf(name) not in (None, name) for name in checkpoint.infos):
         return "These are MindSpore's names: convert_reversed.py goes from there to Hugging Face."
     if expected.names == "ms" and any(naming.hf_to_ms(name) not in (None, name) for name in checkpoint.infos):

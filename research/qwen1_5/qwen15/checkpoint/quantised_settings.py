@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 
@@ -10,9 +11,16 @@ from ..errors import UserError
 from ..json_file import read_json
 
 CONFIG_KEY = "quantization_config"
-SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
+SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 OURS = "qwen15"
 """`quant_method` of checkpoints that `--quantize` made."""
+_MORE_THAN_WEIGHTS = {"transform_config": "rotates activations", "rotation_config": "rotates activations",
+                      "spinquant_config": "rotates activations", "rotation": "rotates activations",
+                      "adapter": "adds a LoRA", "activation": "quantises activations"}
+"""Keys of compressed-tensors, AutoRound and GPTQModel -> what such a model does besides multiplying by its weights."""
+_AUTOROUND_BORROWS_SINCE = {"auto-round": (0, 6), "gptq": (0, 13)}
+"""`quant_method` of AutoRound's GPTQ files -> its first version that takes the one off whole words. Before, it packed
+as AutoGPTQ does; since 0.16 it stores a zero point of 0 as if it were 1, and nothing is borrowed."""
 _FIX = "Read are GPTQ and compressed-tensors of 4 and 8 bits, and AWQ GEMM of 4; or take the unquantised model."
 
 
@@ -82,6 +90,10 @@ def group_size_of(folder: str) -> Optional[int]:
 def _parse(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     method = str(found.get("quant_method")).lower()
     _refuse_other_layers(found, where)
+    meta = found.get("meta")
+    for key, what in _MORE_THAN_WEIGHTS.items():
+        if found.get(key) or (isinstance(meta, dict) and meta.get(key)):
+            raise UserError(f"{key} says that the model {what} while it runs, which is not supported", where, _FIX)
     if method in ("auto-round", "intel/auto-round"):
         method, found = _auto_round(found, where)
     if method == "gptq":
@@ -90,6 +102,9 @@ def _parse(found: Mapping[str, Any], where: str) -> QuantizationConfig:
         return _awq(found, where)
     if method == "compressed-tensors":
         return _compressed(found, where)
+    if found.get("quant_method") is None:
+        raise UserError(f"{CONFIG_KEY} does not say how the model is quantised: quant_method is missing", where,
+                        "Put it there (gptq, awq or compressed-tensors), or download the file again.")
     raise UserError(f"quant_method {found.get('quant_method')!r} is not supported", where, _FIX)
 
 
@@ -110,14 +125,24 @@ def _refuse_other_layers(found: Mapping[str, Any], where: str) -> None:
 
 def _auto_round(found: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
     """The method whose layout AutoRound has packed in, and the settings as that method has them."""
-    packing = str(found.get("packing_format", "auto_round:auto_gptq"))
+    if isinstance(found.get("act_bits"), int) and found["act_bits"] < 16:
+        raise UserError(f"AutoRound with activations of {found['act_bits']} bits is not supported", where, _FIX)
+    packing = str(found.get("packing_format") or _packing_of_backend(str(found.get("backend") or "auto")))
     if packing in ("auto_round", "auto_round:gptqmodel"):
         return "gptq", {**found, "checkpoint_format": "gptq_v2"}
-    if packing in ("auto_round:auto_gptq", "auto_round:gptq"):
+    if packing in ("auto_round:auto_gptq", "auto_round:gptq", "auto"):
         return "gptq", found
     if packing in ("auto_round:auto_awq", "auto_round:awq"):
         return "awq", found
     raise UserError(f"AutoRound's packing_format {packing!r} is not supported", where, _FIX)
+
+
+def _packing_of_backend(backend: str) -> str:
+    """What AutoRound before 0.5 said in place of `packing_format`: 'auto_round:gptq:exllamav2', 'auto_round:triton'."""
+    for name in ("awq", "gptqmodel", "gptq"):
+        if name in backend:
+            return f"auto_round:{name}"
+    return "auto_round" if backend.startswith("auto_round") else backend
 
 
 def _gptq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
@@ -129,7 +154,16 @@ def _gptq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     group = _group(found.get("group_size"), where)
     return QuantizationConfig("gptq", _bits(found.get("bits"), (4, 8), "GPTQ", where), group,
                               2 if form == "gptq_v2" else 1, where, found.get("desc_act") is True and group > 0,
-                              borrows=form == "gptq" and _is_of_gptqmodel(found))
+                              borrows=form == "gptq" and (_is_of_gptqmodel(found) or _is_of_borrowing_autoround(found)))
+
+
+def _is_of_borrowing_autoround(found: Mapping[str, Any]) -> bool:
+    method = str(found.get("quant_method")).lower().rpartition("/")[2]
+    since = _AUTOROUND_BORROWS_SINCE.get(method)
+    if since is None or (method == "gptq" and found.get("provider") != "auto-round"):
+        return False
+    numbers = re.match(r"(\d+)\.(\d+)", str(found.get("autoround_version")))
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= since
 
 
 def _is_of_gptqmodel(found: Mapping[str, Any]) -> bool:
@@ -149,18 +183,30 @@ def _awq(found: Mapping[str, Any], where: str) -> QuantizationConfig:
 
 def _compressed(found: Mapping[str, Any], where: str) -> QuantizationConfig:
     groups = found.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(next(iter(groups.values())), dict):
-        raise UserError("compressed-tensors with other than one of config_groups is not supported", where, _FIX)
-    (group,) = groups.values()
+    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+        raise UserError("compressed-tensors without config_groups is not supported", where, _FIX)
+    sparsity = found.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
+        raise UserError(f"compressed-tensors with sparsity {sparsity.get('format')!r} is not supported", where, _FIX)
+    if found.get("kv_cache_scheme"):
+        raise UserError("compressed-tensors with kv_cache_scheme (a quantised key-value cache) is not supported", where,
+                        _FIX)
+    schemes = {name: _compressed_group(found, group, where) for name, group in groups.items()}
+    first, *others = schemes.items()
+    for name, scheme in others:
+        if scheme != first[1]:
+            raise UserError(f"config_groups quantises {first[0]} and {name} differently: a checkpoint with more than "
+                            "one way is not supported", where, _FIX)
+    return first[1]
+
+
+def _compressed_group(found: Mapping[str, Any], group: Mapping[str, Any], where: str) -> QuantizationConfig:
     form = group.get("format") or found.get("format")
     if form != "pack-quantized":
         raise UserError(f"compressed-tensors in format {form!r} is not supported, only pack-quantized", where, _FIX)
     for key in ("input_activations", "output_activations"):
         if group.get(key):
             raise UserError(f"compressed-tensors with {key} is not supported, only with quantised weights", where, _FIX)
-    sparsity = found.get("sparsity_config")
-    if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
-        raise UserError(f"compressed-tensors with sparsity {sparsity.get('format')!r} is not supported", where, _FIX)
     weights = group.get("weights")
     if not isinstance(weights, dict) or weights.get("type", "int") != "int":
         raise UserError("compressed-tensors whose weights are not integers are not supported", where, _FIX)
@@ -169,8 +215,9 @@ def _compressed(found: Mapping[str, Any], where: str) -> QuantizationConfig:
         raise UserError(f"compressed-tensors with strategy {strategy!r} is not supported", where, _FIX)
     size = -1 if strategy == "channel" else weights.get("group_size")
     bits = _bits(weights.get("num_bits"), (4, 8), "compressed-tensors", where)
-    return QuantizationConfig("compressed-tensors", bits, _group(size, where), 2, where,
-                              weights.get("actorder") in ("group", "dynamic", True), weights.get("symmetric") is False)
+    has_order = str(weights.get("actorder")).lower() in ("group", "dynamic", "true")
+    return QuantizationConfig("compressed-tensors", bits, _group(size, where), 2, where, has_order,
+                              weights.get("symmetric") is False)
 
 
 def _bits(value: Any, known: tuple[int, ...], method: str, where: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterable, Optional
+from typing import Iterable, Mapping, Optional
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from .quantised_layouts import (
     shapes,
 )
 from .quantised_settings import QuantizationConfig
+from .quantised_words import overflowing_words
 from .reader import Checkpoint
 from .tensors import TensorInfo
 from .view import Made, View
@@ -39,11 +40,13 @@ class QuantisedSource:
         view: the checkpoint in the stored form.
         linears: that are quantised.
         zero_biases: names of stored biases that are zero and that the network does not have.
+        doubtful: tensor of zero points -> in how many of its words writers of this layout do not agree.
     """
 
     view: View
     linears: tuple[Linear, ...]
     zero_biases: tuple[str, ...]
+    doubtful: Mapping[str, int]
 
 
 def read_quantised(source: Checkpoint, settings: QuantizationConfig, weights: Iterable[Weight]) -> QuantisedSource:
@@ -60,6 +63,7 @@ def read_quantised(source: Checkpoint, settings: QuantizationConfig, weights: It
     made: dict[str, Made] = {}
     hidden: set[str] = set()
     linears, zero_biases = [], []
+    doubtful: dict[str, int] = {}
     needed = {weight.hf: weight for weight in weights}
     for weight in needed.values():
         if len(weight.shape) != 2 or not weight.hf.endswith(".weight"):
@@ -78,12 +82,16 @@ def read_quantised(source: Checkpoint, settings: QuantizationConfig, weights: It
             made[tensor.info.name] = tensor
         hidden.update(f"{linear.base}.{suffix}" for suffix in parts)
         linears.append(linear)
+        if settings.version == 1 and not settings.borrows:
+            zeros = f"{linear.base}.{ZEROS[settings.layout]}"
+            doubtful[zeros] = overflowing_words(source.read(zeros), settings.bits)
         bias = f"{linear.base}.bias"
         if bias in source.infos and bias not in needed:
             _refuse_bias(source, bias)
             zero_biases.append(bias)
     view = View(source, made, frozenset(hidden | set(zero_biases)))
-    return QuantisedSource(view, tuple(linears), tuple(zero_biases))
+    return QuantisedSource(view, tuple(linears), tuple(zero_biases),
+                           {name: count for name, count in doubtful.items() if count})
 
 
 def _made(source: Checkpoint, settings: QuantizationConfig, linear: Linear, parts: list[str]) -> list[Made]:

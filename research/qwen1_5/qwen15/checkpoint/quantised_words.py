@@ -71,3 +71,9 @@ def plus_ones(words: np.ndarray, bits: int) -> np.ndarray:
 def minus_ones(words: np.ndarray, bits: int) -> np.ndarray:
     """The inverse of `plus_ones`: a 0 borrows from the next."""
     return (np.ascontiguousarray(words).view(np.uint32) - _ONES[bits]).view(np.int32)
+
+
+def overflowing_words(words: np.ndarray, bits: int) -> int:
+    """How many int32 words [R, C] have an integer, the last one apart, from which one more would be carried."""
+    values = unpack_columns(words, bits).reshape(-1, 32 // bits)
+    return int((values[:, :-1] == 2 ** bits - 1).any(axis=1).sum())
