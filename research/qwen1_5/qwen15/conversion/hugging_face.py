@@ -165,8 +165,8 @@ def _stored_form(source: Checkpoint, settings: Optional[QuantizationConfig], wei
 def _doubt(doubtful: Mapping[str, int]) -> str:
     """What to say of zero points that the writer of a checkpoint may have damaged."""
     return (f"{sum(doubtful.values())} words of zero points (first in {next(iter(doubtful))}) hold a 0 before others: "
-            "AutoGPTQ overwrites the others then, and readers differ. Each is read by itself, all ones as 0; rather take "
-            "this model as gptq_v2, or symmetric")
+            "AutoGPTQ overwrites the others then, and readers differ. Each is read by itself, all ones as 0; rather "
+            "take this model as gptq_v2, or symmetric")
 
 
 def _gguf_sidecars(folder: str, contents: Mapping[str, object], changes: Mapping[str, object], plan: Plan
