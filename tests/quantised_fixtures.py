@@ -106,6 +106,7 @@ def awq_words(values: np.ndarray) -> np.ndarray:
 def entry(array: np.ndarray) -> tuple:
     """A tensor as `checkpoint_fixtures.Contents` has it."""
     kind = {
+        np.dtype(np.int8): "I8",
         np.dtype(np.int32): "I32",
         np.dtype(np.int64): "I64",
         np.dtype(np.float16): "F16",

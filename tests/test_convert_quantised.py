@@ -442,6 +442,9 @@ OTHER_DAMAGE = {
                                                   "kv_cache_scheme (a quantised key-value cache) is not supported"),
     "compressed-tensors with a rotation": (COMPRESSED, None, {"transform_config": {"config_groups": {"R1": {}}}},
                                            "transform_config says that the model rotates activations"),
+    "compressed-tensors from before 0.9": (
+        COMPRESSED, changed(f"{BASE}.weight_zero_point", np.zeros((128, 3), np.int8)), {},
+        "weight_zero_point is I8: zero points that are not packed"),
     "compressed-tensors with two ways": (
         COMPRESSED, None, {"config_groups": {**GROUPS, "group_1": {"weights": {**GROUPS["group_0"]["weights"],
                                                                                "num_bits": 8}}}},

@@ -126,6 +126,16 @@ def test_columns_in_an_order_of_their_own_cannot_be_cut(tmp_path):
         load(tmp_path / "q", tmp_path, ranks=2)
 
 
+def test_zero_points_that_their_writer_may_have_damaged_are_told_when_loading_as_well(tmp_path):
+    base = "model.layers.1.mlp.down_proj"
+    sound, damaged = np.full((3, 16), 0x77777777, np.int32), np.full((3, 16), 0x77777777, np.int32)
+    sound[0, 5], damaged[0, 5] = np.array([0xf7777777, 0xfffff777], np.uint32).view(np.int32)  # a 0 at the end; before
+    for zeros, words in ((sound, 0), (damaged, 1)):
+        write_quantised(tmp_path / "q", Form(), change=lambda c, zeros=zeros: {**c, f"{base}.qzeros": entry(zeros)})
+        account = load(tmp_path / "q", tmp_path).account()
+        assert account.count(f"; {words} words of zero points (first in {base}.qzeros) hold a 0") == words
+
+
 def test_a_configuration_that_says_otherwise_gets_one_line_with_its_place(tmp_path):
     quantised_model(tmp_path / "q", Kind(4, 64), **TINY)
     assert load(tmp_path / "q", tmp_path, "quantization_config: {weight_dtype: int4, group_size: 64}").schemes

@@ -48,6 +48,15 @@ class QuantisedSource:
     zero_biases: tuple[str, ...]
     doubtful: Mapping[str, int]
 
+    @property
+    def doubt(self) -> str:
+        """What to say of zero points that the checkpoint's writer may have damaged; '' where nobody doubts them."""
+        if not self.doubtful:
+            return ""
+        return (f"{sum(self.doubtful.values())} words of zero points (first in {next(iter(self.doubtful))}) hold a 0 "
+                "before others: AutoGPTQ overwrites the others then, and readers differ. Each is read by itself, all "
+                "ones as 0; rather take this model as gptq_v2, or symmetric")
+
 
 def read_quantised(source: Checkpoint, settings: QuantizationConfig, weights: Iterable[Weight]) -> QuantisedSource:
     """See a foreign checkpoint in the stored form. Reads group indices, zero points and the biases that should be zero.
@@ -131,6 +140,10 @@ def _scheme(source: Checkpoint, settings: QuantizationConfig, linear: Linear, pa
         info = source.infos[f"{linear.base}.{suffix}"]
         if suffix not in wanted:
             raise UserError(f"{info.name} does not belong to {layout}, which {settings.where} names", source.path, _FIX)
+        if suffix == "weight_zero_point" and info.dtype == "I8":
+            raise UserError(f"{info.name} is I8: zero points that are not packed, as compressed-tensors wrote them "
+                            "before 0.9, are not supported", source.path,
+                            "Take the unquantised model, or a symmetric one.")
         if info.shape != wanted[suffix]:
             raise UserError(f"{info.name} has shape {list(info.shape)}; {settings.bits} bits, groups of {group_size}, "
                             f"as {settings.where} says, make it {list(wanted[suffix])}", source.path, _FIX)

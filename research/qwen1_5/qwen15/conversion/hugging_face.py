@@ -150,8 +150,8 @@ def _stored_form(source: Checkpoint, settings: Optional[QuantizationConfig], wei
             zeros = f", {len(found.zero_biases)} biases that are zero are left out" if found.zero_biases else ""
             plan.notes.append(f"{settings.layout}, {settings.bits} bits: {len(found.linears)} linear layers keep their "
                               f"integers and scales bit for bit{zeros}")
-            if found.doubtful:
-                plan.notes.append(_doubt(found.doubtful))
+            if found.doubt:
+                plan.notes.append(found.doubt)
             return found.view, {LAYOUT_FILE: describe_layout(source, settings, found)}
         plan.notes.append(f"{settings.where} says {settings.layout}, and no tensor is quantised")
     if output.recipe is None:
@@ -160,13 +160,6 @@ def _stored_form(source: Checkpoint, settings: Optional[QuantizationConfig], wei
     if sum(element_count(weight.shape) for weight in weights) < SMALL_MODEL_VALUES and output.recipe.bits == 4:
         plan.notes.append("choose int8 below 2 billion weights: 4 bits cost a small model much of what it knows")
     return quantised(source, weights, output.recipe), {}
-
-
-def _doubt(doubtful: Mapping[str, int]) -> str:
-    """What to say of zero points that the writer of a checkpoint may have damaged."""
-    return (f"{sum(doubtful.values())} words of zero points (first in {next(iter(doubtful))}) hold a 0 before others: "
-            "AutoGPTQ overwrites the others then, and readers differ. Each is read by itself, all ones as 0; rather "
-            "take this model as gptq_v2, or symmetric")
 
 
 def _gguf_sidecars(folder: str, contents: Mapping[str, object], changes: Mapping[str, object], plan: Plan

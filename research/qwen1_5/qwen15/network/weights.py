@@ -83,17 +83,23 @@ def is_quantised(path: str) -> bool:
         return any(companion_of(name) is not None or name.endswith(_FOREIGN) for name in checkpoint.infos)
 
 
-def open_weights(path: str, dims: naming.Dims) -> Checkpoint:
+def open_weights(path: str, dims: naming.Dims) -> Tuple[Checkpoint, str]:
     """A checkpoint (as `resolve` found it), or a GPTQ, AWQ or compressed-tensors folder in this project's stored form.
+
+    Returns:
+        The checkpoint, and what to say of zero points that its writer may have damaged, '' for nothing.
 
     Raises:
         UserError: it is damaged, or quantised in a way that is not read.
     """
     source = open_source(path)
     if not any(FOREIGN_QUANTISED.search(name) or info.dtype.startswith("F8") for name, info in source.infos.items()):
-        return source
+        return source, ""
     settings = settings_of(folder_of(path))
-    return source if settings is None else read_quantised(source, settings, naming.weights(dims)).view
+    if settings is None:
+        return source, ""
+    found = read_quantised(source, settings, naming.weights(dims))
+    return found.view, found.doubt
 
 
 _FOREIGN = (".qweight", ".weight_packed")
@@ -120,7 +126,7 @@ class Loader:
     def __init__(self, checkpoint: str, model: ModelConfig, rank: int = 0, ranks: int = 1, vocab_emb_dp: bool = True,
                  whole: bool = True, held_dtype: Callable[[str], str] = lambda dtype: dtype):
         self._path = checkpoint
-        self._reader = open_weights(checkpoint, model.dims)
+        self._reader, self._doubt = open_weights(checkpoint, model.dims)
         self._matrix_dtype = model.param_init_type
         self._operators_hold, self._compute_dtype = held_dtype, model.compute_dtype
         self._rank, self._ranks, self._whole = rank, ranks, whole
@@ -285,7 +291,7 @@ class Loader:
         line += f", skipped {sum(map(len, skipped.values()))}" + (f": {phrases}" if phrases else "")
         for (source, target), count in self._casts.items():
             line += f"; {LONG_NAMES.get(source, source)} -> {LONG_NAMES[target]}: {count}"
-        return line
+        return f"{line}; {self._doubt}" if self._doubt else line
 
     def find_non_finite(self) -> Optional[str]:
         """Name of the first weight that holds NaN or infinity, None when all are finite. Reads every weight."""
