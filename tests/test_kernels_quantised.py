@@ -72,6 +72,15 @@ def test_project_with_and_without_residual(kernels, accuracy, scheme, tokens):  
         assert relative_error(call("project_add", (x, w, residual), (tokens, rows)), wanted + residual) < accuracy
 
 
+@pytest.mark.parametrize("scheme", SCHEMES[:5], ids=scheme_name)
+@pytest.mark.parametrize("tokens", (5, 8, 19))
+def test_rows_that_meet_activations_piece_by_piece(kernels, accuracy, scheme, tokens):  # noqa: F811
+    rng = np.random.default_rng(tokens)
+    cols = 2816 + scheme.get("group", 32)
+    x, w = rng.standard_normal((tokens, cols)).astype(np.float32), Quantised(rng, (75, cols), **scheme)
+    assert relative_error(call("project", (x, w), (tokens, 75)), linear(x.astype(np.float64), w)) < accuracy
+
+
 @pytest.mark.parametrize("tokens", (1, 4, 40))
 def test_an_outlier_among_activations_leaves_the_others_whole(kernels, tokens):  # noqa: F811
     rng = np.random.default_rng(tokens)

@@ -17,6 +17,7 @@ constexpr int64_t kSegment = 128;
 constexpr int kQuantRows = 8;           // rows of int16 that weights meet at once
 constexpr int64_t kScaleRows = 8;       // rows of weights whose scales are at hand
 constexpr int64_t kStep = 8 * W;        // columns of 4 bits in a vector
+constexpr int64_t kPieceBytes = 16384;  // of activations that rows of weights meet before the next ones: they stay in L1
 
 // How the columns of a quantised matrix are cut.
 struct Cut {
@@ -25,13 +26,12 @@ struct Cut {
 
   explicit Cut(const Matrix& m) : cols(m.cols), group(m.cols / m.groups), nibbles(m.dtype == DType::q4) {
     segment = group % kSegment == 0 ? kSegment : group % (kSegment / 2) == 0 ? kSegment / 2 : kQuantBlock;
-    // A vector of 4-bit columns that holds several segments has a scale for each block.
-    if (nibbles && segment < kStep) segment = kQuantBlock;
   }
   bool operator==(const Cut& other) const {
     return cols == other.cols && group == other.group && nibbles == other.nibbles;
   }
-  bool mixed() const { return nibbles && segment < kStep; }
+  // Segments in a vector of 4-bit columns, where it holds several.
+  int64_t mixed() const { return nibbles && segment < kStep ? kStep / segment : 1; }
   int64_t segments() const { return cols / segment; }
   int64_t groups() const { return cols / group; }
 };
@@ -65,7 +65,7 @@ constexpr int row_of_lane(int64_t rows, int lane) {
 // as the loop over columns meets them:
 //   q      (steps, rows, step) int16; for 4 bits in the order in which nibbles come out of a vector
 //   scale  (segments, quads, W) float32, in the lanes where a row's sums are; where a vector holds several segments,
-//          each 128 bits of it, (steps, quads, W)
+//          each in its part of the lanes, (steps, quads, W)
 //   sums   (groups of columns, quads, W) float32: what scale q of a group sums up to, times -middle, in one lane a row;
 //          of a single row (groups,), and zeros after them
 struct Words {
@@ -118,7 +118,7 @@ inline void make_words(const float* x, const Cut& cut, float middle, const Words
                        float* rest) {
   const int64_t step = cut.nibbles ? kStep : kQuantBlock, padded_cols = round_up(cut.cols, step);
   const int64_t quads = quads_of(rows), quad = row / 4, members = rows - 4 * quad < 4 ? rows - 4 * quad : 4;
-  const int quarters = W / 4;
+  const int64_t mixed = cut.mixed();
   auto words = [&](int64_t column) {
     int64_t within = column & (step - 1);  // steps are powers of two
     return to.q + (column - within) * rows + row * step + within;
@@ -146,9 +146,9 @@ inline void make_words(const float* x, const Cut& cut, float middle, const Words
         v_store(rest + j * cut.segment + i + W, v_fma(b, v_set(-scale), v_load(from + i + W)));
       }
     }
-    float* lanes = to.scale + ((cut.mixed() ? j / quarters : j) * quads + quad) * W;
-    for (int lane = 0; lane < W; ++lane)
-      if (row_of_lane(members, lane) == row % 4 && (!cut.mixed() || lane / 4 == j % quarters)) lanes[lane] = scale;
+    float* lanes = to.scale + (j / mixed * quads + quad) * W;
+    for (int64_t lane = j % mixed * W / mixed, end = lane + W / mixed; lane < end; ++lane)
+      if (row_of_lane(members, (int)lane) == row % 4) lanes[lane] = scale;
     int64_t g = j * cut.segment / cut.group;
     to.sums[rows == 1 ? g : (g * quads + quad) * W + row % 4] += -middle * scale * v_sum(i_float(total));
   }
@@ -156,6 +156,7 @@ inline void make_words(const float* x, const Cut& cut, float middle, const Words
   for (int64_t i = 0; i < padded_cols; i += kQuantBlock) part_words(words(i), cut.nibbles);
 #else
   if (!cut.nibbles) return;
+  const int quarters = W / 4;
   for (int64_t i = 0; i < padded_cols; i += kStep) {
     int16_t plain[kStep];
     memcpy(plain, words(i), sizeof plain);
@@ -259,12 +260,18 @@ inline V fold(const I* acc) {
 }
 
 // At most kScaleRows rows at P places against a group of N rows of x: out[(p * stride + t) * kRowBlock + r].
+//
+// Where many rows of x are more than stays in the first cache level, all rows of weights meet a piece of its
+// columns, and then the next: read anew for each row, x would come from L2 in more time than its products take. What is
+// asked for is then each row's next piece. With few rows of x the memory is what limits, and likes address order.
 template <bool kNibbles, int kColumns, int N, int P>
 __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows, const Cut& cut, const Words::Group& x,
                                           Scales* scales, float* out, int64_t stride, int64_t ahead) {
   constexpr bool kMixed = kNibbles && kColumns < kStep;  // a vector has columns of several segments
-  constexpr int kQuarters = W / 4, kQuads = (int)quads_of(N), kLast = N - 4 * (kQuads - 1);
+  constexpr int kParts = kMixed ? (int)kStep / kColumns : 1, kQuads = (int)quads_of(N), kLast = N - 4 * (kQuads - 1);
   constexpr int64_t kAtOnce = kMixed ? kStep : kColumns;
+  constexpr bool kPieces = P == 1 && N > 4;
+  constexpr int64_t kPiece = kPieceBytes / 2 / N / kStep * kStep;
   const int64_t cols = cut.cols, segments = cut.segments(), groups = cut.groups(), row_bytes = places[0].m->row_bytes();
   const uint8_t* w[P];
   bool zeros[P];
@@ -275,66 +282,74 @@ __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows
     scales[p].read(*places[p].m, places[p].row, rows, cut);
   }
   float sums[P][kQuads][kScaleRows][4];
-  for (int64_t r = 0; r < rows; ++r) {
-    V total[P][kQuads];
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
-      for (int q = 0; q < kQuads; ++q) total[p][q] = v_zero();
-      if (!zeros[p]) continue;
-      const float* zero = scales[p].zero + r * groups;
-      if (N == 1)
-        for (int64_t g = 0; g < groups; g += W) total[p][0] = v_fma(v_load(zero + g), v_load(x.sums + g), total[p][0]);
-      else
-        for (int64_t g = 0; g < groups; ++g)
-#pragma GCC unroll 2
-          for (int q = 0; q < kQuads; ++q)
-            total[p][q] = v_fma(v_set(zero[g]), v_load(x.sums + (g * kQuads + q) * W), total[p][q]);
-    }
-    const float* s[P];
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) s[p] = scales[p].scale + r * segments;
-    const int16_t* words = x.q;
-    const float* x_scale = x.scale;
-    for (int64_t i = 0, j = 0; i < cols; i += kAtOnce, ++j, words += N * kAtOnce, x_scale += kQuads * W) {
+  V total[kScaleRows][P][kQuads];  // between two pieces
+  const bool whole = !kPieces || cols <= kPiece + kPiece / 2;
+  for (int64_t begin = 0, end; begin < cols; begin = end) {
+    end = whole || cols - begin <= kPiece ? cols : begin + kPiece;
+    if (!whole && ahead != 0) ahead = (end < cols ? kPiece : rows * cols - begin) * row_bytes / cols;
+    for (int64_t r = 0; r < rows; ++r) {
+      V sum[P][kQuads];
+      const uint8_t* row[P];
+      const float* s[P];
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
-        I acc[N];
-#pragma GCC unroll 8
-        for (int t = 0; t < N; ++t) acc[t] = i_zero();
-        if (kNibbles) {
-#pragma GCC unroll 4
-          for (int64_t at = 0; at < kAtOnce; at += kStep) {
-            const uint8_t* from = w[p] + (i + at) / 2;
-            if (at / 2 % 64 == 0) __builtin_prefetch(from + ahead, 0, 1);
-            S raw;
-            if (kMixed && i + kStep > cols) {
-              uint8_t rest[kStep / 2] = {0};
-              memcpy(rest, from, (cols - i) / 2);
-              raw = s_load(rest);
-            } else {
-              raw = s_load(from);
-            }
-            mac_nibbles<N>(acc, raw, words + N * at);
-          }
-        } else {
-#pragma GCC unroll 4
-          for (int64_t at = 0; at < kAtOnce; at += kQuantBlock) {
-            if (at % 64 == 0) __builtin_prefetch(w[p] + i + at + ahead, 0, 1);
-            mac_bytes<N>(acc, w[p] + i + at, words + N * at);
-          }
-        }
-        V scale = kMixed ? v_spread(s[p] + j * kQuarters) : v_set(s[p][j]);
-        if constexpr (kQuads == 2) total[p][0] = v_fma(fold<4>(acc), v_mul(scale, v_load(x_scale)), total[p][0]);
-        const int last = kQuads - 1;
-        total[p][last] = v_fma(fold<kLast>(acc + 4 * last), v_mul(scale, v_load(x_scale + last * W)), total[p][last]);
+        row[p] = w[p] + r * row_bytes;
+        s[p] = scales[p].scale + r * segments + begin / kAtOnce * kParts;
+#pragma GCC unroll 2
+        for (int q = 0; q < kQuads; ++q) sum[p][q] = kPieces && begin > 0 ? total[r][p][q] : v_zero();
+        if ((kPieces && begin > 0) || !zeros[p]) continue;
+        const float* zero = scales[p].zero + r * groups;
+        if (N == 1)
+          for (int64_t g = 0; g < groups; g += W) sum[p][0] = v_fma(v_load(zero + g), v_load(x.sums + g), sum[p][0]);
+        else
+          for (int64_t g = 0; g < groups; ++g)
+#pragma GCC unroll 2
+            for (int q = 0; q < kQuads; ++q)
+              sum[p][q] = v_fma(v_set(zero[g]), v_load(x.sums + (g * kQuads + q) * W), sum[p][q]);
       }
-    }
+      const int16_t* words = x.q + N * begin;
+      const float* x_scale = x.scale + begin / kAtOnce * kQuads * W;
+      for (int64_t i = begin, j = 0; i < end; i += kAtOnce, j += kParts, words += N * kAtOnce, x_scale += kQuads * W) {
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) {
+        for (int p = 0; p < P; ++p) {
+          I acc[N];
+#pragma GCC unroll 8
+          for (int t = 0; t < N; ++t) acc[t] = i_zero();
+          if (kNibbles) {
+#pragma GCC unroll 4
+            for (int64_t at = 0; at < kAtOnce; at += kStep) {
+              const uint8_t* from = row[p] + (i + at) / 2;
+              if (at / 2 % 64 == 0) __builtin_prefetch(from + ahead, 0, 1);
+              S raw;
+              if (kMixed && i + kStep > cols) {
+                uint8_t rest[kStep / 2] = {0};
+                memcpy(rest, from, (cols - i) / 2);
+                raw = s_load(rest);
+              } else {
+                raw = s_load(from);
+              }
+              mac_nibbles<N>(acc, raw, words + N * at);
+            }
+          } else {
+#pragma GCC unroll 4
+            for (int64_t at = 0; at < kAtOnce; at += kQuantBlock) {
+              if (at % 64 == 0) __builtin_prefetch(row[p] + i + at + ahead, 0, 1);
+              mac_bytes<N>(acc, row[p] + i + at, words + N * at);
+            }
+          }
+          V scale = v_spread<kParts>(s[p] + j);
+          if constexpr (kQuads == 2) sum[p][0] = v_fma(fold<4>(acc), v_mul(scale, v_load(x_scale)), sum[p][0]);
+          const int last = kQuads - 1;
+          sum[p][last] = v_fma(fold<kLast>(acc + 4 * last), v_mul(scale, v_load(x_scale + last * W)), sum[p][last]);
+        }
+      }
 #pragma GCC unroll 2
-      for (int q = 0; q < kQuads; ++q) v_quarters(total[p][q], sums[p][q][r]);
-      w[p] += row_bytes;
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+        for (int q = 0; q < kQuads; ++q) {
+          if (!kPieces || end == cols) v_quarters(sum[p][q], sums[p][q][r]);
+          else total[r][p][q] = sum[p][q];
+        }
     }
   }
   for (int p = 0; p < P; ++p)

@@ -159,8 +159,13 @@ inline I s_store(int16_t* p, V a, V b, I total) {
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x, y), 0xd8));
   return _mm256_add_epi32(total, _mm256_add_epi32(x, y));
 }
-// Lane i is p[i / 4].
-inline V v_spread(const float* p) { return _mm256_set_m128(_mm_broadcast_ss(p + 1), _mm_broadcast_ss(p)); }
+// The Count floats at p (1 or 2), each in its part of the lanes.
+template <int Count>
+inline V v_spread(const float* p) {
+  static_assert(Count == 1 || Count == 2, "what can be spread");
+  if (Count == 1) return v_set(*p);
+  return _mm256_set_m128(_mm_broadcast_ss(p + 1), _mm_broadcast_ss(p));
+}
 inline V v_load_bytes(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }

@@ -151,10 +151,15 @@ inline I s_store(int16_t* p, V a, V b, I total) {
   _mm256_storeu_si256((__m256i*)(p + W), _mm512_cvtsepi32_epi16(y));
   return _mm512_add_epi32(total, _mm512_add_epi32(x, y));
 }
-// Lane i is p[i / 4].
+// The Count floats at p (1, 2 or 4), each in its part of the lanes.
+template <int Count>
 inline V v_spread(const float* p) {
-  __m512i fourth = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutexvar_ps(fourth, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+  static_assert(Count == 1 || Count == 2 || Count == 4, "what can be spread");
+  if (Count == 1) return v_set(*p);
+  const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m512i fourths = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  V few = _mm512_castps128_ps512(Count == 2 ? _mm_castpd_ps(_mm_load_sd((const double*)p)) : _mm_loadu_ps(p));
+  return _mm512_permutexvar_ps(Count == 2 ? halves : fourths, few);
 }
 inline V v_load_bytes(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));

@@ -192,7 +192,12 @@ inline I s_store(int16_t* p, V a, V b, I total) {
   for (int i = 0; i < W; ++i) p[i] = (int16_t)x[i], p[W + i] = (int16_t)y[i];
   return total + x + y;
 }
-inline V v_spread(const float* p) { return v_set(p[0]); }  // lane i is p[i / 4]
+// The Count floats at p (1), each in its part of the lanes.
+template <int Count>
+inline V v_spread(const float* p) {
+  static_assert(Count == 1, "what can be spread");
+  return v_set(*p);
+}
 inline V v_load_bytes(const int8_t* p) { return V{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
 // Columns [column, column + W) of a block of 4-bit ones
 inline V v_load_nibbles(const uint8_t* block, int column) {
