@@ -271,7 +271,7 @@ __attribute__((noinline)) void quant_rows(const QuantPlace* places, int64_t rows
   constexpr int kParts = kMixed ? (int)kStep / kColumns : 1, kQuads = (int)quads_of(N), kLast = N - 4 * (kQuads - 1);
   constexpr int64_t kAtOnce = kMixed ? kStep : kColumns;
   constexpr bool kPieces = P == 1 && N > 4;
-  constexpr int64_t kPiece = kPieceBytes / 2 / N / kStep * kStep;
+  constexpr int64_t kPiece = kPieceBytes / 2 / N / kSegment * kSegment;  // whole segments and vectors
   const int64_t cols = cut.cols, segments = cut.segments(), groups = cut.groups(), row_bytes = places[0].m->row_bytes();
   const uint8_t* w[P];
   bool zeros[P];
