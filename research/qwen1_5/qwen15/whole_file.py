@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import glob
 import os
 import tempfile
+
+RENAME_EXCHANGE, _RENAME_NOREPLACE = 2, 1
+_AT_FDCWD = -100
 
 
 def write_whole(path: str, content: bytes, replace: bool = True, private: bool = False) -> None:
@@ -35,23 +40,35 @@ def write_whole(path: str, content: bytes, replace: bool = True, private: bool =
         if replace:
             os.replace(beside, path)
         else:
-            _put_where_nothing_is(beside, path)
+            rename_to_new(beside, path)
     except BaseException:
         os.unlink(beside)
         raise
 
 
-def _put_where_nothing_is(beside: str, path: str) -> None:
-    """Rename, unless something is there; a process that is killed meanwhile leaves no empty file."""
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: the name is taken first
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        os.replace(beside, path)
-    else:
-        os.unlink(beside)
+def renamed(one: str, other: str, flags: int) -> int:
+    """renameat2(2): 0, or the system's error code; ENOSYS where the C library has no such function."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return errno.ENOSYS
+    failed = libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flags)
+    return ctypes.get_errno() if failed else 0
+
+
+def rename_to_new(one: str, other: str) -> None:
+    """Rename a file to a name that nothing has, in one step.
+
+    Raises:
+        FileExistsError: something has that name.
+        OSError: it cannot be renamed.
+    """
+    code = renamed(one, other, _RENAME_NOREPLACE)
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system that cannot ask and rename in one step
+        code = errno.EEXIST if os.path.lexists(other) else 0
+        if code == 0:
+            os.rename(one, other)
+    if code:
+        raise OSError(code, os.strerror(code), other)
 
 
 def _remove_leftovers(folder: str, name: str) -> None:

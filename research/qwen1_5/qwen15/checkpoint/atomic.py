@@ -1,6 +1,5 @@
 """Write files that are either whole or not there: beside the target under a name of our own, then renamed."""
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -11,16 +10,15 @@ from typing import Callable, Iterator, List, Sequence, Tuple
 
 from ..errors import EXIT_FAILED, UserError
 from ..progress import human_bytes
+from ..whole_file import RENAME_EXCHANGE, rename_to_new, renamed
 from .file_writer import Blocks, FileWriter, told
 
 LOCK_FILE = ".lock"
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
-_AT_FDCWD = -100
-_libc = ctypes.CDLL(None, use_errno=True)
 
 _OURS = re.compile(r"^(model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json|"
                    r"generation_config\.json|vocab\.json|merges\.txt|tokenizer_config\.json|tokenizer\.json|"
-                   r"special_tokens_map\.json|added_tokens\.json|quantize_config\.json|quant_config\.json|source_layout\.json|chat_template\.jinja|"
+                   r"special_tokens_map\.json|added_tokens\.json|quantize_config\.json|quant_config\.json|"
+                   r"source_layout\.json|chat_template\.jinja|"
                    r"rank_\d+/checkpoint_\d+\.(ckpt|safetensors)|strategy/ckpt_strategy_rank_\d+\.ckpt|\.lock)$")
 """What a folder that this program wrote can hold, unless it was given other names; only such a folder is replaced by
 `--overwrite`."""
@@ -160,7 +158,10 @@ def atomic_file(target: str, replace: bool = True) -> Iterator[Tuple[int, str]]:
             if replace:
                 os.rename(partial, target)
             else:
-                _rename_to_new(partial, target)
+                try:
+                    rename_to_new(partial, target)
+                except FileExistsError:
+                    raise _came_meanwhile(target) from None
             _sync_folder(os.path.dirname(partial))
     except BaseException:
         _discard(partial, fd)
@@ -325,31 +326,9 @@ def _came_meanwhile(target: str) -> UserError:
                      "Give another path, or --overwrite.", exit_code=EXIT_FAILED)
 
 
-def _renamed(one: str, other: str, flags: int) -> int:
-    """renameat2(2): 0, or the system's error code; ENOSYS where the C library has no such function."""
-    if not hasattr(_libc, "renameat2"):
-        return errno.ENOSYS
-    failed = _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flags)
-    return ctypes.get_errno() if failed else 0
-
-
-def _rename_to_new(one: str, other: str) -> None:
-    """Rename a file to a name that nothing has, in one step."""
-    code = _renamed(one, other, _RENAME_NOREPLACE)
-    if code == 0:
-        return
-    if code == errno.EEXIST:
-        raise _came_meanwhile(other)
-    if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        raise OSError(code, os.strerror(code))
-    if os.path.lexists(other):  # a file system that cannot ask and rename in one step
-        raise _came_meanwhile(other)
-    os.rename(one, other)
-
-
 def _exchange(one: str, other: str) -> None:
     """Swap two folders in one step, so that at every moment there is a whole one under either name."""
-    if _renamed(one, other, _RENAME_EXCHANGE) != 0:
+    if renamed(one, other, RENAME_EXCHANGE) != 0:
         aside = one + "-old"
         os.rename(other, aside)
         os.rename(one, other)
