@@ -106,7 +106,7 @@ def complaints(config, monkeypatch):
         told += [_said(attempt) for attempt in attempts]
     with monkeypatch.context() as patch:
         patch.setattr(device, "require", lambda target, **_: None)
-        patch.setattr(mindformers.weights, "Loader", lambda *_, **__: SimpleNamespace(schemes={}))
+        patch.setattr(mindformers.weights, "Loader", SimpleNamespace(of=lambda *_: SimpleNamespace(schemes={})))
         for found in ((0, 2), (3, 4)):
             patch.setattr(mindformers, "start", lambda settings, found=found: found)
             told.append(_said(lambda: mindformers.MindFormersNetwork(

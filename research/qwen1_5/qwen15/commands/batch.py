@@ -29,7 +29,7 @@ def run(config: Config, settings: Settings, options: PredictOptions, report: Rep
     Raises:
         UserError: a prompt that cannot be used, an output file that holds something else, or the work failed.
     """
-    if options.ray is not None and config.parallel.use_parallel and config.parallel.model_parallel > 1:
+    if options.ray is not None and config.parallel.model_parallel > 1:
         raise UserError("a worker of a Ray cluster is one process and has the whole model", where="--ray",
                         fix="Pass --use_parallel False.")
     session = Session.prepare(config, launched=not options.dry_run)

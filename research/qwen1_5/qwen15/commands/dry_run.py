@@ -19,8 +19,7 @@ def describe(session: Session, prompts: Sequence[Prompt]) -> str:
 
     Raises:
         UserError: what the run would have been refused for: a prompt that is too long, too little memory, a checkpoint
-        that
-            does not fit.
+            that does not fit.
     """
     config = session.config
     if config.device_target == device.ASCEND:
@@ -62,14 +61,13 @@ def _prompt_line(session: Session, prompts: Sequence[Prompt]) -> str:
 
 def _checkpoint_lines(config: Config) -> List[str]:
     """Open every rank's part and compare each tensor's name, shape and dtype with the model, from the headers alone."""
-    parallel = config.parallel
-    ranks = parallel.model_parallel
+    ranks = config.parallel.model_parallel
     whole = config.auto_trans_ckpt or ranks == 1
     lines = []
     first = None
     for rank in range(1 if whole else ranks):
-        path = weights.resolve(config.load_checkpoint, rank, ranks, config.auto_trans_ckpt)
-        loader = weights.Loader(path, config.model, rank, ranks, parallel.vocab_emb_dp, whole)
+        path = weights.resolve_for(config, rank)
+        loader = weights.Loader.of(config, path, rank)
         if config.device_target == device.ASCEND:
             weight_quant.forms(loader.schemes, {weight.ms: weight for weight in naming.weights(config.model.dims)},
                                ranks, path)

@@ -250,7 +250,7 @@ def card_bytes(contents: PredictYaml) -> int:
         rotary_dtype=dtype, use_past=True, is_dynamic=True, use_flash_attention=True, qkv_concat=False,
         block_size=contents.block_size, num_blocks=contents.num_blocks, batch_size=1,
         pad_token_id=contents.pad_token_id, bos_token_id=contents.bos_token_id, eos_token_id=contents.eos_token_id)
-    parallel = ParallelConfig(contents.model_parallel > 1, 1, contents.model_parallel, 1, contents.vocab_emb_dp)
+    parallel = ParallelConfig(contents.model_parallel > 1, contents.model_parallel, contents.vocab_emb_dp)
     return memory.need(model, parallel, device.ASCEND).total_bytes
 
 

@@ -144,7 +144,7 @@ def parallel_config(final: Final, environ: Mapping[str, str]) -> ParallelConfig:
         raise UserError(f"use_parallel is False, but {workers} workers were started ({variable}={workers}); each "
                         "would run the whole model", final.sources["use_parallel"],
                         "Set --use_parallel True, or start one worker.")
-    return ParallelConfig(use, data, model if use else 1, stages, whole)
+    return ParallelConfig(use, model if use else 1, whole)
 
 
 def _workers(environ: Mapping[str, str]) -> Tuple[Optional[int], str]:

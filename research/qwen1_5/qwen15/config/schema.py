@@ -109,9 +109,7 @@ class ParallelConfig:
     """How the model is spread over workers; `model_parallel` is 1 unless `use_parallel`."""
 
     use_parallel: bool
-    data_parallel: int
     model_parallel: int
-    pipeline_stage: int
     vocab_emb_dp: bool
 
 

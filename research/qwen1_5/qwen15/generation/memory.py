@@ -91,7 +91,7 @@ def need(model: ModelConfig, parallel: ParallelConfig, device_target: str, held:
         device_target: 'CPU' or 'Ascend'.
         held: how weights and KV cache are held.
     """
-    ranks = parallel.model_parallel if parallel.use_parallel else 1
+    ranks = parallel.model_parallel
     item = ITEM_BYTES[held.dtype or model.param_init_type]
     # On CPU norm weights and biases are held in float32. MindFormers holds norms in layernorm_compute_type.
     small = 4 if device_target == device.CPU else ITEM_BYTES[model.layernorm_compute_type]

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from .. import device, machine, ops
 from ..config.schema import Config
-from ..device import env_rank
 from ..machine import Available
 from ..network import weights
 from . import memory
@@ -48,12 +47,9 @@ def held(config: Config) -> Held:
     how = memory.REFERENCE if reference else memory.AS_CONFIGURED
     if config.load_checkpoint is None or not os.path.exists(config.load_checkpoint):
         return how
-    parallel = config.parallel
-    rank = env_rank() if parallel.use_parallel else 0
-    path = weights.resolve(config.load_checkpoint, rank, parallel.model_parallel, config.auto_trans_ckpt)
+    path = weights.resolve_for(config)
     if not weights.is_quantised(path):
         return how
-    loader = weights.Loader(path, config.model, rank, parallel.model_parallel, parallel.vocab_emb_dp,
-                            whole=config.auto_trans_ckpt or parallel.model_parallel == 1,
-                            held_dtype=(lambda dtype: "float32") if reference else (lambda dtype: dtype))
+    loader = weights.Loader.of(config, path, weights.this_rank(config),
+                               (lambda dtype: "float32") if reference else (lambda dtype: dtype))
     return replace(how, weights=loader.nbytes())

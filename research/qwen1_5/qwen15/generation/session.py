@@ -237,7 +237,7 @@ class Session:
             check_launch(config)
         if config.threads:
             ops.use_threads(config.threads)
-        checkpoint = _checkpoint(config)
+        checkpoint = weights.resolve_for(config)
         if config.tokenizer.vocab_file is None or config.tokenizer.merges_file is None:
             # A folder without a checkpoint is reported as that, not for its other missing files
             open_checkpoint(checkpoint)
@@ -270,7 +270,7 @@ class Session:
             draft = None
             if guesses is not None and guesses.draft is not None and env_rank() == 0:
                 # Before the model itself: the network built last decides how exactly the kernels compute.
-                draft = build_network(guesses.draft, _checkpoint(guesses.draft),
+                draft = build_network(guesses.draft, weights.resolve_for(guesses.draft),
                                       lambda line: tell(f"draft model: {line}"))
             network = build_network(self.config, self.checkpoint, tell)
             ranks.refuse_unlike(network)
@@ -487,13 +487,7 @@ def check_draft(tokenizer: Any, draft: Config) -> None:
             raise UserError(f"the draft model has another tokenizer: token {token} is "
                             f"{theirs.decode('utf-8', 'replace')!r} there and {ours.decode('utf-8', 'replace')!r} in "
                             f"{tokenizer.vocab_file}", where=where, fix="Use a smaller model of the same family.")
-    _checkpoint(draft)
-
-
-def _checkpoint(config: Config) -> str:
-    parallel = config.parallel
-    return weights.resolve(config.load_checkpoint, env_rank() if parallel.use_parallel else 0,
-                           parallel.model_parallel, config.auto_trans_ckpt)
+    weights.resolve_for(draft)
 
 
 def is_chat_model(tokenizer: Any) -> bool:
@@ -526,7 +520,7 @@ def check_launch(config: Config) -> None:
         UserError: with the command that starts it.
     """
     parallel = config.parallel
-    if parallel.use_parallel and parallel.model_parallel > 1 and not os.environ.get("MS_ROLE"):
+    if parallel.model_parallel > 1 and not os.environ.get("MS_ROLE"):
         raise UserError(f"model_parallel {parallel.model_parallel} needs {parallel.model_parallel} workers and this is "
                         f"one process",
                         where="use_parallel",

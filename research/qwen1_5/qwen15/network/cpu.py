@@ -36,8 +36,7 @@ class CpuNetwork(Network):
         self.vocab_size = model.dims.vocab_size
         split_vocab = self.ranks > 1 and not config.parallel.vocab_emb_dp and self.vocab_size % self.ranks == 0
         operators.compute_in(model.compute_dtype)
-        self._weights = weights.Loader(checkpoint, model, self.rank, self.ranks, config.parallel.vocab_emb_dp,
-                                       config.auto_trans_ckpt or self.ranks == 1, operators.weight_dtype)
+        self._weights = weights.Loader.of(config, checkpoint, self.rank, operators.weight_dtype)
         cos, sin = rope_tables(model.seq_length, model.dims.head_dim, model.theta)
         args = Args(self._weights, operators, model.dims, model.rms_norm_eps, model.num_blocks, model.block_size,
                     model.compute_dtype, self.ranks, self.rank, split_vocab, self.ranks > 1 and not apart)

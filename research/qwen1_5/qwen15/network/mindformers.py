@@ -55,16 +55,14 @@ class MindFormersNetwork(Network):
         device.require(config.device_target, card=config.device_id)
         check(config.model, config.device_target)
         self.vocab_size = config.model.dims.vocab_size
-        parallel = config.parallel
-        self.rank, self.ranks = (device.env_rank(), parallel.model_parallel) if parallel.use_parallel else (0, 1)
-        self._source = weights.Loader(checkpoint, config.model, self.rank, self.ranks, parallel.vocab_emb_dp,
-                                      whole=config.auto_trans_ckpt or self.ranks == 1)
+        self.rank, self.ranks = weights.this_rank(config), config.parallel.model_parallel
+        self._source = weights.Loader.of(config, checkpoint, self.rank)
         table = {weight.ms: weight for weight in naming.weights(config.model.dims)}
         # A checkpoint that the operators cannot take is refused here, before there is a device.
         quantised = weight_quant.forms(self._source.schemes, table, self.ranks, checkpoint)
         with stdout_to_stderr():
             settings = mindformers_config(config)
-            _match_ranks(start(settings), (self.rank, self.ranks), parallel.use_parallel)
+            _match_ranks(start(settings), (self.rank, self.ranks), config.parallel.use_parallel)
             self.cell = build(settings, quantised, self.ranks)
             if self.ranks > 1:
                 cut(self.cell, config.model)

@@ -8,7 +8,7 @@ from typing import Callable, Dict, Optional, Set, Tuple
 
 import numpy as np
 
-from .. import naming
+from .. import device, naming
 from ..checkpoint import casting, leftovers, origin
 from ..checkpoint.account import FOREIGN_QUANTISED, Expected, take_account
 from ..checkpoint.origin import Likeness
@@ -19,7 +19,7 @@ from ..checkpoint.reader import Checkpoint, all_ranks, folder_of
 from ..checkpoint.regrouped import finer, regrouped
 from ..checkpoint.source import open_source
 from ..checkpoint.tensors import LONG_NAMES, SHORT_NAMES, TensorInfo
-from ..config.schema import ModelConfig, Quantization
+from ..config.schema import Config, ModelConfig, Quantization
 from ..errors import UserError
 from .weight_quant import QuantisedMatrix
 
@@ -67,6 +67,18 @@ def resolve(path: Optional[str], rank: int = 0, ranks: int = 1, whole: bool = Tr
                         where=f"load_checkpoint {path}",
                         fix=f"Run {found} workers, or slice again with transform_ckpt.py.")
     return slices[rank]
+
+
+def resolve_for(config: Config, rank: Optional[int] = None) -> str:
+    """`resolve` for a rank of this run; for this process without one."""
+    parallel = config.parallel
+    return resolve(config.load_checkpoint, this_rank(config) if rank is None else rank, parallel.model_parallel,
+                   config.auto_trans_ckpt)
+
+
+def this_rank(config: Config) -> int:
+    """This process' rank as the launcher has set it; 0 where nothing is parallel."""
+    return device.env_rank() if config.parallel.use_parallel else 0
 
 
 def _nearest(path: str) -> Optional[str]:
@@ -122,6 +134,14 @@ class Loader:
     Raises:
         UserError: missing, unexpected or misshapen tensors, before any is read.
     """
+
+    @classmethod
+    def of(cls, config: Config, checkpoint: str, rank: int, held_dtype: Callable[[str], str] = lambda dtype: dtype
+           ) -> Loader:
+        """What loads the weights of a rank of this run."""
+        parallel = config.parallel
+        return cls(checkpoint, config.model, rank, parallel.model_parallel, parallel.vocab_emb_dp,
+                   config.auto_trans_ckpt or parallel.model_parallel == 1, held_dtype)
 
     def __init__(self, checkpoint: str, model: ModelConfig, rank: int = 0, ranks: int = 1, vocab_emb_dp: bool = True,
                  whole: bool = True, held_dtype: Callable[[str], str] = lambda dtype: dtype):
