@@ -389,7 +389,7 @@ def test_wrong_usage_ends_with_2(tmp_path, arguments, line):
 
 
 def test_help_needs_no_heavy_import():
-    code = ("import sys\nfrom qwen15.bench import main\n"
+    code = ("import sys\nfrom qwen15.bench.command import main\n"
             "try:\n    main(['decode', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
             "print([m for m in ('mindspore', 'torch', 'transformers', 'matplotlib') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=MODULE, capture_output=True, text=True)

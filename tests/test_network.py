@@ -32,10 +32,11 @@ def operators(request, monkeypatch):
         monkeypatch.setenv("QWEN15_KERNELS", "reference")
     else:
         monkeypatch.delenv("QWEN15_KERNELS", raising=False)
-        from qwen15.ops import cpu
+        from qwen15.ops import kernels_available
 
-        if not cpu.available()[0]:
-            pytest.skip(cpu.available()[1])
+        available, why = kernels_available()
+        if not available:
+            pytest.skip(why)
     return request.param
 
 

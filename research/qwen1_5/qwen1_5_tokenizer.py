@@ -2,9 +2,9 @@
 
 Without MindFormers in the process it is the plain tokenizer (`qwen15.text.tokenizer`), and nothing heavy is imported.
 After `import mindformers` it is the same one as a MindFormers `PreTrainedTokenizer`
-(`qwen15.text.mindformers_tokenizer`), which
-`type: Qwen2Tokenizer` in a YAML builds. MindFormers finds it by `auto_register: qwen1_5_tokenizer.Qwen2Tokenizer` when
-REGISTER_PATH names this folder, or because this module was imported, before MindFormers or after it.
+(`qwen15.text.mindformers_tokenizer`), which `type: Qwen2Tokenizer` in a YAML builds. MindFormers finds it by
+`auto_register: qwen1_5_tokenizer.Qwen2Tokenizer` when REGISTER_PATH names this folder, or because this module was
+imported, before MindFormers or after it.
 """
 
 from __future__ import annotations

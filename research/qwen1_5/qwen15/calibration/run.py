@@ -15,16 +15,16 @@ import numpy as np
 
 from .. import naming
 from ..checkpoint.atomic import AtomicFolder, atomic_file, disk_bytes, partial_path, write_small
-from ..checkpoint.casting import FLOATS, to_float32
+from ..checkpoint.casting import to_float32
 from ..checkpoint.file_writer import Blocks, FileWriter
 from ..checkpoint.format_safetensors import steps
 from ..checkpoint.quantised import SCALE, ZERO, Scheme, pack
 from ..checkpoint.reader import Checkpoint, TensorFile
-from ..checkpoint.tensors import LONG_NAMES, TensorInfo
+from ..checkpoint.tensors import TensorInfo
 from ..checkpoint.view import block_of
 from ..config.hf_config import HfConfig
 from ..conversion.plan import aligned
-from ..conversion.quantise import Recipe, unfit
+from ..conversion.quantise import Recipe, check_float, unfit
 from ..errors import EXIT_FAILED, UserError
 from ..naming import Weight
 from ..text.tokenizer import Qwen2Tokenizer
@@ -278,6 +278,5 @@ def _round(source: Checkpoint, weight: Weight, factor: np.ndarray, scheme: Schem
 
 def _dense(source: Checkpoint, weight: Weight) -> np.ndarray:
     info = source.infos[weight.hf]
-    if info.dtype not in FLOATS:
-        raise UserError(f"{info.name} is {info.dtype}; {', '.join(LONG_NAMES.values())} can be quantised", source.path)
+    check_float(source, info)
     return np.array(to_float32(source.read(weight.hf), info.dtype))

@@ -22,7 +22,7 @@ from ..checkpoint.casting import FLOATS, to_float32
 from ..checkpoint.quantised import BLOCK, SCALE, ZERO, Scheme, dequantise, pack
 from ..checkpoint.quantised_settings import CONFIG_KEY, OURS
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.tensors import LONG_NAMES
+from ..checkpoint.tensors import LONG_NAMES, TensorInfo
 from ..checkpoint.view import Made, View, block_of
 from ..config.hf_config import HfConfig
 from ..errors import UserError
@@ -173,6 +173,12 @@ def unfit(name: str, error: ValueError, where: str) -> UserError:
                      "Convert this model without --quantize.")
 
 
+def check_float(source: Checkpoint, info: TensorInfo) -> None:
+    """Refuse a tensor of integers, which cannot be quantised. Raises a UserError."""
+    if info.dtype not in FLOATS:
+        raise UserError(f"{info.name} is {info.dtype}; {', '.join(LONG_NAMES.values())} can be quantised", source.path)
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Rows of one matrix, quantised."""
@@ -184,9 +190,7 @@ class _Rows:
     def groups(self, first: int, last: int) -> np.ndarray:
         """float32 [n, G, group]."""
         info = self.source.infos[self.weight.hf]
-        if info.dtype not in FLOATS:
-            raise UserError(f"{info.name} is {info.dtype}; {', '.join(LONG_NAMES.values())} can be quantised",
-                            self.source.path)
+        check_float(self.source, info)
         values = to_float32(block_of(self.source, info.name, (first, last), (0, info.shape[1])), info.dtype)
         return values.reshape(last - first, self.scheme.groups, self.scheme.group_size)
 
@@ -216,6 +220,23 @@ class _Rows:
         values += nearest_zero(groups, inverse)[:, :, None]
         np.clip(values, low, high, out=values)
         return pack(values.astype(np.uint8).reshape(last - first, -1))
+
+
+def dense_rows(stored: Checkpoint, name: str, scheme: Scheme, first: int, last: int,
+               order: Optional[np.ndarray] = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a quantised matrix as floats, float32 [n, I], and their scales as they are stored, [n, G].
+
+    Args:
+        stored: the stored form.
+        name: the matrix in it.
+        scheme: how it is stored.
+        first, last: which rows.
+        order: the group of each input, where the scheme has one.
+    """
+    parts = [block_of(stored, name + suffix, (first, last), (0, stored.infos[name + suffix].shape[1]))
+             for suffix in ("", SCALE) + ((ZERO,) if scheme.has_zero else ())]
+    zero = parts[2] if scheme.has_zero else None
+    return dequantise(parts[0], parts[1], scheme.scale_dtype, zero, order), parts[1]
 
 
 @dataclass(frozen=True)
@@ -259,11 +280,9 @@ def error_of(source: Checkpoint, weight: Weight, result: Checkpoint, name: str, 
     for first in range(0, weight.shape[0], step):
         last = min(first + step, weight.shape[0])
         wanted = rows.groups(first, last)
-        parts = [block_of(result, name + suffix, (first, last), (0, result.infos[name + suffix].shape[1]))
-                 for suffix in ("", SCALE) + ((ZERO,) if scheme.has_zero else ())]
-        found = dequantise(parts[0], parts[1], scheme.scale_dtype, *parts[2:]).reshape(wanted.shape)
-        off = np.abs(found - wanted)
-        allowed = to_float32(parts[1], scheme.scale_dtype)[:, :, None] * np.float32(_LARGEST_ERROR[scheme.bits] * 1.001)
+        found, scales = dense_rows(result, name, scheme, first, last)
+        off = np.abs(found.reshape(wanted.shape) - wanted)
+        allowed = to_float32(scales, scheme.scale_dtype)[:, :, None] * np.float32(_LARGEST_ERROR[scheme.bits] * 1.001)
         if bounded and (off > allowed).any():
             row, group, column = (int(at[0]) for at in np.nonzero(off > allowed))
             raise UserError(f"{name} is off by {off[row, group, column]:.3g} in row {first + row}, rounding makes "

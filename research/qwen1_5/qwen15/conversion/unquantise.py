@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checkpoint.account import Account
 from ..checkpoint.casting import from_float32
-from ..checkpoint.quantised import ORDER, SCALE, ZERO, Scheme, checked_order, dequantise
+from ..checkpoint.quantised import ORDER, Scheme, checked_order
 from ..checkpoint.quantised_layouts import INTEGERS, SUFFIXES, Linear, Writer
 from ..checkpoint.quantised_settings import QuantizationConfig
 from ..checkpoint.quantised_source import QuantisedSource
@@ -21,6 +21,7 @@ from ..checkpoint.view import Made, View, block_of
 from ..errors import UserError
 from ..json_file import read_json
 from ..naming import EMBEDDING, HEAD, Weight, hf_to_ms
+from .quantise import dense_rows
 from .slices import Slicing
 
 _VERSION = 1
@@ -60,11 +61,8 @@ def dequantised(source: Checkpoint, schemes: Mapping[str, Scheme], weights: Sequ
 
 def _floats(source: Checkpoint, name: str, scheme: Scheme, dtype: str) -> Callable[[int, int], np.ndarray]:
     def rows(first: int, last: int) -> np.ndarray:
-        parts = [block_of(source, name + suffix, (first, last), (0, source.infos[name + suffix].shape[1]))
-                 for suffix in ("", SCALE) + ((ZERO,) if scheme.has_zero else ())]
         order = checked_order(source.read(name + ORDER), name, source.path) if scheme.has_order else None
-        zero = parts[2] if scheme.has_zero else None
-        return from_float32(dequantise(parts[0], parts[1], scheme.scale_dtype, zero, order), dtype)
+        return from_float32(dense_rows(source, name, scheme, first, last, order)[0], dtype)
 
     return rows
 

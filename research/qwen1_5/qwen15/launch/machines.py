@@ -3,8 +3,7 @@
 MindSpore's own heartbeat (30 s, then only the scheduler knows) stays as it is. Machine 0's launcher listens on the port
 after the scheduler's. It greets whoever calls with a challenge; the caller says which machine it is and proves that it
 knows the secret, and so does machine 0. From then on both sides send a line of JSON, `{}` when there is nothing to say,
-once a second: `{"failed": ...}`
-when a rank has failed, `{"done": true}` before a good end.
+once a second: `{"failed": ...}` when a rank has failed, `{"done": true}` before a good end.
 
 Anybody can call. So a stranger has `_HELLO_S` from its first byte to its last, at most `_MOST_STRANGERS` are listened
 to at once (the oldest has to go when another calls), and what they say is short.

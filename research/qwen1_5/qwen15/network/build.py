@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Callable
 
+from .. import device
 from ..config.schema import Config
 from .base import Network
 
@@ -19,7 +20,7 @@ def build_network(config: Config, checkpoint: str, tell: Callable[[str], None]) 
     Raises:
         UserError: the checkpoint does not fit, or the device cannot be used.
     """
-    if config.device_target == "Ascend":
+    if config.device_target == device.ASCEND:
         from .mindformers import MindFormersNetwork
 
         return MindFormersNetwork(config, checkpoint, tell)

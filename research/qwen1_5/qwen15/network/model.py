@@ -2,8 +2,8 @@
 
 Shapes: B sequences, T tokens, H query heads, K key/value heads, D head size, E hidden size, F MLP columns, V
 vocabulary; with several ranks H, K, F (and V where the vocabulary is split) are one rank's. Activations are float32.
-A matrix goes to
-its operator as a tuple: the weight alone, or a quantised weight with its scales, zero points and order.
+A matrix goes to its
+operator as a tuple: the weight alone, or a quantised weight with its scales, zero points and order.
 """
 
 from __future__ import annotations

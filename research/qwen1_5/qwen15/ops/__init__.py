@@ -23,9 +23,9 @@ context_lens (B,), block_tables (B, M) | (T, H*D) |
 
 and four functions: `weight_dtype(param_init_type)` and `cache_dtype(compute_dtype)` give the dtype in which this set
 keeps weights and the KV cache, `compute_in(compute_dtype)` is told what accuracy is wanted, and `together(rank, ranks)`
-lets `Decoder` add over the ranks of this machine, or says why it cannot. A set may also offer
-`Decoder`, the whole stack as one operator, its plain twin being the composition in model.py; with it come `Decode`, the
-same for one new token of each sequence without passing the parameters again, and the `Binding` between the two.
+lets `Decoder` add over the ranks of this machine, or says why it cannot. A set may also offer `Decoder`, the whole
+stack as one operator, its plain twin being the composition in model.py; with it come `Decode`, the same for one new
+token of each sequence without passing the parameters again, and the `Binding` between the two.
 
 The KV cache of a layer is two Parameters [num_blocks, block_size, K, D]; slot = block * block_size + offset. All int
 inputs are int32; block tables are padded with -1.

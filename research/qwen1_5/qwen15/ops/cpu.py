@@ -15,7 +15,6 @@ from mindspore import nn, ops
 from .. import cluster
 from ..errors import EXIT_FAILED, UserError
 from ..kernels import library
-from ..ops import kernels_available as available  # noqa: F401  (whether this set can run here)
 
 
 def weight_dtype(param_init_type: str) -> str:

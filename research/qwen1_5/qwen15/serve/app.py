@@ -18,7 +18,6 @@ from typing import (
     Mapping,
     MutableMapping,
     Optional,
-    Sequence,
     Tuple,
 )
 
@@ -161,15 +160,12 @@ class Web:
         ticket = Ticket(prompts, constraints, whole=not call.stream)
         self._desk.submit(ticket)
         answers = Answers(call, self._options.names[0], self._tokenizer.token_bytes,
-                          lambda number: self._text_of(call.prompts[number].ids))
+                          lambda number: self._reader.text_of(call.prompts[number].ids))
         request.state.note = lambda: _note(answers, ticket)
         if call.stream:
             return StreamingResponse(self._stream(call, ticket, answers, request), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         return await self._whole(ticket, answers, request)
-
-    def _text_of(self, ids: Sequence[int]) -> str:
-        return b"".join(map(self._tokenizer.token_bytes, ids)).decode("utf-8", "replace")
 
     async def _stream(self, call: Call, ticket: Ticket, answers: Answers, request: Request) -> AsyncIterator[str]:
         """The answer as server-sent events. Starlette closes this generator when the client leaves."""

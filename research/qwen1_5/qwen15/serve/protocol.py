@@ -184,7 +184,11 @@ class CallReader:
         if not isinstance(ids, list) or not all(_is_id(token) for token in ids):
             raise Refusal(400, "tokens must be a list of token ids.", "tokens")
         self._check_ids(ids, "tokens")
-        return b"".join(self._session.tokenizer.token_bytes(token) for token in ids).decode("utf-8", "replace")
+        return self.text_of(ids)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """What ids stand for, U+FFFD where that is no UTF-8."""
+        return b"".join(map(self._session.tokenizer.token_bytes, ids)).decode("utf-8", "replace")
 
     # --- fields
 

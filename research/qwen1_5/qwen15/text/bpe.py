@@ -30,7 +30,7 @@ from .tokenizer_json import PIECES
 if TYPE_CHECKING:
     import numpy as np
 
-# Unicode White_Space, which is \s for the regular expression above (Python's own \s has four more: \x1c to \x1f).
+# Unicode White_Space, which is \s for the regular expression PIECES (Python's own \s has four more: \x1c to \x1f).
 _BLANK = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _BLANKS = re.compile(f"[{_BLANK}]+")
 

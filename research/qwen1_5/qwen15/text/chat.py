@@ -11,11 +11,10 @@ spells a control token (`<|im_end|>`): there it stays text. How this is kept apa
   the pieces between are turned back, and the pieces are encoded as ordinary text. Pieces are not cut at the borders of
   messages, because line ends there merge with the template's.
 * The prompt is rendered a second time with every punctuation mark in the messages replaced by a noncharacter. If that
-gives
-  another sequence of control tokens, the template makes them out of message text (by joining, deleting or exchanging
-  parts), and the prompt is refused. Where a control token has no punctuation mark, or the template exchanges words,
-  letters and digits are replaced as well, except in a message's role: it is the template that looks at words who pays
-  for it.
+  gives another sequence of control tokens, the template makes them out of message text (by joining, deleting or
+  exchanging parts), and the prompt is refused. Where a control token has no punctuation mark, or the template exchanges
+  words, letters and digits are replaced as well, except in a message's role: a template that looks at words pays for
+  that.
 
 What a template that looks for a control token inside a message finds: nothing, once it is spelled by a user.
 """
