@@ -5,7 +5,7 @@ import json
 import mmap
 import os
 import re
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -224,14 +224,15 @@ class TensorFile(Checkpoint):
 class TensorFolder(Checkpoint):
     """Several files that make one checkpoint, with or without an index."""
 
-    def __init__(self, path: str, names: Sequence[str], notes: Sequence[str], index: Optional[str] = None):
+    def __init__(self, path: str, names: Sequence[str], notes: Sequence[str],
+                 index: Tuple[str, Mapping[str, str]] = ("", {})):
         """Open every file of a folder.
 
         Args:
             path: the folder.
             names: the files in it.
             notes: passed on.
-            index: name of the index file, whose account of the tensors must agree with the files'.
+            index: the index file and its `weight_map`, which must agree with the files; empty without one.
 
         Raises:
             UserError: a file is missing or damaged, a tensor is in two files, or the index disagrees.
@@ -244,8 +245,8 @@ class TensorFolder(Checkpoint):
         try:
             for name in names:
                 self._add(TensorFile(os.path.join(path, name)))
-            if index is not None:
-                self._check_index(index)
+            if index[0]:
+                self._check_index(*index)
         except BaseException:
             self.close()
             raise
@@ -261,16 +262,15 @@ class TensorFolder(Checkpoint):
             self.infos[name] = info
         self.others.update(file.others)
 
-    def _check_index(self, index: str) -> None:
-        where = os.path.join(self.path, index)
-        for name, shard in _weight_map(where).items():
+    def _check_index(self, where: str, weight_map: Mapping[str, str]) -> None:
+        for name, shard in weight_map.items():
             if name not in self._file:
                 raise UserError(f"{name} should be in {shard}, which does not hold it", where,
                                 "Download index and shards again, from one revision.")
             if os.path.basename(self._file[name].path) != shard:
                 raise UserError(f"{name} should be in {shard}, it is in {os.path.basename(self._file[name].path)}",
                                 where, "Download index and shards again, from one revision.")
-        unlisted = sorted(set(self.infos) - set(_weight_map(where)))
+        unlisted = sorted(set(self.infos) - set(weight_map))
         if unlisted:
             raise UserError(f"{len(unlisted)} tensors are in the shards and not in the index, the first is "
                             f"{unlisted[0]}", where, "Download index and shards again, from one revision.")
@@ -338,15 +338,16 @@ def open_checkpoint(path: Union[str, "os.PathLike[str]"], formats: Sequence[str]
     (kind,) = kinds
     index_name = INDEX_FILES.get(kind)
     if index_name is not None and index_name in names:
-        index = index_name
-        shards = sorted(set(_weight_map(os.path.join(path, index)).values()))
+        index = os.path.join(path, index_name)
+        weight_map = _weight_map(index)
+        shards = sorted(set(weight_map.values()))
         for shard in shards:
             if shard not in names:
-                raise UserError(f"{shard} is missing", os.path.join(path, index), "Download the missing shards.")
+                raise UserError(f"{shard} is missing", index, "Download the missing shards.")
         ignored = [name for name in found[kind] if name not in shards]
         if ignored:
-            notes.append(f"{path}: {', '.join(ignored)} not read, {index} does not name them")
-        return TensorFolder(path, shards, notes, index)
+            notes.append(f"{path}: {', '.join(ignored)} not read, {index_name} does not name them")
+        return TensorFolder(path, shards, notes, (index, weight_map))
     _check_numbers(path, found[kind])
     return TensorFolder(path, found[kind], notes)
 
