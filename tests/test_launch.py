@@ -213,7 +213,7 @@ def test_ranks_of_one_machine_get_memory_that_has_no_name_and_those_of_several_n
 
 @pytest.mark.parametrize("environ, words", [
     ({"QWEN15_RANK_SUM": "fast"}, "QWEN15_RANK_SUM: wants shared or mindspore, not 'fast'"),
-    ({"QWEN15_RANK_SUM": "shared"}, "shared cannot be had: the launcher has handed down no memory"),
+    ({"QWEN15_RANK_SUM": "shared"}, "shared cannot be used: the launcher has handed down no memory"),
     ({"QWEN15_RANK_SUM": "shared", cluster.MEMORY: "x"}, "did not come down to this process"),
     ({"QWEN15_RANK_SUM": "shared", cluster.MEMORY: "99999999999999999999:1:2"}, "did not come down to this process"),
 ])

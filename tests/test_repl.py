@@ -265,7 +265,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("name", ["/dev/zero", "."])
     def test_what_is_no_file_is_not_read(self, name):
-        with pytest.raises(UserError, match="is no file"):
+        with pytest.raises(UserError, match="is not a file"):
             SavedChats().load(name)
 
 

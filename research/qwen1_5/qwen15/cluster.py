@@ -27,7 +27,7 @@ def shared_memory(environ: Mapping[str, str] = os.environ) -> Tuple[Optional[int
         return None, f"{SUM}={MINDSPORE}"
     file, why_not = _handed_down(environ.get(MEMORY, ""))
     if file is None and wanted == SHARED:
-        raise UserError(f"{SHARED} cannot be had: {why_not}", SUM,
+        raise UserError(f"{SHARED} cannot be used: {why_not}", SUM,
                         "Start all ranks on one machine by scripts/msrun_launcher.sh, or unset it.")
     return file, why_not
 

@@ -140,7 +140,7 @@ def find_bfloat16(args: argparse.Namespace) -> BenchCheckpoint:
         UserError: the weights to measure are in bfloat16 themselves, or the user's own, whose shape may be any.
     """
     if args.checkpoint is not None or args.dtype in (None, "bfloat16"):
-        raise UserError("compares random weights of another dtype with it", where="--against bfloat16",
+        raise UserError("compares random weights of another dtype with bfloat16", where="--against bfloat16",
                         fix="Give --dtype, and leave --checkpoint out.")
     return random_checkpoint(args.size, args.layers, "bfloat16", args.cache)
 

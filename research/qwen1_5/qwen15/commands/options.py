@@ -93,17 +93,17 @@ class PredictOptions:
                 raise UserError("log probabilities need JSON", where="--logprobs", fix="Add --output_format jsonl.")
         elif self.echo is not None:
             raise UserError("has no effect on JSON: the prompt is a field of its own", where="--echo",
-                            fix="Leave it away.")
+                            fix="Leave it out.")
 
     def _check_ray(self, cpus: Optional[int]) -> None:
         for flag, given in (("--ray_workers", self.ray_workers), ("--ray_cpus", cpus)):
             if given is not None and self.ray is None:
-                raise UserError("has no effect without --ray", where=flag, fix="Add --ray, or leave it away.")
+                raise UserError("has no effect without --ray", where=flag, fix="Add --ray, or leave it out.")
         if self.ray is not None and not self.many:
             raise UserError("is for files of prompts", where="--ray", fix="Pass --predict_file.")
         if self.ray is not None and self.output_format == "text":
             raise UserError("the workers of a cluster give JSON lines", where="--output_format",
-                            fix="Leave --output_format text away.")
+                            fix="Leave out --output_format text.")
 
     def _check_interactive(self, output_format: Optional[str], logprobs: int) -> None:
         for flag, given in (("--output_format", output_format == "jsonl"), ("--output_file", self.output_file),

@@ -48,7 +48,7 @@ class SavedChats:
         """
         try:
             if not os.path.isfile(path) and os.path.exists(path):
-                raise UserError("is no file", where=path, fix="Give a file that /save has written.")
+                raise UserError("is not a file", where=path, fix="Give a file that /save has written.")
             data = read_small(path, _LARGEST_FILE_BYTES, "a conversation")
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}", where=path) from None

@@ -216,7 +216,7 @@ def _tensors(source: Checkpoint, account: Account, weights: Sequence[Weight], sc
         have = source.infos[name].dtype
         if have not in FLOATS:
             raise UserError(f"{name} is {have}, weights are {', '.join(FLOATS)}", source.path,
-                            "Take it in bfloat16, or save it so.")
+                            "Take the checkpoint in bfloat16, or save it in that dtype.")
         tensors.append(Tensor(weight, "", weight.shape, have, have if dtype == "auto" else SHORT_NAMES[dtype]))
     return tensors
 

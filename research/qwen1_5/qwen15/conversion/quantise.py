@@ -93,8 +93,8 @@ class Recipe:
             bits, group = 8, VOCABULARY_GROUP
         inputs = weight.shape[1]
         if inputs % BLOCK:
-            raise UserError(f"{weight.hf} has {inputs} inputs; quantised are multiples of {BLOCK}", "--quantize",
-                            "Convert this model without --quantize.")
+            raise UserError(f"{weight.hf} has {inputs} inputs; only multiples of {BLOCK} can be quantised",
+                            "--quantize", "Convert this model without --quantize.")
         group = math.gcd(group, inputs)
         return Scheme(bits, inputs // group, group, "F16", has_zero=bits == 4)
 
@@ -176,7 +176,8 @@ def unfit(name: str, error: ValueError, where: str) -> UserError:
 def check_float(source: Checkpoint, info: TensorInfo) -> None:
     """Refuse a tensor of integers, which cannot be quantised. Raises a UserError."""
     if info.dtype not in FLOATS:
-        raise UserError(f"{info.name} is {info.dtype}; {', '.join(LONG_NAMES.values())} can be quantised", source.path)
+        raise UserError(f"{info.name} is {info.dtype}; only {', '.join(LONG_NAMES.values())} can be quantised",
+                        source.path)
 
 
 @dataclass(frozen=True)

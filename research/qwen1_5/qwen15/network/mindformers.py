@@ -325,8 +325,8 @@ def _match(parameters: Mapping[str, Any], shapes: Mapping[str, Tuple[int, ...]])
                         fix="Use the MindFormers version named in the guide.")
     for name, shape in shapes.items():
         if tuple(parameters[name].shape) != shape:
-            raise UserError(f"{name} of rank slice {shape} has shape {tuple(parameters[name].shape)} in MindFormers' "
-                            "network", fix="Use the MindFormers version named in the guide.")
+            raise UserError(f"a rank's slice of {name} is {list(shape)}, in MindFormers' network it is "
+                            f"{list(parameters[name].shape)}", fix="Use the MindFormers version named in the guide.")
 
 
 def _put_integers(parameter: Any, array: np.ndarray, ranks: int) -> None:

@@ -267,5 +267,5 @@ class _Thread:
 
     def _check(self) -> None:
         if self._desk.closing is None:  # the main thread has not reached its handler yet
-            self._desk.give_up(Refusal(503, "The server is ended: another of its workers is gone.",
+            self._desk.give_up(Refusal(503, "The server is shutting down: another of its workers is gone.",
                                        code="server_failed"))
