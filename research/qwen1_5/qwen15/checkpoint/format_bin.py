@@ -8,7 +8,6 @@ read from there, never the archive as a whole.
 
 from __future__ import annotations
 
-import io
 import os
 import pickletools
 import struct
@@ -63,35 +62,6 @@ class _Tensor(NamedTuple):
     shape: Tuple[int, ...]
 
 
-class _File(io.RawIOBase):
-    """A file descriptor as zipfile wants it; closing this leaves the descriptor open."""
-
-    def __init__(self, fd: int):
-        super().__init__()
-        self._fd, self._at = fd, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._at, os.fstat(self._fd).st_size)[whence]
-        if base + offset < 0:
-            raise OSError("seek before the start")
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        got = os.preadv(self._fd, [buffer], self._at)
-        self._at += got
-        return got
-
-
 def scan(fd: int, path: str) -> Scan:
     """Find every tensor of an open file without reading its contents.
 
@@ -112,7 +82,7 @@ def _scan(fd: int) -> Scan:
     start = os.pread(fd, 4, 0)
     if start[:1] == b"\x80":
         raise _Refused("it is in the format of PyTorch before 1.6, which cannot be read in parts")
-    with zipfile.ZipFile(_File(fd)) as archive:
+    with open(fd, "rb", closefd=False) as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if len(entries) > MOST_TENSORS:
             raise _Refused(f"{len(entries)} entries")

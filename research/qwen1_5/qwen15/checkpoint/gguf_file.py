@@ -7,17 +7,16 @@ of blocks are dequantised by the package gguf.
 
 from __future__ import annotations
 
-import os
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional
 
 import numpy as np
 
-from ..errors import EXIT_FAILED, UserError
+from ..errors import UserError
 from .casting import from_float32
 from .gguf_header import Header, Place, read_header
 from .quantised import SCALE, Scheme, pack
-from .reader import Checkpoint
-from .tensors import LONG_NAMES, NUMPY_DTYPES, TensorInfo
+from .reader import TensorFile
+from .tensors import LONG_NAMES, Scan, Stored, TensorInfo
 from .view import Made, View, block_of
 
 _LAYER_NAMES = {
@@ -45,7 +44,7 @@ def hf_name(name: str) -> Optional[str]:
     return None
 
 
-class GgufFile(Checkpoint):
+class GgufFile(TensorFile):
     """One file, its tensors under its own names: floats as such, blocks as uint8 [rows, bytes of a row].
 
     Attributes:
@@ -54,8 +53,6 @@ class GgufFile(Checkpoint):
         config: what config.json would say.
         is_llama: rows of q and k are in llama.cpp's order, and the model has no q/k/v biases.
     """
-
-    kind = "gguf"
 
     def __init__(self, path: str):
         """Open a file and read its header.
@@ -67,49 +64,23 @@ class GgufFile(Checkpoint):
             import gguf  # noqa: F401
         except ImportError:
             raise UserError("reading .gguf needs the Python package gguf", path, "Run: pip install gguf") from None
-        self.path, self.others, self.notes = path, {}, []
-        self.files: list[Any] = [self]
+        super().__init__(path, "gguf")
+
+    def _scan(self) -> Scan:
         try:
-            header = read_header(path)
+            header = read_header(self.path)
         except (ValueError, OSError) as error:
-            raise UserError(f"is not a complete GGUF file: {error}", path, _DAMAGED) from None
-        self.config = _config(header, path)
+            raise UserError(f"is not a complete GGUF file: {error}", self.path, _DAMAGED) from None
+        self.config = _config(header, self.path)
         self.is_llama = bool(self.config.pop("_is_llama"))
         for name, place in header.tensors.items():
             if place.kind not in _FLOATS and len(place.shape) != 2:
                 raise UserError(f"{name} is {place.kind} of shape {list(place.shape)}: only matrices are in blocks",
-                                path, _DAMAGED)
+                                self.path, _DAMAGED)
         self.kinds = {name: place.kind for name, place in header.tensors.items()}
         self.shapes = {name: place.shape for name, place in header.tensors.items()}
-        self.infos = {name: _info(name, place) for name, place in header.tensors.items()}
-        self._offsets = {name: place.offset for name, place in header.tensors.items()}
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def file_of(self, name: str) -> Any:
-        return self
-
-    def read(self, name: str, axis: Optional[int] = None, start: int = 0, stop: Optional[int] = None) -> np.ndarray:
-        info = self.infos[name]
-        whole: np.ndarray = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
-        self.read_into(name, 0, whole)
-        return whole if axis is None else np.ascontiguousarray(whole[(slice(None),) * axis + (slice(start, stop),)])
-
-    def read_into(self, name: str, offset: int, buffer: Union[memoryview, np.ndarray]) -> None:
-        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        at = self._offsets[name] + offset
-        while len(view):
-            got = os.preadv(self._fd, [view], at)
-            if not got:
-                raise UserError(f"the file ended at byte {at}, inside {name}", self.path, exit_code=EXIT_FAILED)
-            view, at = view[got:], at + got
-
-    def check_contents(self) -> None:
-        """The format has no checksum."""
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        return Scan({name: Stored(_info(name, place), ((place.offset, place.nbytes),))
+                     for name, place in header.tensors.items()}, {}, {})
 
 
 def _info(name: str, place: Place) -> TensorInfo:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import naming
 from ..errors import UserError
-from .reader import Checkpoint, TensorFile
+from .reader import Checkpoint
 from .view import View
 
 SOURCE = "source"
@@ -127,8 +127,7 @@ def check_together(ranks: Sequence[Checkpoint]) -> None:
 
 def _recorded(checkpoint: Checkpoint, key: str) -> List[str]:
     """What a checkpoint's files record under a key, each value once."""
-    return sorted({file.metadata[key] for file in checkpoint.files
-                   if isinstance(file, TensorFile) and key in file.metadata})
+    return sorted({file.metadata[key] for file in checkpoint.files if key in file.metadata})
 
 
 def _stored(checkpoint: Checkpoint) -> Checkpoint:

@@ -107,10 +107,11 @@ class TensorFile(Checkpoint):
             UserError: no such file, an unknown kind, or a damaged one.
         """
         self.path = path
-        self.kind = kind or format_of(path)
-        if self.kind is None:
+        kind = kind or format_of(path)
+        if kind is None:
             raise UserError("not a kind of checkpoint this program knows", path,
                             f"Known extensions are {', '.join('.' + name for name in FORMATS)}.")
+        self.kind = kind
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -122,7 +123,7 @@ class TensorFile(Checkpoint):
             if os.pread(self._fd, len(_LFS_POINTER), 0) == _LFS_POINTER:
                 raise UserError("a Git LFS pointer, not the weights themselves", path,
                                 "Run `git lfs pull` in the folder, or download the file itself.")
-            scan: Scan = FORMATS[self.kind].scan(self._fd, path)
+            scan = self._scan()
         except OSError as error:
             self.close()
             raise UserError(f"cannot be read: {error.strerror}", path) from None
@@ -133,6 +134,9 @@ class TensorFile(Checkpoint):
         self.infos = {name: stored.info for name, stored in scan.tensors.items()}
         self.others = scan.others
         self.metadata = scan.metadata
+
+    def _scan(self) -> Scan:
+        return FORMATS[self.kind].scan(self._fd, self.path)
 
     def file_of(self, name: str) -> "TensorFile":
         if name not in self.infos:

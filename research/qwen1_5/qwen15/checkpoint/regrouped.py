@@ -12,7 +12,7 @@ from ..errors import UserError
 from .quantised import BLOCK, SCALE, ZERO, Scheme
 from .reader import Checkpoint
 from .tensors import NUMPY_DTYPES, TensorInfo
-from .view import Made, View
+from .view import Made, View, block_of
 
 
 def finer(scheme: Scheme, name: str, inputs: int, parts: int, where: str) -> Scheme:
@@ -65,8 +65,7 @@ def regrouped(source: Checkpoint, schemes: Mapping[str, tuple[Scheme, Scheme]]) 
 
 def _repeater(source: Checkpoint, info: TensorInfo, old: int, new: int):
     def rows(first: int, last: int) -> np.ndarray:
-        stored: np.ndarray = np.empty((last - first, old), NUMPY_DTYPES[info.dtype])
-        source.read_into(info.name, first * old * stored.itemsize, stored)
+        stored = block_of(source, info.name, (first, last), (0, old))
         if new > old:
             return np.repeat(stored, new // old, axis=1)
         every = stored.reshape(last - first, new, old // new)
