@@ -18,8 +18,12 @@ constexpr Kernels kernels_named(const char* name) {
 #else
   constexpr bool bf16_pairs = false;
 #endif
-  constexpr int64_t never = INT64_MAX;
-  return {name,      bf16_pairs, never,   rmsnorm, prepare,      matmul,  ask,        rope_and_cache,
+#ifdef QWEN15_VNNI
+  constexpr int64_t spare_from = kWordsFrom;
+#else
+  constexpr int64_t spare_from = INT64_MAX;
+#endif
+  return {name,      bf16_pairs, spare_from, rmsnorm, prepare,      matmul,  ask,        rope_and_cache,
           attention, gather,     combine, embed,   chunk_maxima, sum_exp, read_bytes, peak_flops};
 }
 

@@ -12,6 +12,7 @@
 #include "matmul_panels.h"
 #include "matmul_quant.h"
 #include "matmul_wide.h"
+#include "matmul_words.h"
 
 namespace qwen15 {
 namespace {
@@ -43,6 +44,12 @@ void ask(Team& team, const Job& job, int64_t tokens) {
 void matmul(Team& team, const Job* jobs, int job_count, Activations x, int64_t tokens) {
   DType dtype = jobs[0].w.dtype;
   if (is_quantised(dtype)) {
+#ifdef QWEN15_VNNI
+    if (x.spare != nullptr && !x.exact) {
+      fill_words(team, x, tokens, jobs[0].w.cols);
+      return many_tokens<WordRow>(team, jobs, job_count, x, tokens);
+    }
+#endif
     if (tokens < kQuantPackFrom) return few_quantised(team, jobs, job_count, x, tokens);
     return many_tokens<QuantRow>(team, jobs, job_count, x, tokens);
   }

@@ -111,6 +111,29 @@ inline void part_words(int16_t* q, bool nibbles) {
 constexpr float kMostWord = 32767;
 #endif
 
+// What a segment's words are worth: x[j] is about the scale times word j. store(j, a, b) gets 2 W words from column j on, as
+// whole numbers; they are zero, and the scale is not a number, where something in the segment is not finite.
+template <class Store>
+inline float segment_words(const float* x, int64_t columns, Store store) {
+  V high = v_zero(), nan = v_zero();
+  for (int64_t i = 0; i < columns; i += W) {
+    V v = v_load(x + i);
+    high = v_max(high, v_max(v, v_sub(v_zero(), v)));
+    nan = v_add(nan, v_sub(v, v));  // not a number where v is not finite
+  }
+  const float unit = v_highest(high) / kMostWord + v_sum(nan);
+  const V inverse = v_set(unit > 1e-36f ? 1.0f / unit : 0.0f);
+  for (int64_t i = 0; i < columns; i += 2 * W) {
+    V a = v_zero(), b = v_zero();
+    if (unit == unit) {
+      a = v_round(v_mul(v_load(x + i), inverse));
+      b = v_round(v_mul(v_load(x + i + W), inverse));
+    }
+    store(i, a, b);
+  }
+  return unit > 1e-36f || unit != unit ? unit : 0.0f;
+}
+
 // One row of x (cols,) -> row `row` of a group of `rows`, whose memory is zero; `rest` (cols,), where it is given,
 // becomes what its int16 leave over. `middle` is the zero point where the weights have none of their own, 1 where they
 // have.
@@ -125,26 +148,16 @@ inline void make_words(const float* x, const Cut& cut, float middle, const Words
   };
   for (int64_t j = 0; j < cut.segments(); ++j) {
     const float* from = x + j * cut.segment;
-    V high = v_zero(), nan = v_zero();
-    for (int64_t i = 0; i < cut.segment; i += W) {
-      V v = v_load(from + i);
-      high = v_max(high, v_max(v, v_sub(v_zero(), v)));
-      nan = v_add(nan, v_sub(v, v));  // not a number where v is not finite
-    }
-    float top = v_highest(high), bad = v_sum(nan), unit = top / kMostWord + bad;
-    float inverse = unit > 1e-36f ? 1.0f / unit : 0.0f, scale = unit > 1e-36f || unit != unit ? unit : 0.0f;
     I total = i_zero();
-    for (int64_t i = 0; i < cut.segment; i += 2 * W) {
-      V a = v_zero(), b = v_zero();  // and stay so where something is not finite: the scale says it
-      if (unit == unit) {
-        a = v_round(v_mul(v_load(from + i), v_set(inverse)));
-        b = v_round(v_mul(v_load(from + i + W), v_set(inverse)));
-      }
+    float scale = segment_words(from, cut.segment, [&](int64_t i, V a, V b) {
       total = s_store(words(j * cut.segment + i), a, b, total);
-      if (rest != nullptr) {
-        v_store(rest + j * cut.segment + i, v_fma(a, v_set(-scale), v_load(from + i)));
-        v_store(rest + j * cut.segment + i + W, v_fma(b, v_set(-scale), v_load(from + i + W)));
-      }
+      if (rest == nullptr) return;
+      v_store(rest + j * cut.segment + i, a);
+      v_store(rest + j * cut.segment + i + W, b);
+    });
+    for (int64_t i = 0; rest != nullptr && i < cut.segment; i += W) {
+      float* left = rest + j * cut.segment + i;
+      v_store(left, v_fma(v_load(left), v_set(-scale), v_load(from + i)));
     }
     float* lanes = to.scale + (j / mixed * quads + quad) * W;
     for (int64_t lane = j % mixed * W / mixed, end = lane + W / mixed; lane < end; ++lane)

@@ -124,6 +124,22 @@ inline S s_nibble(S v, int k) {  // bits 4k to 4k + 3 of each
   if (k == 3) return _mm512_srli_epi16(v, 12);
   return _mm512_and_si512(k == 0 ? v : _mm512_srli_epi16(v, 4 * k), _mm512_set1_epi16(15));
 }
+#ifdef QWEN15_VNNI
+inline S s_set(int16_t x) { return _mm512_set1_epi16(x); }
+inline S s_sub(S a, S b) { return _mm512_sub_epi16(a, b); }
+inline V s_floats(S x) { return _mm512_castsi512_ps(x); }  // the same bits
+inline S s_load_nibbles(const uint8_t* block) {  // the 2 W columns of a block of 4-bit ones
+  const __m512i shifts = _mm512_setr_epi64(0, 0, 0x0004000400040004, 0x0004000400040004, 0x0008000800080008,
+                                           0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c);
+  __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)block));
+  return _mm512_and_si512(_mm512_srlv_epi16(words, shifts), _mm512_set1_epi16(15));
+}
+inline S s_repeat(const int16_t* p) {  // the pair at p, in every lane
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+#endif
 // acc + products of a and b, those of neighbours in one lane
 inline I i_madd(I acc, S a, S b) {
 #ifdef QWEN15_VNNI
