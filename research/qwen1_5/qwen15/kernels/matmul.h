@@ -6,7 +6,8 @@
 // Few tokens (matmul_few.h): each thread reads its rows at two places, each in address order, and a row meets up to
 // kDotTokens tokens in registers. Some tokens (matmul_wide.h): rows are broadcast against packed activations. Both take
 // rows as they come from memory. Many tokens (matmul_panels.h): threads take panels of rows, pack one into [I][64]
-// (bf16: [I/2][64][2]) in their L2, and run a register tile over it, with the activations broadcast.
+// (bf16: [I/2][64][2]) in their L2, and run a register tile over it, with the activations broadcast. Quantised weights meet
+// few tokens as integers (matmul_quant.h), and many where the CPU has dot products for it (matmul_words.h).
 #pragma once
 #include "matmul_few.h"
 #include "matmul_panels.h"
