@@ -69,16 +69,8 @@ void amx_batch(Team& team, const Job* jobs, int job_count, Activations x, int64_
   float* y[2] = {c + c_floats, c + c_floats + y_floats};
   for (int v = 0; v < vecs; ++v)
     pack_tokens<PairTile, 1, 1>((const uint16_t*)x.data + v * W * x.stride, x.stride, tokens - v * W, cols, panel + v * vector);
-  struct Rows {
-    int64_t begin, end, blocks;
-  };
-  auto rows_of = [&](const Job& job, int owner) {
-    Rows share;
-    team.share_of(owner, job.w.rows, W, &share.begin, &share.end);
-    share.blocks = (share.end - share.begin + kRowBlock - 1) / kRowBlock;
-    return share;
-  };
-  for_blocks(team, jobs, job_count, rows_of, [&](const Job& job, const Rows& share, int64_t block) {
+  auto rows_of = [&](const Job& job, int owner) { return WideRows(team, owner, job); };
+  for_blocks(team, jobs, job_count, rows_of, [&](const Job& job, const WideRows& share, int64_t block) {
     bool gated = job.up.data != nullptr;
     int64_t row = share.begin + block * kRowBlock, rows = share.end - row < kRowBlock ? share.end - row : kRowBlock;
     for (int part = 0; part <= (gated ? 1 : 0); ++part) {
