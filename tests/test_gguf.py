@@ -162,4 +162,6 @@ def test_what_is_wrong_with_a_gguf_file_is_one_line(tmp_path):
         refused(tmp_path / "d.gguf")
     (tmp_path / "e.gguf").write_bytes(b"not this at all" * 10)
     refused(tmp_path / "e.gguf")
+    (tmp_path / "e.gguf").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    assert "a Git LFS pointer" in refused(tmp_path / "e.gguf")
     assert "no such file" in refused(tmp_path / "f.gguf")
