@@ -379,9 +379,10 @@ def test_a_client_that_leaves_frees_its_blocks(server):
 
 
 def test_more_than_may_wait_is_told_to_come_back(server):
-    links = [server.connect(TEXT, {"prompt": PROMPT, "max_tokens": 60, "n": 5})
-             for _ in range(2)]
-    time.sleep(0.1)
+    links = [server.connect(TEXT, {"prompt": PROMPT, "max_tokens": 200, "min_tokens": 200, "n": 5}) for _ in range(2)]
+    deadline = time.monotonic() + 30
+    while server.send("/health")[1]["waiting"] < 6:
+        assert time.monotonic() < deadline
     status, answer, headers = server.send(TEXT, {"prompt": PROMPT, "n": 5})
     assert (status, answer["error"]["code"]) == (429, "queue_full") and int(headers["retry-after"]) >= 1
     for link in links:

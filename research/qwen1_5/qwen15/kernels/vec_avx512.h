@@ -174,7 +174,7 @@ inline V v_spread(const float* p) {
   if (Count == 1) return v_set(*p);
   const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   const __m512i fourths = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  V few = _mm512_castps128_ps512(Count == 2 ? _mm_castpd_ps(_mm_load_sd((const double*)p)) : _mm_loadu_ps(p));
+  V few = _mm512_castps128_ps512(Count == 2 ? _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)p)) : _mm_loadu_ps(p));
   return _mm512_permutexvar_ps(Count == 2 ? halves : fourths, few);
 }
 inline V v_load_bytes(const int8_t* p) {
