@@ -379,7 +379,8 @@ def test_a_client_that_leaves_frees_its_blocks(server):
 
 
 def test_more_than_may_wait_is_told_to_come_back(server):
-    links = [server.connect(TEXT, {"prompt": PROMPT, "max_tokens": 200, "min_tokens": 200, "n": 5}) for _ in range(2)]
+    links = [server.connect(TEXT, {"prompt": PROMPT, "max_tokens": 200, "min_tokens": 200, "n": 5})
+             for _ in range(2)]
     deadline = time.monotonic() + 30
     while server.send("/health")[1]["waiting"] < 6:
         assert time.monotonic() < deadline
