@@ -132,10 +132,7 @@ void one_panel<QuantRow>(Team& team, const Item& item, const Item* next, Activat
     for (int64_t k0 = 0; k0 < cols; k0 += kPanelDepth) {
       int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth;
       amx_pack_split(w, row, n, k0, k, vecs, floats, first, second);
-      Ahead ahead, nothing;
-      if (k0 + kPanelDepth < cols) ahead = rows_ahead(w, row, k0 + kPanelDepth);
-      else if (part == 0 && gated) ahead = rows_ahead(job.up, row, 0);
-      else if (next != nullptr) ahead = rows_ahead(next->job->w, next->row, 0);
+      Ahead ahead = packed_next(item, part, k0, next), nothing;
       auto add = [&](const uint16_t* a, const uint16_t* b, bool accumulate, Ahead& meanwhile) {
         multiply_panel<AmxTile>(a + k0, 2 * x.stride, item.tokens, b, vecs, k, c[part], kPanelRows, accumulate, meanwhile);
       };

@@ -81,6 +81,12 @@ void pack_pairs(const uint16_t* const* rows, int count, int64_t k, int vecs, uin
 
 constexpr int64_t kPanelRows = kTileVecs * W;
 
+// The zero point number `at` of a quantised matrix.
+inline int zero_point(const Matrix& m, int64_t at) {
+  if (m.zero == nullptr) return m.dtype == DType::q4 ? 8 : 0;
+  return m.dtype == DType::q4 ? (int)((const uint8_t*)m.zero)[at] : (int)((const int8_t*)m.zero)[at];
+}
+
 // Columns [k0, k0 + k) of `count` quantised rows from `row` on -> panel for FloatTile; k0 and k are whole blocks.
 inline void pack_quantised(const Matrix& m, int64_t row, int count, int64_t k0, int64_t k, int vecs, float* panel) {
   int64_t group = m.cols / m.groups, bytes = m.row_bytes();
@@ -92,9 +98,7 @@ inline void pack_quantised(const Matrix& m, int64_t row, int count, int64_t k0, 
       for (int r = 0; r < count; ++r) {
         int64_t at = (row + r) * m.groups + g;
         scale[r] = v_set(load_scalar(m.scale, at));
-        zero[r] = v_set(m.zero == nullptr ? (nibbles ? 8.0f : 0.0f)
-                        : nibbles         ? (float)((const uint8_t*)m.zero)[at]
-                                          : (float)((const int8_t*)m.zero)[at]);
+        zero[r] = v_set((float)zero_point(m, at));
       }
     known = g;
     const uint8_t* from = (const uint8_t*)m.data + row * bytes + (nibbles ? column / 2 : column);

@@ -24,6 +24,14 @@ inline Ahead rows_ahead(const Matrix& w, int64_t row, int64_t k0) {
   return Ahead((const char*)w.data + row * bytes + bytes * k0 / w.cols, count, bytes, bytes * k / w.cols);
 }
 
+// What is packed after columns [k0, k0 + kPanelDepth) of an item's `part` (1: the second matrix of a gated job).
+inline Ahead packed_next(const Item& item, int part, int64_t k0, const Item* next) {
+  const Job& job = *item.job;
+  if (k0 + kPanelDepth < job.w.cols) return rows_ahead(part == 0 ? job.w : job.up, item.row, k0 + kPanelDepth);
+  if (part == 0 && job.up.data != nullptr) return rows_ahead(job.up, item.row, 0);
+  return next != nullptr ? rows_ahead(next->job->w, next->row, 0) : Ahead();
+}
+
 // How the rows of a panel are packed, and the tile they are packed for.
 template <class R>
 struct Panels {
@@ -65,10 +73,7 @@ void one_panel(Team& team, const Item& item, const Item* next, Activations x) {
     for (int64_t k0 = 0; k0 < cols; k0 += kPanelDepth) {
       int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth;
       Panels<R>::pack(w, row, n, k0, k, vecs, panel);
-      Ahead ahead;
-      if (k0 + kPanelDepth < cols) ahead = rows_ahead(w, row, k0 + kPanelDepth);
-      else if (part == 0 && gated) ahead = rows_ahead(job.up, row, 0);
-      else if (next != nullptr) ahead = rows_ahead(next->job->w, next->row, 0);
+      Ahead ahead = packed_next(item, part, k0, next);
       multiply_panel<T>(xs + k0, x.stride, item.tokens, panel, vecs, k, c[part], kPanelRows, k0 > 0, ahead);
     }
   }

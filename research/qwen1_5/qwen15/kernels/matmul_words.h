@@ -52,9 +52,7 @@ inline void pack_words(const Matrix& m, int64_t row, int count, int64_t k0, int6
       for (int r = 0; r < count; ++r) {
         int64_t at = (row + r) * m.groups + g;
         scale[r] = load_scalar(m.scale, at);
-        zero[r] = s_set((int16_t)(m.zero == nullptr ? (nibbles ? 8 : 0)
-                                  : nibbles         ? ((const uint8_t*)m.zero)[at]
-                                                    : ((const int8_t*)m.zero)[at]));
+        zero[r] = s_set((int16_t)zero_point(m, at));
       }
     known = g;
     if (i % segment == 0) memcpy(scales + i / segment * vecs * W, scale, vecs * W * sizeof(float));
@@ -152,10 +150,7 @@ void one_panel<WordRow>(Team& team, const Item& item, const Item* next, Activati
     for (int64_t k0 = 0; k0 < cols; k0 += kPanelDepth) {
       int64_t k = cols - k0 < kPanelDepth ? cols - k0 : kPanelDepth;
       pack_words(w, row, n, k0, k, segment, vecs, panel, scales);
-      Ahead ahead;
-      if (k0 + kPanelDepth < cols) ahead = rows_ahead(w, row, k0 + kPanelDepth);
-      else if (part == 0 && gated) ahead = rows_ahead(job.up, row, 0);
-      else if (next != nullptr) ahead = rows_ahead(next->job->w, next->row, 0);
+      Ahead ahead = packed_next(item, part, k0, next);
       run(x, item.token, item.tokens, k0, panel, scales, k, segment, c[part], kPanelRows, k0 > 0, ahead);
     }
   }
